@@ -1,0 +1,60 @@
+"""Random: the baseline that any claim must beat."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ..core import checks
+from ..core.policy import LayerInputs, Policy
+from ..core.types import Array
+from . import attention
+
+__all__ = ["Random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Policy):
+    """Keep tokens drawn at random, the same on every backend.
+
+    Parameters
+    ----------
+    budget : int or float
+        Tokens to keep per KV head; a float is a share of the tokens.
+    seed : int
+        Each seed, layer and head has a draw of its own. All rows of a batch share it, and padding does not shift it, so
+        that a row keeps the same tokens alone and in a batch.
+
+    Raises
+    ------
+    ArgumentError
+        If an option is out of range.
+    ArgumentTypeError
+        If an option has the wrong type.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import Random, evict
+    >>> evict(Random(budget=2, seed=1), np.ones((1, 1, 6, 4))).kept.shape
+    (1, 1, 2)
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.count("seed", self.seed)
+
+    def score(self, inputs: LayerInputs, /) -> Array:
+        """Draw a number in [0, 1) for every token."""
+        xp, num_tokens = inputs.xp, inputs.num_tokens
+        draws = []
+        for head in range(inputs.keys.shape[1]):
+            # The standard has no random numbers; Python's are the same everywhere, and 24 bits are exact in float32.
+            stream = random.Random(f"{self.seed}/{inputs.layer}/{head}")
+            draws.append([stream.getrandbits(24) / 2**24 for _ in range(num_tokens)])
+        table = xp.asarray(draws, dtype=inputs.keys.dtype, device=inputs.keys.device)
+        table = xp.broadcast_to(table, inputs.valid.shape)
+        rank = attention.token_rank(inputs.valid, xp=xp)
+        return xp.take_along_axis(table, xp.where(rank < 0, xp.zeros_like(rank), rank), axis=-1)

@@ -1,0 +1,1 @@
+"""How an array library does what the standard lacks: one small file per library, each with one ``BACKEND`` value."""

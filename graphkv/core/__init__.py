@@ -1,0 +1,50 @@
+"""The specification: three steps over tokens, written once in the array API standard.
+
+``build_graph`` links the most important tokens to those that resemble them, ``propagate`` lowers those, ``select``
+fills the budget. Nothing here names an array library; a call learns its namespace from the `Backend` of its arrays.
+
+One letter per axis, with the same length everywhere:
+
+======  =====================================================================
+axis    meaning
+======  =====================================================================
+...     leading axes: batch, then KV heads; every row is independent
+N       tokens in the cache
+D       head size
+K       source tokens per row
+M       neighbors per source
+Q       queries
+B       budget: tokens kept per row
+======  =====================================================================
+
+Order, everywhere: higher score first; equal scores by lower token index; NaN after every number; -0.0 equals 0.0.
+Arithmetic is float32 or wider, inputs are never written to, and values are never read on the host.
+"""
+
+from .backend import Backend
+from .errors import ArgumentError, ArgumentTypeError, BackendError, BackendUnavailableError, GraphKVError
+from .eviction import Eviction, evict
+from .graph import build_graph
+from .policy import Assessment, GraphKV, LayerInputs, Policy
+from .propagation import propagate
+from .selection import select
+from .types import Graph
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "Assessment",
+    "Backend",
+    "BackendError",
+    "BackendUnavailableError",
+    "Eviction",
+    "Graph",
+    "GraphKV",
+    "GraphKVError",
+    "LayerInputs",
+    "Policy",
+    "build_graph",
+    "evict",
+    "propagate",
+    "select",
+]

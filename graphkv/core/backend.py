@@ -1,0 +1,143 @@
+"""What graphkv needs from an array library, and how a call finds it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from .errors import BackendError, BackendUnavailableError
+
+__all__ = ["Backend", "library_of", "resolve"]
+
+# Names, not modules: importing graphkv must not import an array library.
+BUILT_IN = {
+    "numpy": "graphkv.backends.numpy",
+    "torch": "graphkv.backends.torch",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """An array library, as graphkv sees it.
+
+    Only the first three fields are required. A field left as None means that the portable form in `graphkv.core` is
+    used, which needs nothing but the array API standard (2024.12 or later).
+
+    Parameters
+    ----------
+    name : str
+        How people ask for it: ``backend="torch"``.
+    xp : namespace
+        An array API namespace.
+    to_numpy : callable
+        Turns an array into a `numpy.ndarray`.
+    library : str, optional
+        Root module of the array type. Default: `name`.
+    top_k : callable, optional
+        ``top_k(scores, k, tiers=None, *, xp)``, see `graphkv.core.primitives.top_k`.
+    segment_product : callable, optional
+        ``segment_product(values, index, num_segments, *, xp)``, see `graphkv.core.primitives.segment_product`.
+    segment_sum : callable, optional
+        As `segment_product`, with sums.
+    build_graph, propagate, select : callable, optional
+        Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
+        `_propagate`, `_select`) and must give the same result.
+    """
+
+    name: str
+    xp: Any
+    to_numpy: Callable[[Any], Any]
+    library: str = ""
+    top_k: Callable[..., Any] | None = None
+    segment_product: Callable[..., Any] | None = None
+    segment_sum: Callable[..., Any] | None = None
+    build_graph: Callable[..., Any] | None = None
+    propagate: Callable[..., Any] | None = None
+    select: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.library:
+            object.__setattr__(self, "library", self.name)
+
+
+def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
+    """Give the backend of a call: the one that is asked for, else the one of the arrays.
+
+    Parameters
+    ----------
+    backend : Backend, str or None
+        A value is taken as it is, a name is looked up, None is inferred from the arrays.
+    **arrays : array or None
+        The call's array arguments by name. None is passed over.
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    BackendError
+        If an argument is not an array of a known library, if libraries are mixed, or if the name is not known.
+    BackendUnavailableError
+        If the backend's library is not installed.
+    """
+    libraries = {name: library_of(array) for name, array in arrays.items() if array is not None}
+    if isinstance(backend, Backend):
+        found = backend
+    elif backend is None:
+        library = _only(libraries)
+        if library not in BUILT_IN:
+            raise BackendError(
+                f"backend must be given for arrays of {library!r}; it is inferred only for {sorted(BUILT_IN)}"
+            )
+        found = load(library)
+    elif isinstance(backend, str):
+        found = load(backend)
+    else:
+        raise BackendError(f"backend must be a Backend, a name or None; got {type(backend).__name__}")
+    for name, library in libraries.items():
+        if library != found.library:
+            _only(libraries)
+            raise BackendError(
+                f"{name} must be an array of {found.library!r} for backend {found.name!r}; got {library!r}"
+            )
+    return found
+
+
+@cache
+def load(name: str) -> Backend:
+    """Import the built-in backend of that name."""
+    if name not in BUILT_IN:
+        raise BackendError(f"backend must be one of {sorted(BUILT_IN)} or a Backend; got {name!r}")
+    try:
+        backend: Backend = importlib.import_module(BUILT_IN[name]).BACKEND
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"backend {name!r} needs {name}: pip install 'graphkv[{name}]' ({error})"
+        ) from error
+    return backend
+
+
+def library_of(array: Any) -> str:
+    """Name the library of an array: the root module of its type, or of the first known ancestor."""
+    kind = type(array)
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        return kind.__module__.partition(".")[0] if kind.__module__ != "builtins" else f"builtins.{kind.__name__}"
+    roots = [ancestor.__module__.partition(".")[0] for ancestor in kind.__mro__]
+    return next((root for root in roots if root in BUILT_IN), roots[0])
+
+
+def _only(libraries: dict[str, str]) -> str:
+    """Give the one library of all arguments, or say which argument brings which."""
+    for name, library in libraries.items():
+        if library.startswith("builtins."):
+            raise BackendError(f"{name} must be an array; got {library.removeprefix('builtins.')}")
+    if len(set(libraries.values())) != 1:
+        raise BackendError(
+            "arrays must come from one library; got "
+            + ", ".join(f"{name}: {library!r}" for name, library in libraries.items())
+        )
+    return next(iter(libraries.values()))

@@ -1,0 +1,154 @@
+"""Every check of an argument. Shapes, dtypes and options only: array values are never read on the host."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from math import isnan
+from numbers import Real
+from typing import Any
+
+from .backend import Backend, library_of
+from .errors import ArgumentError, ArgumentTypeError, BackendError
+
+__all__ = [
+    "choice",
+    "count",
+    "flag",
+    "fraction",
+    "graph_fields",
+    "grouped_rows",
+    "integers",
+    "mask",
+    "numeric",
+    "ratio_or_count",
+    "same_leading",
+    "single_round",
+]
+
+
+def count(name: str, value: Any, /, *, minimum: int = 0) -> int:
+    """An integer of at least `minimum`; a bool is none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(f"{name} must be an integer; got {_show(value)}") from None
+    if number < minimum:
+        raise ArgumentError(f"{name} must be at least {minimum}; got {number}")
+    return number
+
+
+def fraction(name: str, value: Any, /) -> float:
+    """A real number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a real number in [0, 1]; got {_show(value)}")
+    number = float(value)
+    if isnan(number) or not 0 <= number <= 1:
+        raise ArgumentError(f"{name} must lie in [0, 1]; got {number}")
+    return number
+
+
+def ratio_or_count(name: str, value: Any, /, *, zero: bool = True) -> int | float:
+    """A count as an integer, or a share of something as a float up to 1."""
+    if isinstance(value, Real) and not isinstance(value, bool) and not hasattr(value, "__index__"):
+        number = fraction(name, value)
+        if number == 0 and not zero:
+            raise ArgumentError(f"{name} as a share must lie in (0, 1]; got {number}")
+        return number
+    try:
+        return count(name, value)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{name} must be an integer or a float share; got {_show(value)}") from None
+
+
+def choice(name: str, value: Any, allowed: Collection[str], /) -> str:
+    """One of some words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ArgumentError(f"{name} must be one of {sorted(allowed)}; got {_show(value)}")
+    return value
+
+
+def flag(name: str, value: Any, /) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False; got {_show(value)}")
+    return value
+
+
+def single_round(accumulation: str, rounds: int, /) -> None:
+    """The sum accumulation is for one round: iterated, it flips signs."""
+    if accumulation == "sum" and rounds != 1:
+        raise ArgumentError(f"rounds must be 1 with accumulation 'sum'; got {rounds}")
+
+
+def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, backend: Backend) -> tuple[int, ...]:
+    """A real array with the axes that `axes` describes, like ``(..., N, D)``. Gives the shape."""
+    xp = backend.xp
+    # torch counts half precision as real floating; the standard knows float32 and float64 only.
+    if not xp.isdtype(array.dtype, ("real floating", "integral")):
+        raise ArgumentTypeError(f"{name} must be real; got dtype {array.dtype}")
+    shape = tuple(array.shape)
+    least = axes.count(",") + (0 if "..." in axes else 1)
+    if len(shape) < least or (ndim is not None and len(shape) != ndim):
+        raise ArgumentError(f"{name} must have shape {axes}; got {shape}")
+    return shape
+
+
+def integers(name: str, array: Any, /, *, backend: Backend) -> None:
+    """An array of integers."""
+    if not backend.xp.isdtype(array.dtype, "integral"):
+        raise ArgumentTypeError(f"{name} must be an array of integers; got dtype {array.dtype}")
+
+
+def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: Backend) -> None:
+    """A bool array of that shape."""
+    if not backend.xp.isdtype(array.dtype, "bool"):
+        raise ArgumentTypeError(f"{name} must be bool; got dtype {array.dtype}")
+    if tuple(array.shape) != shape:
+        raise ArgumentError(f"{name} must have the shape {shape} of {of}; got {tuple(array.shape)}")
+
+
+def same_leading(name: str, shape: tuple[int, ...], expected: tuple[int, ...], of: str, /) -> None:
+    """Equal shapes."""
+    if shape != expected:
+        raise ArgumentError(f"{name} must have shape {expected} like {of}; got {shape}")
+
+
+def grouped_rows(
+    name: str, shape: tuple[int, ...], axes: str, batch: int, kv_heads: int, num_tokens: int, last: int, /
+) -> None:
+    """Rows of query heads that share out evenly over the KV heads, for at most N last positions."""
+    _, query_heads, num_queries, _ = shape
+    if shape[0] != batch or shape[-1] != last:
+        raise ArgumentError(f"{name} must have shape {axes} = ({batch}, query_heads, Q, {last}) like keys; got {shape}")
+    if kv_heads == 0 or query_heads == 0 or query_heads % kv_heads:
+        raise ArgumentError(f"{name} must have a multiple of the {kv_heads} KV heads of keys; got {query_heads} heads")
+    if num_queries > num_tokens:
+        raise ArgumentError(f"{name} must cover at most the N={num_tokens} positions of keys; got {num_queries}")
+
+
+def graph_fields(graph: Any, /) -> None:
+    """The fields of a Graph."""
+    count("num_tokens", graph.num_tokens)
+    arrays = {name: getattr(graph, name) for name in ("sources", "neighbors", "weights")}
+    libraries = {name: library_of(array) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            raise BackendError(f"{name} must be an array; got {type(array).__name__}")
+    if len(set(libraries.values())) != 1:
+        raise BackendError(f"arrays of a Graph must come from one library; got {libraries}")
+    sources, neighbors, weights = (tuple(array.shape) for array in arrays.values())
+    if len(sources) < 1:
+        raise ArgumentError(f"sources must have shape (..., K); got {sources}")
+    if len(neighbors) != len(sources) + 1 or neighbors[:-1] != sources:
+        raise ArgumentError(f"neighbors must have shape (..., K, M) with sources of shape {sources}; got {neighbors}")
+    same_leading("weights", weights, neighbors, "neighbors")
+
+
+def _show(value: Any) -> str:
+    """A short name of a value: numbers and words themselves, of anything else the type."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return type(value).__name__

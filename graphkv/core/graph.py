@@ -1,0 +1,170 @@
+"""Step 1: link the most important tokens to the tokens whose keys resemble theirs."""
+
+from __future__ import annotations
+
+from . import checks, primitives
+from .backend import Backend, resolve
+from .types import Array, Graph, Namespace
+
+__all__ = ["build_graph", "clip_weights"]
+
+# Similarities are computed for this many tokens at a time unless the caller says otherwise.
+CHUNK_SIZE = 4096
+
+
+def build_graph(
+    keys: Array,
+    importance: Array,
+    /,
+    *,
+    num_sources: int,
+    num_neighbors: int,
+    valid: Array | None = None,
+    chunk_size: int | None = None,
+    backend: Backend | str | None = None,
+) -> Graph:
+    r"""Link the most important tokens to the tokens whose keys are most similar.
+
+    The sources are the K valid tokens of highest importance. The weight of the edge from source :math:`i` to token
+    :math:`j` is
+
+    .. math:: w_{ij} = \min(1, \max(0, \cos(k_i, k_j))),
+
+    and the neighbors of a source are its M tokens of highest weight among the valid tokens that are not sources.
+    Equal values: the lower token index first. NaN importance ranks below every number.
+
+    Parameters
+    ----------
+    keys : array, shape (..., N, D)
+        Cached keys. A key whose length is zero, infinite or NaN in the arithmetic of the call has weight 0
+        to all.
+    importance : array, shape (..., N)
+        Score per token, higher = more important.
+    num_sources : int
+        K. Clipped to N.
+    num_neighbors : int
+        M. Clipped to N - K.
+    valid : array, shape (..., N), bool, optional
+        False for padding. Default: all True.
+    chunk_size : int, optional
+        At most K x `chunk_size` similarities exist per row at a time. The result does not depend on it. Default: 4096.
+    backend : Backend or str, optional
+        Default: inferred from the arrays.
+
+    Returns
+    -------
+    Graph
+        On the device of `keys`, weights in float32 or wider. A row with fewer valid tokens than K, or fewer eligible
+        tokens than M, is filled up with edges of weight 0.
+
+    Raises
+    ------
+    ArgumentError
+        If shapes disagree or a count is negative.
+    ArgumentTypeError
+        If a count is not an integer, an array is not real or `valid` is not bool.
+    BackendError
+        If an argument is not an array of the backend's library.
+
+    Notes
+    -----
+    Sources never decay each other: the method figure of the paper draws edges from sources to other tokens only, while
+    its formula lets :math:`j` run over all tokens. Negative similarities are no edges. Both are our reading.
+
+    References
+    ----------
+    .. [1] Li, Jin, Zhang, "GraphKV", arXiv:2509.00388, section on graph construction.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import build_graph
+    >>> keys = np.asarray([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+    >>> graph = build_graph(keys, np.asarray([9.0, 1.0, 2.0]), num_sources=1, num_neighbors=1)
+    >>> graph.sources, graph.neighbors, graph.weights
+    (array([0]), array([[2]]), array([[0.6]]))
+    """
+    backend = resolve(backend, keys=keys, importance=importance, valid=valid)
+    *leading, num_tokens, _ = checks.numeric("keys", keys, "(..., N, D)", backend=backend)
+    shape = (*leading, num_tokens)
+    checks.same_leading(
+        "importance", checks.numeric("importance", importance, "(..., N)", backend=backend), shape, "keys"
+    )
+    if valid is not None:
+        checks.mask("valid", valid, shape, "importance", backend=backend)
+    num_sources = min(checks.count("num_sources", num_sources), num_tokens)
+    num_neighbors = min(checks.count("num_neighbors", num_neighbors), num_tokens - num_sources)
+    chunk_size = CHUNK_SIZE if chunk_size is None else checks.count("chunk_size", chunk_size, minimum=1)
+    xp = backend.xp
+    if valid is None:
+        valid = xp.ones(shape, dtype=xp.bool, device=keys.device)
+    step = backend.build_graph or _build_graph
+    graph: Graph = step(
+        primitives.widen(keys, xp=xp),
+        primitives.widen(importance, xp=xp),
+        valid,
+        num_sources=num_sources,
+        num_neighbors=num_neighbors,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return graph
+
+
+def _build_graph(
+    keys: Array,
+    importance: Array,
+    valid: Array,
+    /,
+    *,
+    num_sources: int,
+    num_neighbors: int,
+    chunk_size: int,
+    backend: Backend,
+) -> Graph:
+    """The specification of `build_graph`: arguments checked, widened and clipped."""
+    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    num_tokens, device = keys.shape[-2], keys.device
+
+    sources = xp.sort(top_k(importance, num_sources, ~valid, xp=xp), axis=-1)
+    directions = _normalise(keys, xp=xp)
+    source_directions = primitives.take_rows(directions, sources, xp=xp)
+    is_valid_source = xp.take_along_axis(valid, sources, axis=-1)[..., None]
+
+    # The best M neighbors so far; every chunk competes with them.
+    neighbors = xp.zeros((*sources.shape, 0), dtype=sources.dtype, device=device)
+    weights = xp.zeros(neighbors.shape, dtype=keys.dtype, device=device)
+    excluded = xp.zeros(neighbors.shape, dtype=xp.bool, device=device)
+    for start in range(0, num_tokens, chunk_size):
+        stop = min(start + chunk_size, num_tokens)
+        tokens = xp.arange(start, stop, dtype=sources.dtype, device=device)
+        is_source = xp.any(sources[..., None] == tokens, axis=-2)
+        may_be_neighbor = (valid[..., start:stop] & ~is_source)[..., None, :]
+
+        similarity = source_directions @ xp.matrix_transpose(directions[..., start:stop, :])
+        edge = clip_weights(similarity, xp=xp)
+        edge = xp.where(may_be_neighbor & is_valid_source, edge, xp.zeros_like(edge))
+
+        # Earlier chunks stand first, so a stable ranking keeps the lower token index among equals.
+        neighbors = xp.concat([neighbors, xp.broadcast_to(tokens, edge.shape)], axis=-1)
+        weights = xp.concat([weights, edge], axis=-1)
+        excluded = xp.concat([excluded, xp.broadcast_to(~may_be_neighbor, edge.shape)], axis=-1)
+        best = top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, xp=xp)
+        neighbors = xp.take_along_axis(neighbors, best, axis=-1)
+        weights = xp.take_along_axis(weights, best, axis=-1)
+        excluded = xp.take_along_axis(excluded, best, axis=-1)
+    return Graph(sources=sources, neighbors=neighbors, weights=weights, num_tokens=num_tokens)
+
+
+def clip_weights(similarity: Array, /, *, xp: Namespace) -> Array:
+    """Clip cosines to edge weights in [0, 1]; NaN is no edge."""
+    zero, one = xp.zeros_like(similarity), xp.ones_like(similarity)
+    return xp.where(similarity > 0, xp.minimum(similarity, one), zero)
+
+
+def _normalise(keys: Array, /, *, xp: Namespace) -> Array:
+    """Scale every key to length one; a key without a direction becomes zero."""
+    length = xp.sqrt(xp.sum(keys * keys, axis=-1, keepdims=True))
+    usable = (length > 0) & xp.isfinite(length)
+    safe = xp.where(usable, length, xp.ones_like(length))
+    return xp.where(usable, keys / safe, xp.zeros_like(keys))

@@ -1,0 +1,121 @@
+"""What the array API standard lacks, written in the standard.
+
+A backend may bring a faster form of each; the result must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .types import Array, Namespace
+
+__all__ = ["segment_product", "segment_sum", "take_rows", "top_k", "widen"]
+
+
+def widen(x: Array, /, *, xp: Namespace) -> Array:
+    """Give float32 and float64 as they are, everything else (half precision, integers) as float32."""
+    return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
+    """Rank along the last axis and give the first k indices, best first.
+
+    The order is total, so every library gives the same indices: lower tier first; then higher score; then lower index.
+    NaN comes after every number of its tier, and -0.0 equals 0.0.
+
+    Parameters
+    ----------
+    scores : array, shape (..., N), float32 or float64
+    k : int
+        At most N.
+    tiers : array, shape (..., N), integer, optional
+        0, 1, 2 or 3. Default: all in one tier.
+
+    Returns
+    -------
+    array, shape (..., k), int64
+    """
+    is_nan = xp.isnan(scores)
+    # A NaN would sort first on some libraries and last on others.
+    order = xp.argsort(xp.where(is_nan, xp.zeros_like(scores), scores), axis=-1, descending=True, stable=True)
+    tier = xp.astype(is_nan, xp.int32)
+    if tiers is not None:
+        tier = tier + 2 * xp.astype(tiers, xp.int32)
+    by_tier = xp.argsort(xp.take_along_axis(tier, order, axis=-1), axis=-1, stable=True)
+    return xp.take_along_axis(order, by_tier, axis=-1)[..., :k]
+
+
+def take_rows(x: Array, indices: Array, /, *, xp: Namespace) -> Array:
+    """Gather ``x[..., indices, :]`` row by row of the leading axes.
+
+    Parameters
+    ----------
+    x : array, shape (..., N, *rest)
+    indices : array, shape (..., B), integer
+        Leading axes as those of `x`.
+
+    Returns
+    -------
+    array, shape (..., B, *rest)
+    """
+    axis = indices.ndim - 1
+    rest = tuple(x.shape[axis + 1 :])
+    index = xp.reshape(indices, (*indices.shape, *(1 for _ in rest)))
+    return xp.take_along_axis(x, xp.broadcast_to(index, (*indices.shape, *rest)), axis=axis)
+
+
+def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+    """Multiply, row by row of the leading axes, the values that share an index; 1 where there are none.
+
+    Parameters
+    ----------
+    values : array, shape (..., E)
+    index : array, shape (..., E), integer in [0, num_segments)
+    num_segments : int
+
+    Returns
+    -------
+    array, shape (..., num_segments)
+        Entry t is the product of the values[..., e] with index[..., e] == t.
+    """
+    return _segment_reduce(values, index, num_segments, xp.multiply, 1, xp=xp)
+
+
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+    """Add, row by row of the leading axes, the values that share an index; 0 where there are none."""
+    return _segment_reduce(values, index, num_segments, xp.add, 0, xp=xp)
+
+
+def _segment_reduce(
+    values: Array, index: Array, num_segments: int, combine: Callable[..., Array], identity: int, /, *, xp: Namespace
+) -> Array:
+    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds it all."""
+    *leading, num_values = values.shape
+    num_rows = 1
+    for size in leading:
+        num_rows *= size
+    device = values.device
+    if num_rows * num_values * num_segments == 0:
+        return xp.full((*leading, num_segments), identity, dtype=values.dtype, device=device)
+    # One flat problem: row r owns the segments r * num_segments ...
+    index = xp.astype(xp.reshape(index, (num_rows, num_values)), xp.int64)
+    first = xp.reshape(xp.arange(num_rows, dtype=xp.int64, device=device) * num_segments, (num_rows, 1))
+    flat = xp.reshape(index + first, (-1,))
+    order = xp.argsort(flat, stable=True)
+    segment = xp.take(flat, order)
+    result = xp.take(xp.reshape(values, (-1,)), order)
+    position = xp.arange(segment.shape[0], dtype=xp.int64, device=device)
+    neutral = xp.full(result.shape, identity, dtype=result.dtype, device=device)
+    step = 1
+    # A segment has at most one value per slot of its own row, so no run is longer than num_values.
+    while step < num_values:
+        back = xp.where(position >= step, position - step, xp.zeros_like(position))
+        same = (position >= step) & (xp.take(segment, back) == segment)
+        result = combine(result, xp.where(same, xp.take(result, back), neutral))
+        step *= 2
+    wanted = xp.arange(num_rows * num_segments, dtype=xp.int64, device=device)
+    last = xp.searchsorted(segment, wanted, side="right") - 1
+    found = xp.where(last >= 0, last, xp.zeros_like(last))
+    present = (last >= 0) & (xp.take(segment, found) == wanted)
+    nothing = xp.full(wanted.shape, identity, dtype=result.dtype, device=device)
+    return xp.reshape(xp.where(present, xp.take(result, found), nothing), (*leading, num_segments))

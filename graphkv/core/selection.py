@@ -1,0 +1,84 @@
+"""Step 3: fill the budget from the scores."""
+
+from __future__ import annotations
+
+from . import checks, primitives
+from .backend import Backend, resolve
+from .types import Array
+
+__all__ = ["select"]
+
+
+def select(
+    scores: Array,
+    budget: int,
+    /,
+    *,
+    protected: Array | None = None,
+    valid: Array | None = None,
+    backend: Backend | str | None = None,
+) -> Array:
+    """Choose which tokens stay: exactly `budget` per row.
+
+    Protected valid tokens come first, then other valid tokens, then invalid ones. Within each group the higher score
+    comes first, equal scores by lower token index, NaN last.
+
+    Parameters
+    ----------
+    scores : array, shape (..., N)
+        Higher = keep. Half precision and integers are widened to float32.
+    budget : int
+        B, tokens to keep per row. More than N keeps all N.
+    protected : array, shape (..., N), bool, optional
+        Tokens to keep before all others. Default: none.
+    valid : array, shape (..., N), bool, optional
+        False for padding. Default: all True.
+    backend : Backend or str, optional
+        Default: inferred from the arrays.
+
+    Returns
+    -------
+    array, shape (..., min(budget, N)), int64
+        Positions of the kept tokens, ascending, without duplicates.
+
+    Raises
+    ------
+    ArgumentError
+        If shapes disagree or `budget` is negative.
+    ArgumentTypeError
+        If `budget` is not an integer, `scores` not real or a mask not bool.
+    BackendError
+        If the arrays are not all of the backend's library.
+
+    References
+    ----------
+    .. [1] Li, Jin, Zhang, "GraphKV", arXiv:2509.00388, section on selection under the budget.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import select
+    >>> select(np.asarray([0.5, 2.0, 2.0, 1.0]), 2, protected=np.asarray([True, False, False, False]))
+    array([0, 1])
+    """
+    backend = resolve(backend, scores=scores, protected=protected, valid=valid)
+    shape = checks.numeric("scores", scores, "(..., N)", backend=backend)
+    budget = min(checks.count("budget", budget), shape[-1])
+    xp = backend.xp
+    if protected is not None:
+        checks.mask("protected", protected, shape, "scores", backend=backend)
+    if valid is not None:
+        checks.mask("valid", valid, shape, "scores", backend=backend)
+    step = backend.select or _select
+    return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
+
+
+def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
+    """The specification of `select`: arguments checked and widened."""
+    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    tiers = xp.ones(scores.shape, dtype=xp.int32, device=scores.device)
+    if protected is not None:
+        tiers = xp.where(protected, xp.zeros_like(tiers), tiers)
+    if valid is not None:
+        tiers = xp.where(valid, tiers, xp.full_like(tiers, 2))
+    return xp.sort(top_k(scores, budget, tiers, xp=xp), axis=-1)

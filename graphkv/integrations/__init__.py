@@ -1,0 +1,1 @@
+"""Where the policies are plugged in: one file per model library."""
