@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from .core import ArgumentError, GraphKVError
 
 __all__ = ["app", "parse_budget", "run"]
+
+INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -87,13 +88,22 @@ def parse_budget(text: str) -> int | float:
 def run(arguments: list[str]) -> int:
     """Run a command and give its exit code."""
     try:
-        app(arguments, prog_name="graphkv", standalone_mode=False)
-    except (GraphKVError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        # A library's message may have several lines; the first says what is wrong.
-        print("graphkv: " + " ".join(message.split()), file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+        # Outside standalone mode Typer gives the exit code of --help and of Ctrl-C instead of exiting.
+        code = app(arguments, prog_name="graphkv", standalone_mode=False) or 0
+    except GraphKVError as error:
+        return _refuse(str(error))
+    except typer.Abort:
+        code = INTERRUPTED
+    except Exception as error:
+        # The base class of wrong options moved between Typer's releases; all of them can format their message.
+        if not hasattr(error, "format_message"):
+            raise
+        return _refuse(error.format_message())
+    if code == INTERRUPTED:
         print("graphkv: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return int(code)
+
+
+def _refuse(message: str) -> int:
+    print("graphkv: " + " ".join(message.split()), file=sys.stderr)
+    return 2

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from graphkv import (
     ArgumentError,
@@ -264,13 +265,11 @@ def test_evict_refuses_bad_input(backend, change, error, message):
 
 
 def test_mixed_libraries_are_named():
-    import torch
-
     with pytest.raises(BackendError, match="keys: 'numpy', queries: 'torch'"):
         evict(SNAPKV, KEYS, queries=torch.as_tensor(QUERIES))
     with pytest.raises(BackendError, match="keys must be an array of 'torch' for backend 'torch'; got 'numpy'"):
         evict(SNAPKV, KEYS, queries=QUERIES, backend="torch")
     with pytest.raises(BackendError, match="keys must be an array; got list"):
         evict(SNAPKV, KEYS.tolist())
-    with pytest.raises(BackendError, match="backend must be one of .* got 'tensorflow'"):
+    with pytest.raises(BackendError, match=r"backend must be one of .* got 'tensorflow'"):
         evict(SNAPKV, KEYS, backend="tensorflow")
