@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from graphkv.__main__ import main
 from graphkv.cli import parse_budget
-from graphkv.core import ArgumentError, backend
+from graphkv.core import ArgumentError
+from graphkv.core import backend as core_backend
 from graphkv.demo import model as demo_model
 from tests.integrations.tiny import tiny_llama
 
@@ -247,7 +248,7 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_a_backend_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(backend.BUILT_IN, "absent", "graphkv.backends.absent")
+    monkeypatch.setitem(core_backend.BUILT_IN, "absent", "graphkv.backends.absent")
 
     assert "needs absent: pip install 'graphkv[absent]'" in refused(capsys, tmp_path / "out", "--backend", "absent")
 
