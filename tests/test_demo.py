@@ -148,14 +148,14 @@ def refused(capsys, out, *arguments):
         (["--speed", "9"], "No such option"),
         (["--model", "no/such/place"], "--model must be a directory or a hub id"),
         (["--model", "./nowhere"], "--model must be a directory or a hub id"),
-        (["--answer", "42", "--model", "TINY"], "--answer must come with --question"),
-        (["--text", "missing.txt", "--model", "TINY"], "missing.txt cannot be read: No such file or directory"),
+        (["--question", " "], "--question must not be empty"),
+        (["--question", "Who?", "--answer", ""], "--answer must not be empty"),
+        (["--answer", "42"], "--answer must come with --question"),
+        (["--text", "missing.txt"], "missing.txt cannot be read: No such file or directory"),
     ],
 )
-def test_bad_options_are_one_line(tiny, tmp_path, capsys, monkeypatch, arguments, message):
+def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    arguments = [str(tiny) if argument == "TINY" else argument for argument in arguments]
-
     assert message in refused(capsys, tmp_path / "out", *arguments)
 
 

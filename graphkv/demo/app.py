@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,17 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..adapters import Random, SnapKV, StreamingLLM
-from ..core.backend import load
+from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
 from ..core.policy import GraphKV, Policy
 from ..core.selection import select
 from ..integrations.transformers import EvictingCache, observing
 from .model import DEFAULT_MODEL, load_model
 from .picture import draw
-from .prompt import Prompt, make_prompt
+from .prompt import Prompt, make_prompt, read_paragraphs
 from .result import Result
 
-__all__ = ["main", "make_policy"]
+__all__ = ["Reader", "main", "make_policy"]
 
 DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv")
 BASES: dict[str, Callable[[int | float, int], Policy]] = {
@@ -70,8 +70,14 @@ def main(
     # Everything that can be refused is refused before the first slow step.
     chosen = {name: make_policy(name, budget, seed) for name in dict.fromkeys(policies or DEFAULT_POLICIES)}
     decider = load(backend)
+    for name, value in (("--question", question), ("--answer", answer)):
+        if value is not None and not value.strip():
+            raise ArgumentError(f"{name} must not be empty")
+    if answer is not None and question is None:
+        raise ArgumentError("--answer must come with --question")
     if output.exists() and not output.is_dir():
         raise ArgumentError(f"--output must be a folder; {output} is a file")
+    document = None if text is None else read_paragraphs(text)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -85,19 +91,16 @@ def main(
 
         language_model, tokenizer = load_model(model, say)
         room = int(language_model.config.max_position_embeddings) - max_new_tokens
-        prompt = make_prompt(tokenizer, text, question, answer, room)
+        prompt = make_prompt(tokenizer, document, question, answer, room)
+        reader = Reader(model=language_model, tokenizer=tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
         with observing(language_model), torch.inference_mode():
             say(f"Reading {prompt.token_ids.shape[1]} tokens")
-            cache, prefill_seconds = _prefill(language_model, prompt, list(chosen.values()))
-            expected = prompt.expected or _answer(language_model, tokenizer, prompt, cache.copy(), max_new_tokens)[0]
+            cache, prefill_seconds = reader.prefill([policy for policy in chosen.values() if policy is not None])
+            expected = prompt.expected or reader.answer(cache.copy())[0]
             results = []
             for name, policy in chosen.items():
                 say(f"Answering with {name}")
-                results.append(
-                    _try_policy(
-                        name, policy, language_model, tokenizer, prompt, cache, expected, decider, max_new_tokens
-                    )
-                )
+                results.append(_try_policy(name, policy, reader, cache, expected, decider))
         say("Drawing")
         report = {
             "model": model or DEFAULT_MODEL,
@@ -121,80 +124,84 @@ def main(
             _replace(output / "kept.png", lambda path: draw(path, results, prompt))
         except OSError as error:
             raise ArgumentError(f"--output {output} cannot be written: {error.strerror or error}") from error
-    console.print(_table(results, prompt, report))
-    console.print(f"Expected: {expected}", highlight=False)
-    console.print(f"Report:   {output / 'report.json'}", highlight=False, soft_wrap=True)
-    console.print(f"Picture:  {output / 'kept.png'}", highlight=False, soft_wrap=True)
+    console.print(_table(results, report))
+    console.print(f"Expected: {expected}", highlight=False, markup=False)
+    console.print(f"Report:   {output / 'report.json'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Picture:  {output / 'kept.png'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _prefill(model: Any, prompt: Prompt, policies: list[Policy | None]) -> tuple[EvictingCache, float]:
-    """Read all of the prompt but its last token, so that every token of the answer comes from the evicted cache."""
-    cached = prompt.token_ids[:, :-1]
-    wanted = max((policy.num_queries(cached.shape[1]) for policy in policies if policy is not None), default=0)
-    cache = EvictingCache(num_queries=wanted)
-    start = time.perf_counter()
-    model(cached, past_key_values=cache, logits_to_keep=1)
-    return cache, time.perf_counter() - start
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A model with its prompt: reads it once, and answers from whatever is left of the cache."""
+
+    model: Any
+    tokenizer: Any
+    prompt: Prompt
+    max_new_tokens: int
+
+    def prefill(self, policies: list[Policy]) -> tuple[EvictingCache, float]:
+        """Read all of the prompt but its last token, so that every token of the answer comes from the evicted cache.
+
+        Gives the cache, with the queries that the policies will ask for, and the seconds that it took.
+        """
+        cached = self.prompt.token_ids[:, :-1]
+        cache = EvictingCache(num_queries=max((policy.num_queries(cached.shape[1]) for policy in policies), default=0))
+        start = time.perf_counter()
+        self.model(cached, past_key_values=cache, logits_to_keep=1)
+        return cache, time.perf_counter() - start
+
+    def answer(self, cache: EvictingCache) -> tuple[str, float]:
+        """Generate greedily from the cache; give the answer and the tokens per second."""
+        ids = self.prompt.token_ids
+        start = time.perf_counter()
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+        )
+        seconds = time.perf_counter() - start
+        new = out[0, ids.shape[1] :]
+        return self.tokenizer.decode(new, skip_special_tokens=True).strip(), new.shape[0] / seconds
+
+    def nll(self, cache: EvictingCache, expected: str) -> float | None:
+        """Give the mean negative log-likelihood per token of the expected answer, in nats; None of an empty one."""
+        ids = self.tokenizer(expected, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if ids.shape[1] == 0:
+            return None
+        inputs = torch.cat([self.prompt.token_ids[:, -1:], ids[:, :-1]], dim=1)
+        logits = self.model(inputs, past_key_values=cache).logits
+        return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0]))
 
 
 def _try_policy(
-    name: str,
-    policy: Policy | None,
-    model: Any,
-    tokenizer: Any,
-    prompt: Prompt,
-    full: EvictingCache,
-    expected: str,
-    backend: Any,
-    max_new_tokens: int,
+    name: str, policy: Policy | None, reader: Reader, full: EvictingCache, expected: str, decider: Backend
 ) -> Result:
+    """Evict a copy of the full cache and answer from it."""
     cache = full.copy()
     start = time.perf_counter()
     if policy is not None:
-        cache.evict(policy, backend=backend)
+        cache.evict(policy, backend=decider)
     eviction_seconds = time.perf_counter() - start
-    stored = [layer.num_stored for layer in cache.layers]
-    nbytes = cache.nbytes
+    stored, nbytes = [layer.num_stored for layer in cache.layers], cache.nbytes
     kept, suppressed = _fates(cache)
-    nll = _nll(model, tokenizer, prompt, cache.copy(), expected)
-    answer, speed = _answer(model, tokenizer, prompt, cache, max_new_tokens)
+    nll = reader.nll(cache.copy(), expected)
+    answer, speed = reader.answer(cache)
+    wanted = reader.prompt.must_contain
     return Result(
         policy=name,
         tokens_kept_per_layer=stored,
         kv_bytes_before=full.nbytes,
         kv_bytes_after=nbytes,
         answer=answer,
-        answer_is_correct=None if prompt.must_contain is None else prompt.must_contain in answer,
+        answer_is_correct=None if wanted is None else wanted in answer,
         expected_answer_nll=nll,
         decode_tokens_per_second=speed,
         eviction_seconds=eviction_seconds,
         kept=kept,
         suppressed=suppressed,
     )
-
-
-def _answer(model: Any, tokenizer: Any, prompt: Prompt, cache: EvictingCache, max_new_tokens: int) -> tuple[str, float]:
-    """Generate greedily from the cache; give the answer and the tokens per second."""
-    start = time.perf_counter()
-    out = model.generate(
-        prompt.token_ids,
-        attention_mask=torch.ones_like(prompt.token_ids),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
-    seconds = time.perf_counter() - start
-    new = out[0, prompt.token_ids.shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True).strip(), new.shape[0] / seconds
-
-
-def _nll(model: Any, tokenizer: Any, prompt: Prompt, cache: EvictingCache, expected: str) -> float:
-    """Give the mean negative log-likelihood per token of the expected answer, in nats."""
-    ids = tokenizer(expected, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    if ids.shape[1] == 0:
-        return math.nan
-    logits = model(torch.cat([prompt.token_ids[:, -1:], ids[:, :-1]], dim=1), past_key_values=cache).logits
-    return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0]))
 
 
 def _fates(cache: EvictingCache) -> tuple[Any, Any]:
@@ -221,7 +228,7 @@ def _host(decision: Any, indices: Any) -> torch.Tensor:
     return torch.as_tensor(decision.backend.to_numpy(indices))[0]
 
 
-def _table(results: list[Result], prompt: Prompt, report: dict[str, Any]) -> Table:
+def _table(results: list[Result], report: dict[str, Any]) -> Table:
     table = Table(
         title=f"{report['model']}, {report['cached_tokens']} cached tokens, decided by {report['backend']}",
         title_justify="left",
@@ -240,7 +247,7 @@ def _table(results: list[Result], prompt: Prompt, report: dict[str, Any]) -> Tab
             str(least) if least == most else f"{least} to {most}",
             f"{result.kv_bytes_before / 1e6:.1f}, {result.kv_bytes_after / 1e6:.1f}",
             mark + " ".join(result.answer.split()).replace("[", r"\["),
-            f"{result.expected_answer_nll:.3f}",
+            "" if result.expected_answer_nll is None else f"{result.expected_answer_nll:.3f}",
             f"{result.decode_tokens_per_second:.1f}",
         )
     return table

@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import ArgumentError
 
-__all__ = ["Prompt", "make_prompt"]
+__all__ = ["Prompt", "make_prompt", "read_paragraphs"]
 
 FACT = "The magic number of the library is 4817264."
 NUMBER = "4817264"
@@ -50,7 +50,9 @@ class Prompt:
     fact: tuple[int, int] | None
 
 
-def make_prompt(tokenizer: Any, text: Path | None, question: str | None, answer: str | None, max_tokens: int) -> Prompt:
+def make_prompt(
+    tokenizer: Any, paragraphs: list[str] | None, question: str | None, answer: str | None, max_tokens: int
+) -> Prompt:
     """Put document and question into the model's chat template.
 
     Without a question, a fact is placed in the middle of the document, between two paragraphs, and asked for.
@@ -58,8 +60,8 @@ def make_prompt(tokenizer: Any, text: Path | None, question: str | None, answer:
     Parameters
     ----------
     tokenizer : transformers tokenizer
-    text : pathlib.Path or None
-        UTF-8 text. None: CPython's language reference.
+    paragraphs : list of str or None
+        The document. None: CPython's language reference.
     question, answer : str or None
     max_tokens : int
         What fits into the model's context, room for the answer already taken off.
@@ -67,11 +69,9 @@ def make_prompt(tokenizer: Any, text: Path | None, question: str | None, answer:
     Raises
     ------
     ArgumentError
-        If the text cannot be read, is empty, or is too long for the model; if an answer comes without a question.
+        If the prompt is too long for the model.
     """
-    if answer is not None and question is None:
-        raise ArgumentError("--answer must come with --question")
-    paragraphs = _default_document(tokenizer) if text is None else _read(text)
+    paragraphs = paragraphs or _default_document(tokenizer)
     fact = FACT if question is None else None
     if fact is not None:
         middle = _middle(paragraphs)
@@ -99,7 +99,8 @@ def make_prompt(tokenizer: Any, text: Path | None, question: str | None, answer:
     )
 
 
-def _read(path: Path) -> list[str]:
+def read_paragraphs(path: Path) -> list[str]:
+    """Read a UTF-8 text, or say in an ArgumentError why it cannot be used."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -22,7 +22,7 @@ class Result:
     kv_bytes_after: int
     answer: str
     answer_is_correct: bool | None
-    expected_answer_nll: float
+    expected_answer_nll: float | None
     decode_tokens_per_second: float
     eviction_seconds: float
     kept: Any = field(repr=False)
