@@ -188,7 +188,9 @@ def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -
     for _ in range(rounds - 1):
         power = power * factor
     score = xp.astype(importance, power.dtype)
-    scaled = xp.where(score >= 0, score * power, score - xp.abs(score) * (1 - power))
-    # 0 and infinity absorb every finite factor; said here because an overflowed factor would make NaN of them.
+    # 0 and infinity absorb every finite factor; said here because an overflowed factor would make NaN of them. They do
+    # not enter the arithmetic, where NumPy would warn of them.
     fixed = (score == 0) | xp.isinf(score)
+    moving = xp.where(fixed, xp.ones_like(score), score)
+    scaled = xp.where(score >= 0, moving * power, moving - xp.abs(moving) * (1 - power))
     return xp.where(fixed, score, scaled)
