@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,8 +28,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "nu
 exclude_patterns = ["_build", "generated"]
 nitpicky = True
 # NumPy's own pages are not fetched: a build needs no network.
-nitpick_ignore_regex = [("py:.*", r"numpy(\..*)?|scipy(\..*)?|pytest(\..*)?|typing\..*|signal|collections\.abc\..*")]
-default_role = "autolink"
+nitpick_ignore_regex = [("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
+default_role = "name"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -50,32 +52,64 @@ HAS_KIT = importlib.util.find_spec("graphkv.testing") is not None and (
 )
 
 
+def _mathml(node: nodes.math | nodes.math_block, *, block: bool) -> str:
+    """Turn an equation into MathML, which every browser of today shows without a script, a font or a network."""
+    try:
+        return tex2mathml(node.astext(), as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("equation: %s", error, location=node)
+        return ""
+
+
 def _inline_math(translator: Any, node: nodes.math) -> None:
-    """Write an equation as MathML: every browser of today shows it without a script, a font or a network."""
-    translator.body.append(tex2mathml(node.astext()))
+    """Write an equation inside a line."""
+    translator.body.append(_mathml(node, block=False))
     raise nodes.SkipNode
 
 
 def _display_math(translator: Any, node: nodes.math_block) -> None:
     """Write a displayed equation, in a box that scrolls on a narrow screen."""
-    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>\n')
+    translator.body.append(f'<div class="math" tabindex="0">{_mathml(node, block=True)}</div>\n')
     raise nodes.SkipNode
 
 
-class PropertyRole(SphinxRole):
-    """``{property}`test_name``` links to a property of the conformance kit, or names it where there is no kit."""
+class _Link(SphinxRole):
+    """A name in code type, with a link if there is something to link to."""
+
+    def target(self) -> tuple[str, str] | None:
+        """Give the kind and the full name of what to link to."""
+        raise NotImplementedError
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        """Make the link."""
+        """Make the node."""
         literal = nodes.literal(self.text, self.text)
-        if not HAS_KIT:
+        target = self.target()
+        if target is None:
             return [literal], []
-        target = f"graphkv.testing.suite.{self.text}"
+        kind, name = target
         reference = addnodes.pending_xref(
-            "", literal, refdomain="py", reftype="func", reftarget=target, refdoc=self.env.docname, refwarn=True
+            "", literal, refdomain="py", reftype=kind, reftarget=name, refdoc=self.env.docname, refwarn=True
         )
         self.set_source_info(reference)
         return [reference], []
+
+
+class NameRole(_Link):
+    """A name in single backquotes, as in our docstrings: a public object of graphkv, or just a name."""
+
+    def target(self) -> tuple[str, str] | None:
+        """Link to what api.md documents."""
+        if self.text in graphkv.__all__:
+            return "obj", f"graphkv.{self.text}"
+        return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
+
+
+class PropertyRole(_Link):
+    """``{property}`test_name``` links to a property of the conformance kit, or names it where there is no kit."""
+
+    def target(self) -> tuple[str, str] | None:
+        """Link to the property."""
+        return ("func", f"graphkv.testing.suite.{self.text}") if HAS_KIT else None
 
 
 class PropertiesDirective(SphinxDirective):
@@ -93,5 +127,6 @@ class PropertiesDirective(SphinxDirective):
 def setup(app: Sphinx) -> None:
     """Add what this documentation needs beyond its extensions."""
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
+    app.add_role("name", NameRole())
     app.add_role("property", PropertyRole())
     app.add_directive("properties", PropertiesDirective)

@@ -50,13 +50,13 @@ def take_rows(x: Array, indices: Array, /, *, xp: Namespace) -> Array:
 
     Parameters
     ----------
-    x : array, shape (..., N, *rest)
+    x : array, shape (..., N, ...)
     indices : array, shape (..., B), integer
         Leading axes as those of `x`.
 
     Returns
     -------
-    array, shape (..., B, *rest)
+    array, shape (..., B, ...)
     """
     axis = indices.ndim - 1
     rest = tuple(x.shape[axis + 1 :])

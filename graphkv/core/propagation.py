@@ -39,7 +39,8 @@ def propagate(
     where each factor of the product is at least 1e-6. After :math:`T` rounds with fixed sources:
 
     ``"decay"``
-        :math:`s'_j = s_j - |s_j|\,(1 - F_j^T)`, which is :math:`s_j F_j^T` for :math:`s_j \ge 0`; never raises a score.
+        :math:`s_j^{\prime} = s_j - |s_j|\,(1 - F_j^T)`, which is :math:`s_j F_j^T` for :math:`s_j \ge 0`; never raises
+        a score.
     ``"enhance"``
         the same with factors :math:`1 + g\,w_{ij}`; never lowers a score.
     ``"evict"``
