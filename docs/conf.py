@@ -27,8 +27,8 @@ version = release = graphkv.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
 exclude_patterns = ["_build", "generated"]
 nitpicky = True
-# NumPy's own pages are not fetched: a build needs no network.
-nitpick_ignore_regex = [("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
+# Pages of Python and of NumPy are not fetched, so that a build needs no network.
+nitpick_ignore_regex = [("py:.*", r"python:.*"), ("std:ref", r"python:.*"), ("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
 default_role = "name"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -40,6 +40,13 @@ autodoc_member_order = "bysource"
 autosummary_generate = False  # the tables on api.md point into that page
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
+# In the types of parameters, our own classes are links and all other words are words.
+numpydoc_xref_param_type = True
+numpydoc_xref_ignore = "all"
+numpydoc_xref_aliases = {
+    **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
+    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs")},
+}
 
 html_theme = "furo"
 html_title = f"graphkv {release}"
@@ -82,7 +89,7 @@ class _Link(SphinxRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Make the node."""
-        literal = nodes.literal(self.text, self.text)
+        literal = nodes.literal(self.text, self.text, classes=[self.name])
         target = self.target()
         if target is None:
             return [literal], []

@@ -9,10 +9,10 @@ from graphkv import Backend
 
 
 def top_k(scores, k, tiers=None, *, xp):
-    """Give the first k tokens: lower tier, then numbers before NaN, then higher score, then lower index."""
+    """Rank: lower tier, then numbers before NaN, then higher score, then lower index."""
     is_nan = np.isnan(scores)
     tiers = np.zeros(scores.shape, np.int32) if tiers is None else tiers
-    # The last key of lexsort is the first criterion. It is stable, so equal scores stay in order of their index.
+    # The last key comes first. The sort is stable, so equal scores stay in place.
     best_first = np.lexsort((-np.where(is_nan, 0, scores), is_nan, tiers), axis=-1)
     return best_first[..., :k]
 
