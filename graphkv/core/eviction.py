@@ -168,6 +168,7 @@ def evict(
     budget = checks.count("the layer's budget", policy.layer_budget(num_tokens, layer, num_layers))
     if num_tokens <= budget:
         everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=keys.device), rows)
+        everything = xp.asarray(everything, copy=True)
         return Eviction(
             kept=everything,
             budget=budget,
