@@ -61,8 +61,14 @@ def test_pictures_are_current():
 
 
 def test_pages_build_without_a_warning_and_need_no_network(tmp_path):
-    for module in ("sphinx", "myst_parser", "furo", "numpydoc"):
-        pytest.importorskip(module)
+    for module, version in (
+        ("sphinx", "9"),
+        ("docutils", "0.22"),
+        ("myst_parser", "5"),
+        ("furo", "0"),
+        ("numpydoc", "1"),
+    ):
+        pytest.importorskip(module, minversion=version)
     build = [sys.executable, "-m", "sphinx", "-n", "-W", "-q", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path]
 
     done = subprocess.run(build, capture_output=True, text=True, check=False)
