@@ -54,6 +54,14 @@ def test_pages_with_code_are_found():
     assert {"index", "specification", "policies", "porting", "vectors", "design"} <= {k for k, n in counts.items() if n}
 
 
+def test_specification_names_every_property_of_the_kit():
+    suite = pytest.importorskip("graphkv.testing.suite", reason="no conformance kit in this tree")
+    properties = {name for name in vars(suite) if name.startswith("test_")}
+    text = (DOCS / "specification.md").read_text(encoding="utf-8")
+
+    assert set(re.findall(r"\{property\}`(\w+)`", text)) == properties
+
+
 def test_pictures_are_current():
     done = subprocess.run([sys.executable, DOCS / "figures" / "draw.py", "--check"], check=False)
 
