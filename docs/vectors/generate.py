@@ -365,13 +365,18 @@ TO_4 = [0.10, 0.21, 0.16, 1.0, 0.40, 0.50, 0.0]
 TO_7 = [0.05, 0.03, 0.70, 0.0, 0.23, 0.60, 1.0]
 
 
+def decimals(data: Any) -> dict[str, Any]:
+    """Make an array argument of float32 that is written as it stands in the paper: the reader rounds it."""
+    return numbers(data) | {"data": data}
+
+
 def figure_cases() -> list[dict[str, Any]]:
     """Cover section 3.4: the paper's method figure, from keys that have its similarities to the last kept token."""
     keys = [[a, b, sqrt(max(0.0, 1 - a * a - b * b))] for a, b in zip(TO_4, TO_7, strict=True)]
-    importance = numbers(FIGURE_IMPORTANCE, "float64")
-    edges = graph([3, 6], [[5, 4], [2, 5]], [[0.5, 0.4], [0.7, 0.6]], 7, "float64")
+    importance = decimals(FIGURE_IMPORTANCE)
+    edges = graph([3, 6], [[5, 4], [2, 5]], np.zeros((2, 2)), 7) | {"weights": decimals([[0.5, 0.4], [0.7, 0.6]])}
     rule = "the paper's method figure"
-    cases = [build("graph", rule, numbers(keys, "float64"), importance, tolerance=CLOSE)]
+    cases = [build("graph", rule, decimals(keys), importance, tolerance=CLOSE)]
     for how, rounds in (("sum", 1), ("product", 1), ("product", 2)):
         name = f"{how}_{rounds}"
         cases.append(spread(name, rule, importance, edges, accumulation=how, rounds=rounds, tolerance=CLOSE))
@@ -380,7 +385,7 @@ def figure_cases() -> list[dict[str, Any]]:
         ("sum", [0.1, 0.6, 0.09, 1.2, 0.18, -0.07, 1.1]),
         ("product", [0.1, 0.6, 0.09, 1.2, 0.18, 0.14, 1.1]),
     ):
-        cases.append(choose(f"keep_by_{how}", rule, numbers(scores, "float64"), 3))
+        cases.append(choose(f"keep_by_{how}", rule, decimals(scores), 3))
     return cases
 
 
