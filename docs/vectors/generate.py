@@ -261,6 +261,21 @@ def propagate_cases() -> list[dict[str, Any]]:
             tolerance=TIGHT,
         ),
         spread(
+            "weights_are_clipped_sum",
+            clip,
+            up,
+            graph([0, 1], [[2, 3], [4, 5]], [[2.0, -0.5], [nan, 0.5]], 6),
+            accumulation="sum",
+            strength=0.5,
+        ),
+        spread(
+            "weights_are_clipped_enhance",
+            clip,
+            up,
+            graph([0, 1], [[2, 3], [4, 5]], [[2.0, -0.5], [nan, 0.5]], 6),
+            signal="enhance",
+        ),
+        spread(
             "weights_are_clipped_evict",
             clip,
             up,
