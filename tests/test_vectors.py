@@ -30,14 +30,14 @@ def library(request):
 
 
 @pytest.fixture(scope="module", params=["own", "portable"])
-def backend(request, library):
+def candidate(request, library):
     return library if request.param == "own" else replace(library, **PORTABLE)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_backend_gives_what_is_expected(case, backend):
+def test_backend_gives_what_is_expected(case, candidate):
     try:
-        got = vectors.run(case, backend)
+        got = vectors.run(case, candidate)
     except vectors.NotApplicableError as missing:
         pytest.skip(str(missing))
 
