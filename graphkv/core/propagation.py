@@ -56,7 +56,7 @@ def propagate(
     signal : str
         ``"decay"``, ``"enhance"`` or ``"evict"``.
     rounds : int
-        T. 0 returns the importance.
+        T; 0 returns the importance.
     accumulation : str
         ``"product"`` or ``"sum"``; the sum allows `rounds` = 1 only, because iterating it flips signs.
     strength : float
