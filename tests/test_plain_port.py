@@ -1,4 +1,4 @@
-"""The port to plain Python lists: written from the documentation's pages, proved by the golden vectors."""
+"""The port to plain Python lists: it follows the specification page, and is proved by the golden vectors."""
 
 import ast
 import importlib

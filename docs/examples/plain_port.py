@@ -1,6 +1,6 @@
-"""The three steps on plain Python lists: a port made from the pages of this documentation, not from the code.
+"""The three steps on plain Python lists: a port that follows the specification page rule by rule.
 
-It imports nothing but the standard library. ``python docs/examples/plain_port.py`` runs the golden vectors on it.
+It shares no code with the library and imports nothing but the standard library. ``python docs/examples/plain_port.py`` runs the golden vectors on it.
 """
 
 from __future__ import annotations
