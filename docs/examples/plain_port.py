@@ -1,6 +1,7 @@
 """The three steps on plain Python lists: a port that follows the specification page rule by rule.
 
-It shares no code with the library and imports nothing but the standard library. ``python docs/examples/plain_port.py`` runs the golden vectors on it.
+It shares no code with the library and imports nothing but the standard library.
+``python docs/examples/plain_port.py`` runs the golden vectors on it.
 """
 
 from __future__ import annotations
