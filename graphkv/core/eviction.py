@@ -133,6 +133,7 @@ def evict(
     Returns
     -------
     Eviction
+        Positions to keep, with the scores and the graph that led to them.
 
     Raises
     ------

@@ -41,9 +41,9 @@ def build_graph(
     importance : array, shape (..., N)
         Score per token, higher = more important.
     num_sources : int
-        K. Clipped to N.
+        K, clipped to N.
     num_neighbors : int
-        M. Clipped to N - K.
+        M, clipped to N - K.
     valid : array, shape (..., N), bool, optional
         False for padding. Default: all True.
     chunk_size : int, optional

@@ -107,22 +107,79 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the importance (batch, kv_heads, N) of every token, higher = keep."""
+        """Give the importance of every token.
+
+        Parameters
+        ----------
+        inputs : LayerInputs
+            One layer, arrays in float32 or wider.
+
+        Returns
+        -------
+        array, shape (batch, kv_heads, N), float32 or wider
+            Higher = keep. Entries of invalid tokens do not matter.
+        """
 
     def protect(self, inputs: LayerInputs, /) -> Array | None:
-        """Give the mask (batch, kv_heads, N) of tokens to keep before all others, or None."""
+        """Mark the tokens to keep before all others.
+
+        Parameters
+        ----------
+        inputs : LayerInputs
+            One layer.
+
+        Returns
+        -------
+        array, shape (batch, kv_heads, N), bool, or None
+            None protects nothing, which is the default.
+        """
         return None
 
     def num_protected(self, budget: int, /) -> int:
-        """Say how many tokens `protect` marks in a row without padding, at a layer budget."""
+        """Say how many tokens `protect` marks in a row without padding.
+
+        Parameters
+        ----------
+        budget : int
+            The layer's budget in tokens.
+
+        Returns
+        -------
+        int
+            Default: 0. May be more than the budget.
+        """
         return 0
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Say of how many last positions `score` needs the queries."""
+        """Say of how many last positions `score` needs the queries.
+
+        Parameters
+        ----------
+        num_tokens : int
+            N, tokens in the cache.
+
+        Returns
+        -------
+        int
+            At most N. Default: 0.
+        """
         return 0
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the budget of one layer in tokens. Integers in, integer out."""
+        """Give the budget of one layer in tokens.
+
+        Parameters
+        ----------
+        num_tokens : int
+            N, tokens in the cache.
+        layer, num_layers : int
+            Which layer of how many.
+
+        Returns
+        -------
+        int
+            Default: `budget` for every layer; a share f of N tokens is floor(f N + 0.5) of the decimal number.
+        """
         return budgets.tokens_of(self.budget, num_tokens)
 
     def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
@@ -138,7 +195,18 @@ class Policy(ABC):
         return None
 
     def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Score one layer."""
+        """Score one layer.
+
+        Parameters
+        ----------
+        inputs : LayerInputs
+            One layer.
+
+        Returns
+        -------
+        Assessment
+            Default: scores equal to the importance, and no graph.
+        """
         importance = self.score(inputs)
         return Assessment(importance=importance, scores=importance, protected=self.protect(inputs))
 
@@ -268,6 +336,21 @@ class GraphKV(Wrapper):
         """Give the paper's setting: product, one round, sources 0.3 of the budget.
 
         The paper gives no number of neighbors; 2 is what both of its method figures draw.
+
+        Parameters
+        ----------
+        base : Policy
+            Where importance, protection and budget come from.
+
+        Returns
+        -------
+        GraphKV
+            A policy over `base`.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If `base` is no Policy.
         """
         return cls(base, source_ratio=0.3, neighbors=2, rounds=1, accumulation="product")
 

@@ -13,7 +13,17 @@ __all__ = ["segment_product", "segment_sum", "take_rows", "top_k", "widen"]
 
 
 def widen(x: Array, /, *, xp: Namespace) -> Array:
-    """Give float32 and float64 as they are, everything else (half precision, integers) as float32."""
+    """Give float32 and float64 as they are, everything else (half precision, integers) as float32.
+
+    Parameters
+    ----------
+    x : array, any shape, real
+    xp : namespace
+
+    Returns
+    -------
+    array, float32 or float64, of the shape of `x`
+    """
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
 
 
@@ -50,13 +60,13 @@ def take_rows(x: Array, indices: Array, /, *, xp: Namespace) -> Array:
 
     Parameters
     ----------
-    x : array, shape (..., N, *rest)
+    x : array, shape (..., N, ...)
     indices : array, shape (..., B), integer
         Leading axes as those of `x`.
 
     Returns
     -------
-    array, shape (..., B, *rest)
+    array, shape (..., B, ...)
     """
     axis = indices.ndim - 1
     rest = tuple(x.shape[axis + 1 :])
@@ -69,20 +79,34 @@ def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Na
 
     Parameters
     ----------
-    values : array, shape (..., E)
+    values : array, shape (..., E), float32 or float64
     index : array, shape (..., E), integer in [0, num_segments)
     num_segments : int
+    xp : namespace
 
     Returns
     -------
-    array, shape (..., num_segments)
+    array, shape (..., num_segments), dtype of `values`
         Entry t is the product of the values[..., e] with index[..., e] == t.
     """
     return _segment_reduce(values, index, num_segments, xp.multiply, 1, xp=xp)
 
 
 def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
-    """Add, row by row of the leading axes, the values that share an index; 0 where there are none."""
+    """Add, row by row of the leading axes, the values that share an index; 0 where there are none.
+
+    Parameters
+    ----------
+    values : array, shape (..., E), float32 or float64
+    index : array, shape (..., E), integer in [0, num_segments)
+    num_segments : int
+    xp : namespace
+
+    Returns
+    -------
+    array, shape (..., num_segments), dtype of `values`
+        Entry t is the sum of the values[..., e] with index[..., e] == t.
+    """
     return _segment_reduce(values, index, num_segments, xp.add, 0, xp=xp)
 
 

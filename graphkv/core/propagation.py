@@ -39,7 +39,8 @@ def propagate(
     where each factor of the product is at least 1e-6. After :math:`T` rounds with fixed sources:
 
     ``"decay"``
-        :math:`s'_j = s_j - |s_j|\,(1 - F_j^T)`, which is :math:`s_j F_j^T` for :math:`s_j \ge 0`; never raises a score.
+        :math:`s_j^{\prime} = s_j - |s_j|\,(1 - F_j^T)`, which is :math:`s_j F_j^T` for :math:`s_j \ge 0`; never raises
+        a score.
     ``"enhance"``
         the same with factors :math:`1 + g\,w_{ij}`; never lowers a score.
     ``"evict"``
@@ -55,7 +56,7 @@ def propagate(
     signal : str
         ``"decay"``, ``"enhance"`` or ``"evict"``.
     rounds : int
-        T. 0 returns the importance.
+        T; 0 returns the importance.
     accumulation : str
         ``"product"`` or ``"sum"``; the sum allows `rounds` = 1 only, because iterating it flips signs.
     strength : float
@@ -188,8 +189,9 @@ def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -
     for _ in range(rounds - 1):
         power = power * factor
     score = xp.astype(importance, power.dtype)
-    # No factor moves zero or infinity; set apart because infinity times a factor of zero would be NaN.
+    # 0 and infinity absorb every finite factor. They stand aside, because infinity times a factor that rounds to 0, and
+    # 0 times one that overflows, are NaN (and NumPy would warn).
     fixed = (score == 0) | xp.isinf(score)
-    moving = xp.where(fixed, xp.zeros_like(score), score)
-    scaled = xp.where(moving >= 0, moving * power, moving - xp.abs(moving) * (1 - power))
+    number = xp.where(fixed, xp.ones_like(score), score)
+    scaled = xp.where(number >= 0, number * power, number - xp.abs(number) * (1 - power))
     return xp.where(fixed, score, scaled)

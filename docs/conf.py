@@ -1,0 +1,143 @@
+"""Sphinx configuration. Build: ``python -m sphinx -n -W -b html docs docs/_build/html``. Needs no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from numpydoc import xref
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import graphkv
+
+# numpydoc links words such as "int" to pages that are not part of this build.
+xref.DEFAULT_LINKS.clear()
+
+project = "graphkv"
+author = "The graphkv authors"
+copyright = author
+version = release = graphkv.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
+exclude_patterns = ["_build", "generated"]
+nitpicky = True
+# Pages of Python and of NumPy are not fetched, so that a build needs no network.
+nitpick_ignore_regex = [("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
+default_role = "name"
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True
+
+autodoc_typehints = "none"  # dtypes and shapes stand in the docstrings
+autodoc_member_order = "bysource"
+autosummary_generate = False  # the tables on api.md point into that page
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+# In the types of parameters, our own classes are links and all other words are words.
+numpydoc_xref_param_type = True
+numpydoc_xref_ignore = "all"
+numpydoc_xref_aliases = {
+    **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
+    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs")},
+}
+
+html_theme = "furo"
+html_title = f"graphkv {release}"
+html_static_path = ["_static"]
+html_css_files = ["graphkv.css"]
+html_math_renderer = "mathml"
+
+HAS_KIT = importlib.util.find_spec("graphkv.testing") is not None and (
+    importlib.util.find_spec("graphkv.testing.suite") is not None
+)
+
+
+def _mathml(node: nodes.math | nodes.math_block, *, block: bool) -> str:
+    """Turn an equation into MathML, which every browser of today shows without a script, a font or a network."""
+    try:
+        return tex2mathml(node.astext(), as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("equation: %s", error, location=node)
+        return ""
+
+
+def _inline_math(translator: Any, node: nodes.math) -> None:
+    """Write an equation inside a line."""
+    translator.body.append(_mathml(node, block=False))
+    raise nodes.SkipNode
+
+
+def _display_math(translator: Any, node: nodes.math_block) -> None:
+    """Write a displayed equation, in a box that scrolls on a narrow screen."""
+    translator.body.append(f'<div class="math" tabindex="0">{_mathml(node, block=True)}</div>\n')
+    raise nodes.SkipNode
+
+
+class _Link(SphinxRole):
+    """A name in code type, with a link if there is something to link to."""
+
+    def target(self) -> tuple[str, str] | None:
+        """Give the kind and the full name of what to link to."""
+        raise NotImplementedError
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Make the node."""
+        literal = nodes.literal(self.text, self.text, classes=[self.name])
+        target = self.target()
+        if target is None:
+            return [literal], []
+        kind, name = target
+        reference = addnodes.pending_xref(
+            "", literal, refdomain="py", reftype=kind, reftarget=name, refdoc=self.env.docname, refwarn=True
+        )
+        self.set_source_info(reference)
+        return [reference], []
+
+
+class NameRole(_Link):
+    """A name in single backquotes, as in our docstrings: a public object of graphkv, or just a name."""
+
+    def target(self) -> tuple[str, str] | None:
+        """Link to what api.md documents."""
+        if self.text in graphkv.__all__:
+            return "obj", f"graphkv.{self.text}"
+        return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
+
+
+class PropertyRole(_Link):
+    """``{property}`test_name``` links to a property of the conformance kit, or names it where there is no kit."""
+
+    def target(self) -> tuple[str, str] | None:
+        """Link to the property."""
+        return ("func", f"graphkv.testing.suite.{self.text}") if HAS_KIT else None
+
+
+class PropertiesDirective(SphinxDirective):
+    """``{properties}`` documents every property of the conformance kit, if it is there."""
+
+    def run(self) -> list[nodes.Node]:
+        """List them."""
+        if not HAS_KIT:
+            return self.parse_text_to_nodes("This build has no conformance kit, so its properties are not listed.")
+        return self.parse_text_to_nodes(
+            "```{eval-rst}\n.. automodule:: graphkv.testing.suite\n   :members:\n   :undoc-members:\n```\n"
+        )
+
+
+def setup(app: Sphinx) -> None:
+    """Add what this documentation needs beyond its extensions."""
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
+    app.add_role("name", NameRole())
+    app.add_role("property", PropertyRole())
+    app.add_directive("properties", PropertiesDirective)

@@ -1,0 +1,665 @@
+"""Write the golden vectors; with ``--check``, only say whether the files are up to date.
+
+The arguments of every case stand here. What is expected is computed by the NumPy backend, as the case says and once
+more with the portable bodies of `graphkv.core`; a case without tolerance must come out the same in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf, nan, sqrt
+from typing import Any
+
+import numpy as np
+import vectors
+
+from graphkv.backends.numpy import BACKEND
+
+PORTABLE = replace(BACKEND, top_k=None, segment_product=None, segment_sum=None)
+CLOSE = {"relative": 1e-5, "absolute": 1e-6}
+TIGHT = {"relative": 1e-5, "absolute": 0.0}
+
+
+def numbers(data: Any, dtype: str = "float32", shape: Sequence[int] | None = None) -> dict[str, Any]:
+    """Make an array argument."""
+    made = np.asarray(data, dtype=dtype)
+    made = made if shape is None else made.reshape(shape)
+    return {"dtype": dtype, "shape": list(made.shape), "data": vectors.encode(made.tolist())}
+
+
+def mask(data: Any) -> dict[str, Any]:
+    """Make a mask argument from 0 and 1."""
+    return numbers(data, "bool")
+
+
+def case(step: str, name: str, rule: str, tolerance: dict[str, float] | None = None, **given: Any) -> dict[str, Any]:
+    """Make a case without its expected result."""
+    return {"name": name, "rule": rule, "step": step, "tolerance": tolerance, "arguments": given}
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def rank(name: str, rule: str, scores: Any, k: int, tiers: Any = None, dtype: str = "float32") -> dict[str, Any]:
+    """Make a case of the order."""
+    scores = scores if isinstance(scores, dict) else numbers(scores, dtype)
+    tiers = None if tiers is None else numbers(tiers, "int32")
+    return case("rank", name, rule, scores=scores, k=k, tiers=tiers)
+
+
+def order_cases() -> list[dict[str, Any]]:
+    """Cover section 2 of the specification: one total order."""
+    high, ties = "higher score first", "equal scores: lower index first"
+    zero, none = "-0.0 equals 0.0", "NaN after every number"
+    return [
+        rank("distinct", high, [0.5, 2, -1, 1, 0], 5),
+        rank("best_two", high, [0.5, 2, -1, 1, 0], 2),
+        rank("all_equal", ties, [1, 1, 1, 1, 1], 3),
+        rank("plateaus", ties, [0, 2, 1, 2, 0, 1, 2, 0], 8),
+        rank("tie_at_the_cut", ties, [3, 1, 1, 2, 1], 3),
+        rank("minus_zero_first", zero, [-0.0, 0.0, -0.0, 0.0], 4),
+        rank("zeros_between_signs", zero, [0.0, -0.5, -0.0, 0.5], 4),
+        rank("nan_last", none, [nan, 1, nan, 0, -2], 5),
+        rank("nan_below_minus_infinity", none, [nan, -inf, inf, 0, nan, -inf], 6),
+        rank("all_nan", none, [nan, nan, nan], 2),
+        rank("infinities", "infinities are ordinary extremes", [1, inf, -inf, inf, 0, -inf], 6),
+        rank("tiers_first", "lower tier before higher score", [1, 5, 3, 4, 2], 5, [1, 1, 0, 2, 0]),
+        rank("nan_stays_in_its_tier", "NaN last within its tier", [nan, 5, 1, nan], 4, [0, 1, 0, 1]),
+        rank("tie_across_tiers", "lower tier before lower index", [1, 1, 1, 1], 4, [1, 0, 1, 0]),
+        rank("rows_are_independent", "leading axes", [[[1, 2, 3], [3, 2, 1]], [[2, 2, 2], [nan, 0, 1]]], 2),
+        rank("k_zero", "shapes never depend on values", [1, 2], 0),
+        rank("no_tokens", "shapes never depend on values", numbers([], shape=(0,)), 0),
+        rank("no_rows", "shapes never depend on values", numbers([], shape=(0, 3)), 2),
+        rank("float64_is_not_narrowed", "arithmetic", [1, 1 + 2**-40, 1, 1 - 2**-40], 4, dtype="float64"),
+        rank("half_is_widened", "arithmetic", [0.5, 2, 2, 65504], 4, dtype="float16"),
+        rank("integers_become_float32", "arithmetic", [2**24, 2**24 + 1, 2**24 + 2, -3], 4, dtype="int64"),
+    ]
+
+
+# --- build_graph -----------------------------------------------------------------------------------------------------
+
+# Keys of length 2 and 4, so that every cosine with an axis is an exact multiple of 1/4.
+AXES = [[0.0] * i + [2.0] + [0.0] * (4 - i) for i in range(5)]
+A, B = AXES[0], AXES[1]
+TOKENS = {
+    "3/4, 1/2": [3.0, 2.0, 1.0, 1.0, 1.0],
+    "1/2, 3/4": [2.0, 3.0, 1.0, 1.0, 1.0],
+    "1/4, 3/4": [1.0, 3.0, 2.0, 1.0, 1.0],
+    "-3/4, 1/2": [-3.0, 2.0, 1.0, 1.0, 1.0],
+    "1/2, 1/2": [1.0, 1.0, 1.0, 1.0, 0.0],
+    "0, 1/2": [0.0, 1.0, 1.0, 1.0, 1.0],
+}
+# The newest token is an axis, and the tokens before it resemble it.
+RECENT = [TOKENS["0, 1/2"], B, *list(TOKENS.values())[4:2:-1], *list(TOKENS.values())[2::-1], A]
+KEYS = [*list(TOKENS.values())[:3], A, *list(TOKENS.values())[3:5], B, TOKENS["0, 1/2"]]
+IMPORTANCE = [1, 2, 3, 9, 4, 5, 8, 6]
+
+
+def build(name: str, rule: str, keys: Any = KEYS, importance: Any = IMPORTANCE, **given: Any) -> dict[str, Any]:
+    """Make a case of build_graph: two sources with two neighbors unless said otherwise."""
+    dtype = given.pop("dtype", "float32")
+    keys = keys if isinstance(keys, dict) else numbers(keys, dtype)
+    importance = importance if isinstance(importance, dict) else numbers(importance, dtype)
+    options = {"num_sources": 2, "num_neighbors": 2, "valid": None, "chunk_size": None} | given
+    if isinstance(options["valid"], list):
+        options["valid"] = mask(options["valid"])
+    tolerance = options.pop("tolerance", None)
+    return case("build_graph", name, rule, tolerance, keys=keys, importance=importance, **options)
+
+
+def graph_cases() -> list[dict[str, Any]]:
+    """Cover section 3.1."""
+    counts, fill, weigh = "K is clipped to N, M to N - K", "fillers have weight 0", "w = max(0, cos), at most 1"
+    chunks = "chunk_size does not matter"
+    four = KEYS[:4]
+    return [
+        build("two_sources", "the K highest are sources"),
+        build("one_source", "the K highest are sources", num_sources=1, num_neighbors=3),
+        build("equal_weights", "equal weights: lower index first", num_sources=1, num_neighbors=4),
+        build("equal_importance", "equal importance: lower index first", importance=[1, 1, 1, 1, 1, 1, 1, 1]),
+        build("minus_zero", "-0.0 equals 0.0", importance=[-0.0, 0.0, -1, -0.0, 0.0, -1, -1, -1]),
+        build("nan_importance", "NaN after every number", importance=[nan, 2, nan, 9, 4, nan, 1, 0]),
+        build("only_nan_left", "NaN after every number", importance=[nan, 1, nan, nan, nan, nan, nan, nan]),
+        build("infinite_importance", "infinities are ordinary extremes", importance=[-inf, 2, 3, inf, 4, 5, inf, 6]),
+        build("sources_are_no_neighbors", "sources never decay each other", keys=[A, A, A, B], importance=[4, 3, 2, 1]),
+        build("sources_ascend", "sources stand in ascending order", importance=[9, 1, 2, 3, 4, 5, 6, 10]),
+        build("negative_cosine", weigh, [A, KEYS[4], KEYS[5], B], [9, 1, 2, 3], num_sources=1, num_neighbors=3),
+        build("zero_key", weigh, [A, [0] * 5, KEYS[0], [0] * 5], [9, 1, 2, 3], num_sources=1, num_neighbors=3),
+        build("zero_key_as_source", weigh, [[0] * 5, A, KEYS[0], B], [9, 8, 2, 3], num_neighbors=2),
+        build("infinite_and_nan_keys", weigh, [A, [inf, 0, 0, 0, 0], [nan] * 5, KEYS[0]], [9, 1, 2, 3]),
+        build("duplicate_of_a_source", weigh, [A, KEYS[0], A, [8, 0, 0, 0, 0]], [9, 1, 2, 3], num_sources=1),
+        build("k_zero", counts, num_sources=0),
+        build("m_zero", counts, num_neighbors=0),
+        build("k_is_n", counts, four, [1, 2, 3, 4], num_sources=4),
+        build("k_above_n", counts, four, [1, 2, 3, 4], num_sources=9),
+        build("m_is_n_less_k", counts, four, [1, 2, 3, 4], num_sources=1, num_neighbors=3),
+        build("m_above_n_less_k", counts, four, [1, 2, 3, 4], num_sources=1, num_neighbors=9),
+        build("one_token", counts, [A], [1]),
+        build("no_tokens", counts, numbers([], shape=(0, 5)), numbers([], shape=(0,))),
+        build("no_rows", counts, numbers([], shape=(0, 4, 5)), numbers([], shape=(0, 4))),
+        build("padding", "invalid tokens take no part", valid=[1, 1, 0, 1, 1, 1, 0, 1]),
+        build("fewer_valid_than_k", fill, valid=[0, 0, 0, 1, 0, 0, 0, 0]),
+        build("fewer_eligible_than_m", fill, valid=[1, 0, 0, 1, 0, 0, 1, 0]),
+        build("nothing_valid", fill, valid=[0] * 8),
+        build("valid_nan_before_invalid", "invalid after NaN", importance=[nan] * 8, valid=[0, 0, 0, 1, 0, 1, 1, 1]),
+        build("chunk_1", chunks, num_neighbors=4, chunk_size=1),
+        build("chunk_3", chunks, num_neighbors=4, chunk_size=3),
+        build("chunk_8", chunks, num_neighbors=4, chunk_size=8),
+        build("chunk_1_with_padding", chunks, valid=[1, 1, 0, 1, 1, 1, 0, 1], num_neighbors=4, chunk_size=1),
+        build("chunk_2_ties", chunks, [A, A, A, A, A], [5, 1, 2, 3, 4], num_sources=1, num_neighbors=2, chunk_size=2),
+        build(
+            "batch_of_rows",
+            "leading axes",
+            [[KEYS[:4]], [KEYS[4:]]],
+            [[[1, 2, 3, 4]], [[4, 4, 4, 4]]],
+            valid=[[[1, 1, 1, 1]], [[1, 1, 0, 1]]],
+            num_sources=1,
+        ),
+        build("float64", "arithmetic", dtype="float64"),
+        build("half_keys", "arithmetic", numbers(KEYS, "float16"), numbers(IMPORTANCE, "float16")),
+        build("integer_importance", "arithmetic", KEYS, numbers(IMPORTANCE, "int64")),
+        build(
+            "general_numbers",
+            weigh,
+            [[1, 0.3, -2], [0.9, 0.25, -1.5], [-1, 2, 0.5], [0.1, 0.2, -0.3], [2, 1, -1], [0.7, -0.6, -1]],
+            [1, 5, 2, 4, 3, 0],
+            tolerance=CLOSE,
+            dtype="float64",
+        ),
+    ]
+
+
+# --- propagate -------------------------------------------------------------------------------------------------------
+
+
+def graph(sources: Any, neighbors: Any, weights: Any, num_tokens: int, dtype: str = "float32") -> dict[str, Any]:
+    """Make a graph argument."""
+    return {
+        "sources": numbers(sources, "int64"),
+        "neighbors": numbers(neighbors, "int64"),
+        "weights": numbers(weights, dtype),
+        "num_tokens": num_tokens,
+    }
+
+
+# Tokens 0 and 1 are sources; 2 hangs on both, 3 and 4 on one, 5 on none.
+EDGES = graph([0, 1], [[2, 3], [4, 2]], [[0.5, 0.25], [1.0, 0.75]], 6)
+
+
+def spread(name: str, rule: str, importance: Any, edges: Any = None, **given: Any) -> dict[str, Any]:
+    """Make a case of propagate: decay, one round, product, strength 1 unless said otherwise."""
+    importance = importance if isinstance(importance, dict) else numbers(importance)
+    tolerance = given.pop("tolerance", None)
+    options = {"signal": "decay", "rounds": 1, "accumulation": "product", "strength": 1.0} | given
+    edges = EDGES if edges is None else edges
+    return case("propagate", name, rule, tolerance, importance=importance, graph=edges, **options)
+
+
+def propagate_cases() -> list[dict[str, Any]]:
+    """Cover section 3.2."""
+    up = [8, 4, 2, 1, 0, 0.5]
+    down = [-8, -4, -2, -1, 0, -0.5]
+    mixed = [inf, -inf, nan, -inf, inf, nan]
+    soft = graph([0, 1], [[2, 3], [4, 2]], [[0.5, 0.25], [0.5, 0.75]], 6)
+    twin = graph([0], [[1, 2, 3]], [[1.0, 1.0, 1.0]], 5)
+    none = "weight 0 has no effect"
+    same = "returns the importance exactly"
+    clip = "a weight outside [0, 1] is clipped, NaN is no edge"
+    return [
+        spread("product", "product", up, soft),
+        spread("sum", "sum", up, soft, accumulation="sum"),
+        spread("two_rounds", "F to the power T", up, soft, rounds=2),
+        spread("three_rounds", "F to the power T", up, soft, rounds=3),
+        spread("half_strength", "strength", up, soft, strength=0.5),
+        spread("sum_half_strength", "strength", up, soft, accumulation="sum", strength=0.5),
+        spread("negative_scores", "decay always lowers", down, soft),
+        spread("negative_scores_two_rounds", "decay always lowers", down, soft, rounds=2),
+        spread("negative_scores_sum", "decay always lowers", down, soft, accumulation="sum"),
+        spread("sum_below_zero", "the sum's factor may be negative", up, accumulation="sum"),
+        spread("enhance", "enhance always raises", up, signal="enhance"),
+        spread("enhance_negative_scores", "enhance always raises", down, signal="enhance"),
+        spread("enhance_two_rounds", "enhance always raises", up, soft, signal="enhance", rounds=2),
+        spread("enhance_sum", "enhance always raises", up, signal="enhance", accumulation="sum"),
+        spread("evict", "evict", up, signal="evict"),
+        spread("evict_negative_scores", "evict", down, signal="evict"),
+        spread("evict_two_rounds", "evict", up, signal="evict", rounds=2),
+        spread("evict_half_strength", "evict", up, signal="evict", strength=0.5),
+        spread("no_rounds", same, down, rounds=0),
+        spread("no_strength", same, down, strength=0.0),
+        spread("no_strength_evict", same, up, signal="evict", strength=0.0),
+        spread("no_rounds_evict", same, up, signal="evict", rounds=0),
+        spread("k_zero", same, up, graph(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2)), 6)),
+        spread("m_zero", same, up, graph([0, 1], np.zeros((2, 0)), np.zeros((2, 0)), 6)),
+        spread("infinite_scores", "0, infinity and NaN stay", mixed),
+        spread("infinite_scores_enhance", "0, infinity and NaN stay", mixed, signal="enhance"),
+        spread("infinite_scores_evict", "evict", mixed, signal="evict"),
+        spread("fillers_decay", none, up, graph([0, 1], [[1, 2], [0, 0]], [[0, 0.5], [0, 0]], 6)),
+        spread("fillers_evict", none, up, graph([0, 1], [[1, 2], [0, 0]], [[0, 0.5], [0, 0]], 6), signal="evict"),
+        spread("duplicate", "a decay factor is at least 1e-6", [4, 2, 1, 2, 3], twin, tolerance=TIGHT),
+        spread(
+            "duplicate_two_rounds", "a decay factor is at least 1e-6", [4, 2, 1, 2, 3], twin, rounds=2, tolerance=TIGHT
+        ),
+        spread(
+            "duplicate_of_two_sources",
+            "a decay factor is at least 1e-6",
+            [4, 4, 1, 2],
+            graph([0, 1], [[2], [2]], [[1.0], [1.0]], 4),
+            tolerance=TIGHT,
+        ),
+        spread("duplicate_in_the_sum", "the sum has no floor", [4, 2, 1, 2, 3], twin, accumulation="sum"),
+        spread(
+            "weights_are_clipped",
+            clip,
+            up,
+            graph([0, 1], [[2, 3], [4, 5]], [[2.0, -0.5], [nan, 0.5]], 6),
+            tolerance=TIGHT,
+        ),
+        spread(
+            "weights_are_clipped_sum",
+            clip,
+            up,
+            graph([0, 1], [[2, 3], [4, 5]], [[2.0, -0.5], [nan, 0.5]], 6),
+            accumulation="sum",
+            strength=0.5,
+        ),
+        spread(
+            "weights_are_clipped_enhance",
+            clip,
+            up,
+            graph([0, 1], [[2, 3], [4, 5]], [[2.0, -0.5], [nan, 0.5]], 6),
+            signal="enhance",
+        ),
+        spread(
+            "weights_are_clipped_evict",
+            clip,
+            up,
+            graph([0, 1], [[2, 3], [4, 5]], [[2.0, -0.5], [nan, 0.5]], 6),
+            signal="evict",
+        ),
+        spread(
+            "general_numbers",
+            "product",
+            numbers([0.9, 0.1, 0.7, -0.3], "float64"),
+            graph([0], [[2, 3]], [[0.7, 0.6]], 4, "float64"),
+            tolerance=CLOSE,
+            strength=0.3,
+        ),
+        spread("half_importance", "arithmetic", numbers(up, "float16"), soft),
+        spread("integer_importance", "arithmetic", numbers([8, 4, 2, 1, 0, -3], "int64"), soft),
+        spread("float64_importance", "arithmetic", numbers(up, "float64"), soft),
+        spread(
+            "batch_of_rows",
+            "leading axes",
+            [[[8, 4, 2]], [[-8, 4, 2]]],
+            graph([[[0]], [[1]]], [[[[1, 2]]], [[[0, 2]]]], [[[[0.5, 0.25]]], [[[0.5, 0.0]]]], 3),
+        ),
+        spread(
+            "no_rows",
+            "leading axes",
+            numbers([], shape=(0, 6)),
+            graph(np.zeros((0, 2)), np.zeros((0, 2, 2)), np.zeros((0, 2, 2)), 6),
+        ),
+    ]
+
+
+# --- select ----------------------------------------------------------------------------------------------------------
+
+
+def choose(name: str, rule: str, scores: Any, budget: int, protected: Any = None, valid: Any = None) -> dict[str, Any]:
+    """Make a case of select."""
+    scores = scores if isinstance(scores, dict) else numbers(scores)
+    masks = {
+        "protected": None if protected is None else mask(protected),
+        "valid": None if valid is None else mask(valid),
+    }
+    return case("select", name, rule, scores=scores, budget=budget, **masks)
+
+
+def select_cases() -> list[dict[str, Any]]:
+    """Cover section 3.3."""
+    five = [0.5, 2, -1, 2, 0]
+    size, first, last = "exactly min(B, N)", "protected tokens first", "invalid tokens last"
+    return [
+        choose("budget_0", size, five, 0),
+        choose("budget_1", size, five, 1),
+        choose("budget_3", size, five, 3),
+        choose("budget_n", size, five, 5),
+        choose("budget_above_n", size, five, 6),
+        choose("no_tokens", size, numbers([], shape=(0,)), 3),
+        choose("no_rows", size, numbers([], shape=(0, 3)), 2),
+        choose("ascending", "ascending positions", [9, 1, 8, 2, 7], 3),
+        choose("ties", "equal scores: lower index first", [1, 2, 1, 2, 1], 3),
+        choose("zeros", "-0.0 equals 0.0", [-0.0, 0.0, -1, 0.0], 2),
+        choose("nan", "NaN after every number", [nan, -inf, nan, 1], 3),
+        choose("infinities", "infinities are ordinary extremes", [-inf, 0, inf, -inf], 3),
+        choose("protected", first, five, 2, protected=[0, 0, 1, 0, 0]),
+        choose("protected_fill_the_budget", first, five, 2, protected=[1, 0, 1, 0, 1]),
+        choose("protected_ties", first, [1, 1, 1, 1], 2, protected=[0, 1, 1, 1]),
+        choose("protected_nan", first, [nan, 5, 4, 3], 2, protected=[1, 0, 0, 0]),
+        choose("protected_minus_infinity", first, [-inf, 5, 4, -inf], 2, protected=[1, 0, 0, 0]),
+        choose("padding", last, [9, 8, 1, 2, 3], 3, valid=[0, 0, 1, 1, 1]),
+        choose("padding_fills_the_rest", last, [9, 8, 1, 2, 7], 4, valid=[0, 0, 1, 1, 0]),
+        choose("nothing_valid", last, [1, 3, 2], 2, valid=[0, 0, 0]),
+        choose("nan_before_padding", last, [9, nan, nan, 8], 2, valid=[0, 1, 1, 0]),
+        choose("protected_padding_is_padding", last, [9, 1, 2, 3], 2, protected=[1, 0, 0, 0], valid=[0, 1, 1, 1]),
+        choose("three_groups", last, [5, 9, 1, 7, 2, 8], 4, protected=[0, 1, 1, 0, 0, 0], valid=[1, 0, 1, 1, 1, 0]),
+        choose("rows_differ", "leading axes", [[[3, 2, 1]], [[1, 2, 3]]], 1, valid=[[[0, 1, 1]], [[1, 1, 1]]]),
+        choose("integers_become_float32", "arithmetic", numbers([2**24, 2**24 + 1, 2**24 + 2], "int64"), 2),
+        choose("half", "arithmetic", numbers([0.5, 2, 2, 1], "float16"), 2),
+        choose("float64", "arithmetic", numbers([1, 1 + 2**-40, 1 - 2**-40, 1], "float64"), 2),
+    ]
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+def count_cases() -> list[dict[str, Any]]:
+    """Cover budgets (section 4) and the counts of GraphKV: decimal numbers, not their binary neighbors."""
+    budgets = [
+        (0.9, 100), (0.145, 100), (0.5, 1), (0.5, 5), (0.3, 5), (0.1, 4), (0.29, 100), (0.57, 100), (1.0, 7), (0.2, 0),
+        (1e-9, 1000), (64, 100), (0, 100), (101, 100), (1, 0),
+    ]  # fmt: skip
+    counts = [(0.3, 480), (0.3, 2), (0.3, 3), (0.3, 10), (0.29, 100), (0.7, 10), (0.0, 480), (1.0, 9), (2, 9), (12, 9)]
+    half, down = "floor(f N + 1/2) of the decimal number; an int as it is", "floor, at least 1 above 0; an int as it is"
+    return [
+        *(case("budget_tokens", f"budget_{f}_of_{n}", half, budget=f, num_tokens=n) for f, n in budgets),
+        *(case("ratio_count", f"count_{f}_of_{n}", down, amount=f, total=n) for f, n in counts),
+    ]
+
+
+# --- the worked figure -----------------------------------------------------------------------------------------------
+
+FIGURE_IMPORTANCE = [0.1, 0.6, 0.3, 1.2, 0.3, 0.7, 1.1]
+TO_4 = [0.10, 0.21, 0.16, 1.0, 0.40, 0.50, 0.0]
+TO_7 = [0.05, 0.03, 0.70, 0.0, 0.23, 0.60, 1.0]
+
+
+def decimals(data: Any) -> dict[str, Any]:
+    """Make an array argument of float32 that is written as it stands in the paper: the reader rounds it."""
+    return numbers(data) | {"data": data}
+
+
+def figure_cases() -> list[dict[str, Any]]:
+    """Cover section 3.4: the paper's method figure, from keys that have its similarities to the last kept token."""
+    keys = [[a, b, sqrt(max(0.0, 1 - a * a - b * b))] for a, b in zip(TO_4, TO_7, strict=True)]
+    importance = decimals(FIGURE_IMPORTANCE)
+    edges = graph([3, 6], [[5, 4], [2, 5]], np.zeros((2, 2)), 7) | {"weights": decimals([[0.5, 0.4], [0.7, 0.6]])}
+    rule = "the paper's method figure"
+    cases = [build("graph", rule, decimals(keys), importance, tolerance=CLOSE)]
+    for how, rounds in (("sum", 1), ("product", 1), ("product", 2)):
+        name = f"{how}_{rounds}"
+        cases.append(spread(name, rule, importance, edges, accumulation=how, rounds=rounds, tolerance=CLOSE))
+    for how, scores in (
+        ("base", FIGURE_IMPORTANCE),
+        ("sum", [0.1, 0.6, 0.09, 1.2, 0.18, -0.07, 1.1]),
+        ("product", [0.1, 0.6, 0.09, 1.2, 0.18, 0.14, 1.1]),
+    ):
+        cases.append(choose(f"keep_by_{how}", rule, decimals(scores), 3))
+    return cases
+
+
+# --- policies --------------------------------------------------------------------------------------------------------
+
+
+def evict(name: str, rule: str, policy: dict[str, Any], keys: Any, **given: Any) -> dict[str, Any]:
+    """Make a case of evict."""
+    tolerance = given.pop("tolerance", None)
+    options = {"values": None, "queries": None, "attention": None, "layer": 0, "num_layers": 1, "valid": None} | given
+    return case("evict", name, rule, tolerance, policy=policy, keys=keys, **options)
+
+
+def policy_cases() -> list[dict[str, Any]]:
+    """Cover section 4 for the policies of this release; every option is spelled out."""
+    eight = numbers([[KEYS]])
+    two = numbers([[KEYS], [KEYS]])
+    recent, two_recent = numbers([[RECENT]]), numbers([[RECENT], [RECENT]])
+    left = mask([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
+    streaming = {"name": "StreamingLLM", "budget": 4, "num_sinks": 1}
+    draw = {"name": "Random", "budget": 3, "seed": 7}
+    snap = {
+        "name": "SnapKV", "budget": 4, "window": 2, "kernel_size": 1, "pooling": "avg", "group_reduction": "mean",
+        "num_sinks": 0,
+    }  # fmt: skip
+    # Two query heads, two window rows; multiples of 1/8 that add up to 1.
+    rows = numbers(
+        [
+            [
+                [[0.25, 0, 0.125, 0.125, 0, 0.375, 0.125, 0], [0.125, 0, 0.25, 0, 0.125, 0.25, 0.125, 0.125]],
+                [[0, 0.5, 0.125, 0, 0.25, 0, 0.125, 0], [0.125, 0.25, 0, 0.125, 0.25, 0, 0.125, 0.125]],
+            ]
+        ]
+    )
+    decay = {
+        "name": "GraphKV", "base": streaming, "source_ratio": 0.7, "neighbors": 2, "rounds": 1, "signal": "decay",
+        "accumulation": "product", "strength": 1.0, "recompute_sources": False,
+    }  # fmt: skip
+    wide = numbers([[[row[i : i + 1] * 5 for row in KEYS] for i in range(2)]])
+    generator = random.Random(2509)
+    queries = numbers([[[[generator.randint(-8, 8) / 4 for _ in range(5)] for _ in range(2)] for _ in range(2)]])
+    window, fits = "the observation window votes", "N <= budget keeps everything"
+    counts, same = "K and M are counted from what is open", "no graph gives the base"
+    return [
+        evict("streaming", "sinks and the newest", streaming, eight),
+        evict("streaming_no_sinks", "sinks and the newest", streaming | {"num_sinks": 0}, eight),
+        evict("streaming_budget_below_sinks", "protected tokens fill the budget", streaming | {"num_sinks": 6}, eight),
+        evict("streaming_padding", "padding is not counted", streaming, two, valid=left),
+        evict("streaming_float_budget", "float budgets", streaming | {"budget": 0.3}, eight),
+        evict("budget_0", "exactly the budget", streaming | {"budget": 0}, eight),
+        evict("budget_1", "exactly the budget", streaming | {"budget": 1}, eight),
+        evict("budget_n", fits, streaming | {"budget": 8}, eight),
+        evict("budget_above_n", fits, streaming | {"budget": 9}, eight),
+        evict("budget_all", fits, streaming | {"budget": 1.0}, eight),
+        evict("random", "the draw of seed, layer and head", draw, wide),
+        evict("random_layer", "the draw of seed, layer and head", draw, wide, layer=1, num_layers=2),
+        evict("random_seed", "the draw of seed, layer and head", draw | {"seed": 8}, wide),
+        evict("random_padding", "padding does not shift the draw", draw, two, valid=left),
+        evict("snapkv", window, snap, eight, attention=rows),
+        evict("snapkv_max_heads", window, snap | {"group_reduction": "max"}, eight, attention=rows),
+        evict("snapkv_sum_heads", window, snap | {"group_reduction": "sum"}, eight, attention=rows),
+        evict("snapkv_max_pooling", window, snap | {"pooling": "max", "kernel_size": 3}, eight, attention=rows),
+        evict("snapkv_avg_pooling", window, snap | {"kernel_size": 3}, eight, attention=rows, tolerance=CLOSE),
+        evict("snapkv_sinks", window, snap | {"num_sinks": 1}, eight, attention=rows),
+        evict(
+            "snapkv_budget_below_window",
+            "protected tokens fill the budget",
+            snap | {"budget": 1},
+            eight,
+            attention=rows,
+        ),
+        evict("snapkv_queries", window, snap, eight, queries=queries, tolerance=CLOSE),
+        evict(
+            "snapkv_queries_padding",
+            window,
+            snap,
+            two,
+            valid=left,
+            tolerance=CLOSE,
+            queries=numbers([vectors.decode(queries["data"])[0]] * 2),
+        ),
+        evict("graphkv", "decay over the base", decay, recent),
+        evict("graphkv_sum", "decay over the base", decay | {"accumulation": "sum"}, recent),
+        evict("graphkv_enhance", "signals", decay | {"signal": "enhance"}, recent),
+        evict("graphkv_evict", "signals", decay | {"signal": "evict"}, recent),
+        evict("graphkv_two_rounds", "fixed sources", decay | {"rounds": 2}, recent),
+        evict(
+            "graphkv_recompute",
+            "sources chosen anew",
+            decay | {"signal": "enhance", "rounds": 2, "recompute_sources": True},
+            recent,
+        ),
+        evict("graphkv_strength", "strength", decay | {"strength": 0.5}, recent),
+        evict("graphkv_padding", "padding is not counted", decay, two_recent, valid=left),
+        evict("graphkv_no_sources", same, decay | {"source_ratio": 0.0}, recent),
+        evict("graphkv_no_neighbors", same, decay | {"neighbors": 0}, recent),
+        evict("graphkv_no_rounds", same, decay | {"rounds": 0}, recent),
+        evict("graphkv_nothing_open", counts, decay | {"base": streaming | {"num_sinks": 4}}, recent),
+        evict("graphkv_one_source_at_least", counts, decay | {"source_ratio": 0.1}, recent),
+        evict("graphkv_neighbor_share", counts, decay | {"neighbors": 0.7}, recent),
+        evict(
+            "graphkv_over_snapkv",
+            counts,
+            decay | {"base": snap, "source_ratio": 0.5, "neighbors": 1},
+            recent,
+            attention=rows,
+        ),
+        evict("graphkv_over_random", "decay over the base", decay | {"base": draw}, recent, tolerance=CLOSE),
+        evict("graphkv_fits", fits, decay | {"base": streaming | {"budget": 8}}, recent),
+    ]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def error_cases() -> list[dict[str, Any]]:
+    """Cover section 6: what is refused, before any arithmetic."""
+    up = [8, 4, 2, 1, 0, 0.5]
+    rule = "options out of range"
+    kinds = "wrong types"
+    shapes = "shapes that disagree"
+    return [
+        spread("iterated_sum", rule, up, accumulation="sum", rounds=2),
+        spread("strength_above_1", rule, up, strength=1.5),
+        spread("strength_nan", rule, up, strength="NaN"),
+        spread("unknown_signal", rule, up, signal="forget"),
+        spread("unknown_accumulation", rule, up, accumulation="mean"),
+        spread("negative_rounds", rule, up, rounds=-1),
+        spread("float_rounds", kinds, up, rounds=1.5),
+        spread("another_n", shapes, up[:5]),
+        choose("negative_budget", rule, [1, 2], -1),
+        choose("float_budget_in_select", kinds, [1, 2], 0.5),
+        choose("another_mask", shapes, [1, 2, 3], 1, valid=[1, 1]),
+        choose("no_axis", shapes, numbers(1.0), 1),
+        build("negative_sources", rule, num_sources=-1),
+        build("negative_neighbors", rule, num_neighbors=-1),
+        build("float_sources", kinds, num_sources=0.5),
+        build("chunk_0", rule, chunk_size=0),
+        build("another_n_of_importance", shapes, importance=[1, 2]),
+        build("mask_of_numbers", kinds, valid=numbers([1] * 8)),
+        evict("share_above_1", rule, {"name": "StreamingLLM", "budget": 1.5, "num_sinks": 0}, numbers([[KEYS]])),
+        evict("share_0", rule, {"name": "StreamingLLM", "budget": 0.0, "num_sinks": 0}, numbers([[KEYS]])),
+        evict(
+            "layer_out_of_range",
+            rule,
+            {"name": "StreamingLLM", "budget": 2, "num_sinks": 0},
+            numbers([[KEYS]]),
+            layer=1,
+        ),
+    ]
+
+
+FILES = {
+    "order": ("The one total order: ties, zeros, NaN, infinities, tiers.", order_cases),
+    "build_graph": ("Step 1: sources, edges, weights, fillers.", graph_cases),
+    "propagate": ("Step 2: signals, accumulation, rounds, strength.", propagate_cases),
+    "select": ("Step 3: exactly the budget, protected first, padding last.", select_cases),
+    "figure": ("The worked example of the paper's method figure.", figure_cases),
+    "counts": ("From shares to numbers of tokens.", count_cases),
+    "policies": ("One layer by policy: StreamingLLM, Random, SnapKV and GraphKV over them.", policy_cases),
+    "errors": ("What must be refused. The names are the exceptions of graphkv; translate them.", error_cases),
+}
+
+
+def in_float64(item: dict[str, Any]) -> dict[str, Any]:
+    """Give the case with float64 in place of float32."""
+    return json.loads(json.dumps(item["arguments"]).replace('"float32"', '"float64"'))
+
+
+def work_out(item: dict[str, Any]) -> dict[str, Any]:
+    """Add what is expected, after two more computations agree."""
+    given = copy.deepcopy(item)
+    # A case with a tolerance is worked out in float64, so that its numbers are the true ones.
+    wide = given | {"arguments": in_float64(given)}
+    expected = vectors.run(given, BACKEND)
+    for other, backend in ((given, PORTABLE), (wide, BACKEND), (wide, PORTABLE)):
+        got = json.loads(json.dumps(vectors.run(other, backend)).replace('"float64"', '"float32"'))
+        plain = json.loads(json.dumps(expected).replace('"float64"', '"float32"'))
+        lines = vectors.differences(plain, got, item["tolerance"])
+        if lines:
+            raise AssertionError(f"{item['name']} is not exact: {lines}")
+    if item["tolerance"] is not None:
+        expected = rounded(merge(expected, vectors.run(wide, BACKEND)))
+    return item | {"expected": expected}
+
+
+def merge(narrow: Any, wide: Any) -> Any:
+    """Give the numbers of `wide` with the dtypes of `narrow`."""
+    if isinstance(narrow, dict):
+        return {key: narrow[key] if key == "dtype" else merge(narrow[key], wide[key]) for key in narrow}
+    return wide
+
+
+def rounded(data: Any) -> Any:
+    """Keep 12 digits, so that another processor's last bits do not show."""
+    if isinstance(data, dict):
+        return {key: rounded(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [rounded(value) for value in data]
+    return float(f"{data:.12g}") if isinstance(data, float) else data
+
+
+def text(data: Any, indent: int = 0) -> str:
+    """Write JSON with short lists and objects on one line."""
+    line = json.dumps(data)
+    if len(line) + indent <= 110 or not isinstance(data, dict | list) or not data:
+        return line
+    pad = " " * (indent + 1)
+    if isinstance(data, dict):
+        body = [f"{pad}{json.dumps(key)}: {text(value, indent + 1)}" for key, value in data.items()]
+        return "{\n" + ",\n".join(body) + "\n" + " " * indent + "}"
+    return "[\n" + ",\n".join(pad + text(value, indent + 1) for value in data) + "\n" + " " * indent + "]"
+
+
+def documents() -> dict[str, str]:
+    """Work out all files."""
+    found = {}
+    for name, (about, cases) in FILES.items():
+        worked = [work_out(item) for item in cases()]
+        names = [item["name"] for item in worked]
+        if len(set(names)) != len(names):
+            raise AssertionError(f"{name}: a case name stands twice")
+        found[name] = text({"version": 1, "about": about, "cases": worked}) + "\n"
+    return found
+
+
+def is_current(name: str, new: str) -> bool:
+    """Compare a file with what it should be: text, or numbers within a tenth of a case's tolerance."""
+    path = vectors.HERE / f"{name}.json"
+    if not path.exists():
+        return False
+    old = path.read_text(encoding="utf-8")
+    if old == new:
+        return True
+    a, b = json.loads(old), json.loads(new)
+    if [{**c, "expected": 0} for c in a["cases"]] != [{**c, "expected": 0} for c in b["cases"]]:
+        return False
+    for x, y in zip(a["cases"], b["cases"], strict=True):
+        tolerance = x["tolerance"] and {key: value / 10 for key, value in x["tolerance"].items()}
+        if vectors.differences(x["expected"], y["expected"], tolerance):
+            return False
+    return True
+
+
+def main() -> int:
+    """Write the files, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name, new in documents().items():
+        if check:
+            stale += [] if is_current(name, new) else [f"{name}.json"]
+        else:
+            (vectors.HERE / f"{name}.json").write_text(new, encoding="utf-8")
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run python docs/vectors/generate.py")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

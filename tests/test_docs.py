@@ -1,0 +1,88 @@
+"""Every code block of the documentation runs, every picture is current, and the pages build without a warning."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+FENCE = re.compile(
+    r"^(?P<fence>`{3,}|:{3,})(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL
+)
+RUN, SHOWN = "python", {"shell", "text", "toml"}
+
+
+def blocks(page):
+    """Give (line, language, body) of each fenced block."""
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        yield text.count("\n", 0, found.start()) + 2, found["language"].strip(), found["body"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page, monkeypatch):
+    if "array_api_strict" in page.read_text(encoding="utf-8"):
+        pytest.importorskip("array_api_strict")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace = {"__name__": f"docs_{page.stem}"}
+    # A dataclass looks its module up.
+    monkeypatch.setitem(sys.modules, namespace["__name__"], type(sys)(namespace["__name__"]))
+
+    for line, language, body in blocks(page):
+        if language == RUN:
+            exec(compile("\n" * (line - 1) + body, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_says_what_it_is(page):
+    languages = {language for _, language, _ in blocks(page)}
+
+    assert {x for x in languages if not x.startswith("{")} <= {RUN} | SHOWN
+    # An indented fence or a bare one would escape the pattern above.
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(list(blocks(page)))
+
+
+def test_pages_with_code_are_found():
+    counts = {page.stem: sum(language == RUN for _, language, _ in blocks(page)) for page in PAGES}
+
+    assert {"index", "specification", "policies", "porting", "vectors", "design"} <= {k for k, n in counts.items() if n}
+
+
+def test_specification_names_every_property_of_the_kit():
+    suite = pytest.importorskip("graphkv.testing.suite", reason="no conformance kit in this tree")
+    properties = {name for name in vars(suite) if name.startswith("test_")}
+    text = (DOCS / "specification.md").read_text(encoding="utf-8")
+
+    assert set(re.findall(r"\{property\}`(\w+)`", text)) == properties
+
+
+def test_pictures_are_current():
+    done = subprocess.run([sys.executable, DOCS / "figures" / "draw.py", "--check"], check=False)
+
+    assert done.returncode == 0
+
+
+def test_pages_build_without_a_warning_and_need_no_network(tmp_path):
+    for module, version in (
+        ("sphinx", "9"),
+        ("docutils", "0.22"),
+        ("myst_parser", "5"),
+        ("furo", "0"),
+        ("numpydoc", "1"),
+    ):
+        pytest.importorskip(module, minversion=version)
+    build = [sys.executable, "-m", "sphinx", "-n", "-W", "-q", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path]
+
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    loaded = r"<(?:script|img|iframe)[^>]*\ssrc=\"(?:https?:)?//|<link[^>]*rel=\"stylesheet\"[^>]*href=\"(?:https?:)?//"
+    pages = {page.name: page.read_text(encoding="utf-8") for page in tmp_path.glob("*.html")}
+    assert [name for name, html in pages.items() if re.search(loaded, html)] == []
+    assert "<math" in pages["specification.html"]

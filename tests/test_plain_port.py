@@ -1,0 +1,48 @@
+"""The port to plain Python lists: it follows the specification page, and is proved by the golden vectors."""
+
+import ast
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS / "examples"))
+plain_port = importlib.import_module("plain_port")
+
+CASES = [
+    pytest.param(case, id=f"{file}-{case['name']}")
+    for file in plain_port.CORE
+    for case in json.loads((DOCS / "vectors" / f"{file}.json").read_text(encoding="utf-8"))["cases"]
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_port_gives_what_is_expected(case):
+    assert plain_port.same(case["expected"], plain_port.run(case), case["tolerance"])
+
+
+def test_port_shares_nothing_with_the_library():
+    tree = ast.parse((DOCS / "examples" / "plain_port.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_comparison_sees_a_difference():
+    assert not plain_port.same({"count": 90}, {"count": 89}, None)
+    assert not plain_port.same({"data": [1.0, "NaN"]}, {"data": [1.0, 0.0]}, {"relative": 1e-5, "absolute": 1e-6})
+    assert plain_port.same({"data": ["-0.0", "NaN"]}, {"data": [0.0, float("nan")]}, None)
+
+
+def test_small_backend_of_the_porting_page_passes_every_vector():
+    sys.path.insert(0, str(DOCS / "vectors"))
+    vectors = importlib.import_module("vectors")
+    backend = importlib.import_module("my_backend").BACKEND
+
+    for cases in vectors.load().values():
+        for case in cases:
+            assert vectors.differences(case["expected"], vectors.run(case, backend), case["tolerance"]) == []
