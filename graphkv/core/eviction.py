@@ -157,7 +157,7 @@ def evict(
         raise ArgumentError(f"layer must be below num_layers={num_layers}; got {layer}")
     rows = (batch, kv_heads, num_tokens)
     if valid is None:
-        valid = xp.ones(rows, dtype=xp.bool, device=keys.device)
+        valid = xp.ones(rows, dtype=xp.bool, device=primitives.device_of(keys))
     elif valid.ndim == 2:
         checks.mask("valid", valid, (batch, num_tokens), "(batch, N)", backend=backend)
         valid = xp.broadcast_to(valid[:, None, :], rows)
@@ -166,9 +166,9 @@ def evict(
 
     budget = checks.count("the layer's budget", policy.layer_budget(num_tokens, layer, num_layers))
     if num_tokens <= budget:
-        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=keys.device), rows)
+        position = xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(keys))
         return Eviction(
-            kept=everything,
+            kept=xp.broadcast_to(position, rows),
             budget=budget,
             num_tokens=num_tokens,
             importance=None,

@@ -6,15 +6,21 @@ A backend may bring a faster form of each; the result must be the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .types import Array, Namespace
 
-__all__ = ["segment_product", "segment_sum", "take_rows", "top_k", "widen"]
+__all__ = ["device_of", "segment_product", "segment_sum", "take_rows", "top_k", "widen"]
 
 
 def widen(x: Array, /, *, xp: Namespace) -> Array:
     """Give float32 and float64 as they are, everything else (half precision, integers) as float32."""
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def device_of(x: Array, /) -> Any:
+    """Give the device of an array, or None for one that has no place yet: under ``jax.jit`` there are no devices."""
+    return getattr(x, "device", None)
 
 
 def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
@@ -94,7 +100,7 @@ def _segment_reduce(
     num_rows = 1
     for size in leading:
         num_rows *= size
-    device = values.device
+    device = device_of(values)
     if num_rows * num_values * num_segments == 0:
         return xp.full((*leading, num_segments), identity, dtype=values.dtype, device=device)
     # One flat problem: row r owns the segments r * num_segments ...

@@ -76,7 +76,7 @@ def select(
 def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
     """The specification of `select`: arguments checked and widened."""
     xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    tiers = xp.ones(scores.shape, dtype=xp.int32, device=scores.device)
+    tiers = xp.ones(scores.shape, dtype=xp.int32, device=primitives.device_of(scores))
     if protected is not None:
         tiers = xp.where(protected, xp.zeros_like(tiers), tiers)
     if valid is not None:
