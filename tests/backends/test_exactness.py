@@ -42,7 +42,11 @@ def rankings(draw, dtypes: list[str]):
     levels = st.integers(0, 1 if kind == "bool" else 3)
     tiers = np.asarray(rows(draw, levels, num_rows, num_tokens), dtype=kind or "int32")
     shape = (num_rows, num_tokens)
-    return scores.reshape(shape), None if kind is None else tiers.reshape(shape), draw(st.sampled_from(sorted({0, min(1, num_tokens), num_tokens // 2, num_tokens})))
+    return (
+        scores.reshape(shape),
+        None if kind is None else tiers.reshape(shape),
+        draw(st.sampled_from(sorted({0, min(1, num_tokens), num_tokens // 2, num_tokens}))),
+    )
 
 
 @FAST
@@ -51,9 +55,7 @@ def test_top_k_is_the_ranking_of_the_specification(library, data):
     scores, tiers, k = data.draw(rankings(library.dtypes()))
     top_k = library.backend.top_k or primitives.top_k
 
-    found = top_k(
-        library.make(scores), k, None if tiers is None else library.make(tiers), xp=library.backend.xp
-    )
+    found = top_k(library.make(scores), k, None if tiers is None else library.make(tiers), xp=library.backend.xp)
 
     tiers = np.zeros(scores.shape) if tiers is None else tiers
     expected = [ranked(row.tolist(), tier.tolist(), k) for row, tier in zip(scores, tiers, strict=True)]

@@ -7,7 +7,6 @@ For example the whole kit::
 With ``--calls FILE`` as first argument, the distinct calls that reached the stand-in are written there for the replay.
 """
 
-import json
 import sys
 from pathlib import Path
 

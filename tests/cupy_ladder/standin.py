@@ -33,7 +33,7 @@ UFUNC_AT = {"add", "subtract", "maximum", "minimum", "bitwise_and", "bitwise_or"
 UFUNC_AT_DTYPES = {"int32", "int64", "uint32", "uint64", "float16", "float32", "float64"}
 
 
-class ndarray:  # noqa: N801 - the name that CuPy gives it
+class ndarray:
     """A NumPy array behind CuPy's manners."""
 
     __module__ = "cupy"
@@ -52,11 +52,11 @@ class ndarray:  # noqa: N801 - the name that CuPy gives it
     device = property(lambda self: Device(0))
 
     @property
-    def T(self) -> ndarray:  # noqa: N802
+    def T(self) -> ndarray:
         return _method("transpose", self, self._a.T)
 
     @property
-    def mT(self) -> ndarray:  # noqa: N802
+    def mT(self) -> ndarray:
         return _wrap(self._a.mT)
 
     # Ways to the host, all of which wait.
@@ -116,7 +116,9 @@ class ndarray:  # noqa: N801 - the name that CuPy gives it
 
     # Data.
 
-    def astype(self, dtype: Any, order: str = "K", casting: Any = None, subok: Any = None, copy: bool = True) -> ndarray:
+    def astype(
+        self, dtype: Any, order: str = "K", casting: Any = None, subok: Any = None, copy: bool = True
+    ) -> ndarray:
         return _method("astype", self, self._a.astype(dtype, copy=copy), dtype, copy=copy)
 
     def copy(self, order: str = "C") -> ndarray:
@@ -335,13 +337,70 @@ PLAYED: dict[str, Callable[..., Any]] = {
 }
 PLAYED |= {
     name: getattr(np, name)
-    for name in (
-        "all any arange argmax argmin broadcast_arrays broadcast_to can_cast concatenate copy count_nonzero cumprod "
-        "cumsum diff einsum empty empty_like expand_dims eye finfo flip full full_like iinfo isdtype issubdtype max "
-        "matmul mean min moveaxis ones ones_like prod ravel repeat reshape result_type roll searchsorted squeeze stack "
-        "std sum swapaxes take take_along_axis tensordot tile transpose tril triu unstack var zeros zeros_like "
-        "broadcast_shapes isin bincount nonzero unique array_equal allclose"
-    ).split()
+    for name in [
+        "all",
+        "any",
+        "arange",
+        "argmax",
+        "argmin",
+        "broadcast_arrays",
+        "broadcast_to",
+        "can_cast",
+        "concatenate",
+        "copy",
+        "count_nonzero",
+        "cumprod",
+        "cumsum",
+        "diff",
+        "einsum",
+        "empty",
+        "empty_like",
+        "expand_dims",
+        "eye",
+        "finfo",
+        "flip",
+        "full",
+        "full_like",
+        "iinfo",
+        "isdtype",
+        "issubdtype",
+        "max",
+        "matmul",
+        "mean",
+        "min",
+        "moveaxis",
+        "ones",
+        "ones_like",
+        "prod",
+        "ravel",
+        "repeat",
+        "reshape",
+        "result_type",
+        "roll",
+        "searchsorted",
+        "squeeze",
+        "stack",
+        "std",
+        "sum",
+        "swapaxes",
+        "take",
+        "take_along_axis",
+        "tensordot",
+        "tile",
+        "transpose",
+        "tril",
+        "triu",
+        "var",
+        "zeros",
+        "zeros_like",
+        "broadcast_shapes",
+        "isin",
+        "bincount",
+        "nonzero",
+        "unique",
+        "array_equal",
+        "allclose",
+    ]
 }
 WAITS = {"allclose", "array_equal", "bincount", "nonzero", "unique"}
 # These take things of the host; to all others a host array or list in place of an array is an error.
@@ -374,6 +433,8 @@ def _function(name: str, parameters: list[list[Any]] | None) -> Callable[..., An
         _record("cupy", name, args, kwargs)
         with np.errstate(all="ignore"):
             result = PLAYED[name](*map(_raw, args), **{key: _raw(value) for key, value in kwargs.items()})
+        if name in FROM_HOST and not isinstance(args[0], ndarray):
+            result = result.copy()  # the device has memory of its own
         if isinstance(result, (tuple, list)) and name != "broadcast_shapes":
             return type(result)(map(_wrap, result)) if type(result) in (tuple, list) else tuple(map(_wrap, result))
         return _wrap(result) if isinstance(result, (np.ndarray, np.generic)) else result
@@ -404,7 +465,7 @@ def _record(module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     CALLS[json.dumps([module, name, [encode(each) for each in args], given])] = None
 
 
-def encode(x: Any) -> list[Any]:
+def encode(x: Any) -> list[Any]:  # noqa: PLR0911 - a table of types
     """Describe an argument: of arrays only shape and dtype."""
     if isinstance(x, ndarray):
         return ["array", list(x.shape), x.dtype.name]
@@ -456,6 +517,10 @@ def _add_operators(functions: dict[str, Any]) -> None:
         ufunc = functions[name]
         return lambda self, other: ufunc(other, self) if reverse else ufunc(self, other)
 
+    def unary(name: str) -> Callable[..., Any]:
+        ufunc = functions[name]
+        return lambda self: ufunc(self)  # noqa: PLW0108 - an object in its place would not be bound
+
     def in_place(name: str) -> Callable[..., Any]:
         def write(self: ndarray, other: Any) -> ndarray:
             result = functions[name](self, other)
@@ -470,8 +535,9 @@ def _add_operators(functions: dict[str, Any]) -> None:
             setattr(ndarray, f"__r{short}__", binary(name, reverse=True))
             setattr(ndarray, f"__i{short}__", in_place(name))
     for short, name in _UNARY.items():
-        setattr(ndarray, f"__{short}__", lambda self, _ufunc=functions[name]: _ufunc(self))
-    ndarray.__matmul__ = lambda self, other: functions["matmul"](self, other)  # type: ignore[attr-defined]
+        setattr(ndarray, f"__{short}__", unary(name))
+    # A lambda, because it is bound as a method.
+    ndarray.__matmul__ = lambda self, other: functions["matmul"](self, other)  # type: ignore[attr-defined]  # noqa: PLW0108
 
 
 def _members(names: dict[str, Any]) -> dict[str, Any]:
