@@ -3,7 +3,7 @@
 ====  =================================================================  ==========================================
 rung  what                                                               shows
 ====  =================================================================  ==========================================
-2     the tests of the backends on the stand-in, in a process of its own  logic, which calls are made, no waiting
+2     tests of the backends, and the kit, on the stand-in (own process)   logic, which calls are made, no waiting
 3     every distinct call of rung 2 on the real wheel over host memory    the wheel accepts each call
 4     the stand-in's table of names made anew from the wheel              the stand-in's names are true
 ====  =================================================================  ==========================================
@@ -67,6 +67,21 @@ def test_rung_2_the_tests_of_the_backends_pass_on_the_standin(rung_2):
     assert len(json.loads(calls.read_text())) > 500
 
 
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory):
+    pytest.importorskip("graphkv.testing.suite", reason="graphkv.testing is not here")
+    arguments = ("--pyargs", "graphkv.testing.suite", "--graphkv-backend", "cupy")
+    return on_standin(tmp_path_factory.mktemp("kit"), *arguments)
+
+
+def test_rung_2_the_kit_passes_on_the_standin(kit):
+    counts, calls = kit
+
+    assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}
+    assert counts["tests"] > 60
+    assert len(json.loads(calls.read_text())) > 5000
+
+
 def test_rung_2_the_standin_is_as_strict_as_it_says_and_planted_mistakes_are_found(tmp_path):
     counts, _ = on_standin(tmp_path, "tests/cupy_ladder/on_standin")
 
@@ -92,15 +107,17 @@ def test_rung_2_can_fail(tmp_path):
     assert "unexpected keyword argument 'stable'" in done.stdout
 
 
-def test_rung_3_the_wheel_accepts_every_call(rung_2):
+@pytest.mark.parametrize("recorded", ["rung_2", "kit"])
+def test_rung_3_the_wheel_accepts_every_call(recorded, request):
     wheel()
+    _, calls = request.getfixturevalue(recorded)
 
-    done = run(HERE / "replay.py", rung_2[1])
+    done = run(HERE / "replay.py", calls)
 
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = json.loads(done.stdout)
     assert verdicts["what was rejected"] == []
-    assert verdicts["calls"] == len(json.loads(rung_2[1].read_text()))
+    assert verdicts["calls"] == len(json.loads(calls.read_text()))
     assert verdicts["accepted, stopped at the driver"] > 300
 
 
