@@ -38,13 +38,13 @@ def layer():
     return keys, queries, cp.asarray(random.uniform(size=(2, 30)) < 0.9)
 
 
-@pytest.mark.parametrize("backend", [CUPY, PORTABLE], ids=["cupy", "portable"])
+@pytest.mark.parametrize("form", [CUPY, PORTABLE], ids=["cupy", "portable"])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_no_policy_waits(policy, backend):
+def test_no_policy_waits(policy, form):
     keys, queries, valid = layer()
     standin.SYNCS.clear()
 
-    found = evict(policy, keys, queries=queries, valid=valid, backend=backend)
+    found = evict(policy, keys, queries=queries, valid=valid, backend=form)
     found.apply(keys)
 
     assert standin.SYNCS == []
