@@ -3,13 +3,12 @@
 Everything that is no array (counts, budgets, options) must be static under ``jax.jit``; a `Graph` and an `Eviction` may
 go in and out. Without ``jax_enable_x64`` indices are int32.
 
-Segment products and sums stay the portable ones of `graphkv.core.primitives`, compiled: scatters on a GPU combine in an
-order that changes from run to run.
+Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
+that changes from run to run.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +18,9 @@ import numpy as np
 from ..core import primitives
 from ..core.backend import Backend
 from ..core.eviction import Eviction
+from ..core.graph import _build_graph
+from ..core.propagation import _propagate
+from ..core.selection import _select
 from ..core.types import Array, Graph, Namespace
 
 __all__ = ["BACKEND"]
@@ -35,7 +37,6 @@ class _Namespace:
         return jax.dtypes.canonicalize_dtype(np.int64)
 
 
-@partial(jax.jit, static_argnums=1, static_argnames="xp")
 def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
     """Rank tier by tier with lax.top_k, which takes the lower index among equals and is far faster than a sort."""
     num_tokens = scores.shape[-1]
@@ -68,10 +69,6 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace
     return result
 
 
-segment_product = jax.jit(primitives.segment_product, static_argnums=2, static_argnames="xp")
-segment_sum = jax.jit(primitives.segment_sum, static_argnums=2, static_argnames="xp")
-
-
 def _graph_of(num_tokens: int, arrays: tuple[Any, ...]) -> Graph:
     # Without the checks: jax rebuilds trees with stand-ins for the arrays.
     graph = object.__new__(Graph)
@@ -87,11 +84,17 @@ jax.tree_util.register_dataclass(
     meta_fields=["budget", "num_tokens", "backend"],
 )
 
+# One compiled function per step and shape: a call for each operation would be ten times slower.
+build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
+propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+select = jax.jit(_select, static_argnums=1, static_argnames="backend")
+
 BACKEND = Backend(
     name="jax",
     xp=_Namespace(),
     to_numpy=np.asarray,
     top_k=top_k,
-    segment_product=segment_product,
-    segment_sum=segment_sum,
+    build_graph=build_graph,
+    propagate=propagate,
+    select=select,
 )
