@@ -162,6 +162,8 @@ def library_of(array: Any) -> str:
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         return kind.__module__.partition(".")[0] if kind.__module__ != "builtins" else f"builtins.{kind.__name__}"
     roots = [ancestor.__module__.partition(".")[0] for ancestor in kind.__mro__]
+    # The arrays of older releases of jax (0.4.35, say) have no ancestor in jax itself.
+    roots = ["jax" if root == "jaxlib" else root for root in roots]
     return next((root for root in roots if root in BUILT_IN), roots[0])
 
 
