@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
+from ..core import primitives
 from ..core.types import Array, Namespace
 
 __all__ = ["group_heads", "pool", "token_rank", "window_attention"]
@@ -34,7 +35,7 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     logits = rows @ xp.matrix_transpose(keys) / sqrt(head_size)
     logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
 
-    device = keys.device
+    device = primitives.device_of(keys)
     query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
     causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
     sees = causal & valid[:, :, None, None, :] & valid[:, :, None, num_tokens - window :, None]
@@ -61,7 +62,7 @@ def pool(x: Array, kernel_size: int, kind: str, /, *, xp: Namespace) -> Array:
     """
     num_tokens, reach = x.shape[-1], kernel_size // 2
     outside = 0.0 if kind == "avg" else -xp.inf
-    edge = xp.full((*x.shape[:-1], reach), outside, dtype=x.dtype, device=x.device)
+    edge = xp.full((*x.shape[:-1], reach), outside, dtype=x.dtype, device=primitives.device_of(x))
     padded = xp.concat([edge, x, edge], axis=-1)
     pooled = padded[..., :num_tokens]
     for offset in range(1, kernel_size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core import checks
+from ..core import checks, primitives
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, Policy
 from ..core.types import Array, Namespace
@@ -123,13 +123,13 @@ class SnapKV(Policy):
             group_reduction=self.group_reduction,
             xp=xp,
         )
-        place = xp.arange(1, window + 1, dtype=past.dtype, device=past.device)
+        place = xp.arange(1, window + 1, dtype=past.dtype, device=primitives.device_of(past))
         return xp.concat([past, xp.broadcast_to(place, (*past.shape[:-1], window))], axis=-1)
 
     def protect(self, inputs: LayerInputs, /) -> Array:
         """Protect the window and the first tokens."""
         xp, num_tokens = inputs.xp, inputs.num_tokens
-        position = xp.arange(num_tokens, dtype=xp.int64, device=inputs.keys.device)
+        position = xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
         in_window = position >= num_tokens - self.num_queries(num_tokens)
         return inputs.valid & (in_window | (attention.token_rank(inputs.valid, xp=xp) < self.num_sinks))
 
