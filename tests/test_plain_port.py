@@ -1,4 +1,4 @@
-"""The port to plain Python lists: it follows the specification page, and is proved by the golden vectors."""
+"""The port to plain Python lists: written from the documentation pages alone, and proved by the golden vectors."""
 
 import ast
 import importlib
@@ -24,6 +24,18 @@ def test_port_gives_what_is_expected(case):
     assert plain_port.same(case["expected"], plain_port.run(case), case["tolerance"])
 
 
+def test_port_runs_by_itself(capsys):
+    assert plain_port.main() == 0
+    assert "cases passed" in capsys.readouterr().out
+
+
+def test_port_is_as_long_as_the_pages_say():
+    method, _, vectors = (DOCS / "examples" / "plain_port.py").read_text(encoding="utf-8").partition("# The vectors.")
+
+    assert round(len((method + vectors).splitlines()), -1) in {250, 260, 270}
+    assert 110 <= len(method.splitlines()) <= 135
+
+
 def test_port_shares_nothing_with_the_library():
     tree = ast.parse((DOCS / "examples" / "plain_port.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -36,6 +48,7 @@ def test_comparison_sees_a_difference():
     assert not plain_port.same({"count": 90}, {"count": 89}, None)
     assert not plain_port.same({"data": [1.0, "NaN"]}, {"data": [1.0, 0.0]}, {"relative": 1e-5, "absolute": 1e-6})
     assert plain_port.same({"data": ["-0.0", "NaN"]}, {"data": [0.0, float("nan")]}, None)
+    assert not plain_port.same({"data": ["Infinity"]}, {"data": [1.0]}, {"relative": 1e-5, "absolute": 1e-6})
 
 
 def test_small_backend_of_the_porting_page_passes_every_vector():
