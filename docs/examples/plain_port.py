@@ -1,8 +1,11 @@
 """A port of the specification to plain Python lists, which runs the golden vectors of the core steps.
 
-It was written only from the documentation pages (specification, vectors, porting, glossary) and the vector files. It
-shares no code with the library. The first half computes one row at a time and has no dtypes: every number is a Python
-float. The second half reads the vectors, calls the first for each row, and compares.
+It was written only from the documentation pages (specification, vectors, porting, glossary) and the vector files, by
+someone who had not seen the source, and shares no code with the library. Since then one thing has changed: how
+`direction` computes the length of a key, which the pages had not said.
+
+The first half computes one row at a time and has no dtypes: every number is a Python float. The second half reads the
+vectors, calls the first for each row, and compares.
 
     python docs/examples/plain_port.py
 """
@@ -11,7 +14,7 @@ import json
 import struct
 import sys
 from fractions import Fraction
-from math import floor, hypot, inf, isfinite, isnan, prod
+from math import floor, inf, isfinite, isnan, prod, sqrt
 from pathlib import Path
 
 CORE = ("order", "build_graph", "propagate", "select", "figure", "counts")
@@ -31,8 +34,11 @@ def order(scores, tiers=None):
     return sorted(range(len(scores)), key=place)
 
 
-def build_graph(keys, importance, num_sources, num_neighbors, valid=None):
-    """Step 1: the sources, ascending, and for each of them its neighbors and their weights, by descending weight."""
+def build_graph(keys, importance, num_sources, num_neighbors, valid=None, narrow=False):
+    """Step 1: the sources, ascending, and for each of them its neighbors and their weights, by descending weight.
+
+    `narrow` says that the keys are not float64, so that their lengths have the range of float32.
+    """
     tokens = range(len(importance))
     valid = valid or [True for _ in tokens]
     num_sources = min(num_sources, len(tokens))
@@ -40,7 +46,7 @@ def build_graph(keys, importance, num_sources, num_neighbors, valid=None):
     sources = sorted(order(importance, [0 if ok else 1 for ok in valid])[:num_sources])
     chosen = set(sources)
     eligible = [j for j in tokens if valid[j] and j not in chosen]
-    directions = [direction(key) for key in keys]
+    directions = [direction(key, narrow) for key in keys]
     neighbors, weights = [], []
     for source in sources:
         edges = []
@@ -53,10 +59,19 @@ def build_graph(keys, importance, num_sources, num_neighbors, valid=None):
     return {"sources": sources, "neighbors": neighbors, "weights": weights, "num_tokens": len(tokens)}
 
 
-def direction(key):
-    """The key at length one, or None if its length is zero, infinite or NaN."""
-    length = hypot(*key)
-    return [x / length for x in key] if length > 0 and isfinite(length) else None
+def direction(key, narrow):
+    """The key at length one, or None if its length, as the arithmetic has it, is zero, infinite or NaN."""
+    square = sum(x * x for x in key)
+    in_range = to_float32(square) if narrow else square
+    return [x / sqrt(square) for x in key] if in_range > 0 and isfinite(in_range) else None
+
+
+def to_float32(x):
+    """The nearest number of float32; infinity where Python would raise."""
+    try:
+        return struct.unpack("f", struct.pack("f", x))[0]
+    except OverflowError:
+        return inf
 
 
 def cosine(a, b):
@@ -133,7 +148,7 @@ def read(value, narrow=False):
         return [read(part, narrow) for part in value]
     if isinstance(value, str):
         return float(value)
-    return struct.unpack("f", struct.pack("f", value))[0] if narrow else value
+    return to_float32(value) if narrow else value
 
 
 def rows(array, lead, numbers=False):
@@ -172,7 +187,7 @@ def run_build_graph(keys, importance, num_sources, num_neighbors, valid, chunk_s
     for key, score, ok in zip(
         rows(keys, lead, numbers=True), rows(importance, lead, numbers=True), rows(valid, lead), strict=True
     ):
-        graph = build_graph(key, score, num_sources, num_neighbors, ok)
+        graph = build_graph(key, score, num_sources, num_neighbors, ok, narrow=keys["dtype"] != "float64")
         edges = []
         for source, neighbors, weights in zip(graph["sources"], graph["neighbors"], graph["weights"], strict=True):
             edges += [[source, j, weight] for j, weight in zip(neighbors, weights, strict=True) if weight > 0]
