@@ -188,7 +188,9 @@ def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -
     for _ in range(rounds - 1):
         power = power * factor
     score = xp.astype(importance, power.dtype)
-    scaled = xp.where(score >= 0, score * power, score - xp.abs(score) * (1 - power))
-    # 0 and infinity absorb every finite factor; said here because an overflowed factor would make NaN of them.
+    # 0 and infinity absorb every finite factor. They stand aside, because infinity times a factor that rounds to 0, and
+    # 0 times one that overflows, are NaN (and NumPy would warn).
     fixed = (score == 0) | xp.isinf(score)
+    number = xp.where(fixed, xp.ones_like(score), score)
+    scaled = xp.where(number >= 0, number * power, number - xp.abs(number) * (1 - power))
     return xp.where(fixed, score, scaled)
