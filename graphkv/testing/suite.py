@@ -68,7 +68,7 @@ def test_top_k_ranks_rows_and_tiers_apart(
     """A lower tier comes first, whatever the score."""
     shape = (*leading, num_tokens)
     scores = data.draw(strategies.scores(shape))
-    tiers = data.draw(arrays(np.int32, shape, elements=st.integers(0, 3)))
+    tiers = data.draw(arrays(np.int32, shape, elements=st.integers(0, 3), fill=st.nothing()))
     k = data.draw(st.integers(0, num_tokens))
     x = asserts.make(backend, scores, dtype)
 
@@ -356,7 +356,9 @@ def test_decay_never_raises_and_enhance_never_lowers(
 @given(data=DRAWS, signal=st.sampled_from(["decay", "enhance"]), exponent=st.integers(-6, 6))
 def test_the_product_is_scale_invariant(backend: Backend, data: Any, signal: str, exponent: int) -> None:
     """Scores twice as large come out twice as large, and the same tokens are chosen."""
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=strategies.unit()))
+    # Below 1, so that nothing comes near the smallest float32, where scaling rounds.
+    weights = st.floats(0, 0.9375, width=32)
+    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=weights))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
     rounds = data.draw(st.integers(1, 3))
 
@@ -509,7 +511,7 @@ def test_protected_tokens_are_kept_first(backend: Backend, layer: Layer, data: A
 
 
 @unhurried
-@given(layer=strategies.layers(elements=strategies.special()))
+@given(layer=strategies.layers(elements=st.sampled_from([0.0, -0.0, 1.0, -np.inf, np.nan])))
 def test_minus_zero_equals_zero_and_nan_is_last(backend: Backend, layer: Layer) -> None:
     """Scores that differ in nothing else choose the same tokens; NaN loses to minus infinity."""
     unsigned = np.where(layer.importance == 0, 0.0, layer.importance)
@@ -763,7 +765,11 @@ def _segments(
     num_segments = draw(st.integers(1, 5))
     shape = (*leading, draw(st.integers(0, 8)))
     values = draw(strategies.scores(shape, elements=elements))
-    return values, draw(arrays(np.int64, shape, elements=st.integers(0, num_segments - 1))), num_segments
+    return (
+        values,
+        draw(arrays(np.int64, shape, elements=st.integers(0, num_segments - 1), fill=st.nothing())),
+        num_segments,
+    )
 
 
 def _list(mask: NDArray[np.bool_] | None) -> list[bool] | None:
