@@ -19,6 +19,7 @@ __all__ = [
     "graph_fields",
     "grouped_rows",
     "integers",
+    "is_graph",
     "mask",
     "numeric",
     "ratio_or_count",
@@ -127,6 +128,14 @@ def grouped_rows(
         raise ArgumentError(f"{name} must have a multiple of the {kv_heads} KV heads of keys; got {query_heads} heads")
     if num_queries > num_tokens:
         raise ArgumentError(f"{name} must cover at most the N={num_tokens} positions of keys; got {num_queries}")
+
+
+def is_graph(name: str, value: Any, /) -> None:
+    """A Graph."""
+    from .types import Graph  # noqa: PLC0415 - which checks its own fields by this module
+
+    if not isinstance(value, Graph):
+        raise ArgumentTypeError(f"{name} must be a Graph; got {type(value).__name__}")
 
 
 def graph_fields(graph: Any, /) -> None:
