@@ -277,6 +277,14 @@ def test_the_right_calls_of_the_table_are_right(subject):
     assert calls.evict().kept.shape == (1, 2, 3)
 
 
+def test_what_is_wider_than_float64_is_refused_and_not_narrowed():
+    if np.finfo(np.longdouble).bits <= 64:
+        pytest.skip("long double is float64 on this machine")
+
+    with pytest.raises(ArgumentTypeError, match=r"^scores must be float64 or narrower; got dtype \w+$"):
+        graphkv.select(np.ones(3, dtype=np.longdouble), 1)
+
+
 # --------------------------------------------------------------------------------------------------------- policies
 
 POLICY_TABLE = {

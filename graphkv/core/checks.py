@@ -90,6 +90,9 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
     # torch counts half precision as real floating; the standard knows float32 and float64 only.
     if not xp.isdtype(array.dtype, ("real floating", "integral")):
         raise ArgumentTypeError(f"{name} must be real; got dtype {array.dtype}")
+    # Wider than float64 would have to be narrowed, and no call changes a dtype silently.
+    if xp.isdtype(array.dtype, "real floating") and xp.finfo(array.dtype).bits > 64:
+        raise ArgumentTypeError(f"{name} must be float64 or narrower; got dtype {array.dtype}")
     shape = tuple(array.shape)
     least = axes.count(",") + (0 if "..." in axes else 1)
     if len(shape) < least or (ndim is not None and len(shape) != ndim):
