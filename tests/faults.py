@@ -180,9 +180,12 @@ def select(scores, budget, protected, valid, /, *, backend, fault=""):
         budget = max(budget - 1, 0)
     order = top_k(scores, scores.shape[-1], tier, xp=np)
     kept = order[..., :budget]
-    if fault == ">= at the cut" and budget and scores.ndim == 1:
-        cut = scores[order[budget - 1]]
-        kept = np.flatnonzero((scores >= cut) | np.isin(np.arange(scores.shape[-1]), kept))
+    if fault == ">= at the cut" and 0 < budget <= scores.shape[-1]:
+        # A threshold, then the first that reach it: a tie at the cut displaces a better token behind it.
+        last = order[..., budget - 1 : budget]
+        cut, cut_tier = np.take_along_axis(scores, last, -1), np.take_along_axis(tier, last, -1)
+        reaches = (tier < cut_tier) | ((tier == cut_tier) & (scores >= cut))
+        kept = np.argsort(~reaches, axis=-1, kind="stable")[..., :budget]
     return kept if fault == "by rank" else np.sort(kept, axis=-1)
 
 
@@ -324,7 +327,7 @@ FAULTS = [
             "smallest factor 1e-3": "a_duplicate_of_a_source_decays_to_the_bottom",
             "computed as a difference": "a_duplicate_of_a_source_decays_to_the_bottom",
             "weights not clipped": "weights_outside_the_unit_interval_are_clipped",
-            "infinities multiplied": "propagation_agrees_with_the_oracle",
+            "infinities multiplied": "decay_never_raises_and_enhance_never_lowers",
             "normalised": "the_product_is_scale_invariant",
             ">= for > 0": "evict_sends_what_an_edge_reaches_to_minus_infinity",
             "evict by zero": "evict_sends_what_an_edge_reaches_to_minus_infinity",
@@ -337,7 +340,7 @@ FAULTS = [
         {
             "one too few": "exactly_the_budget_is_kept",
             "by rank": "exactly_the_budget_is_kept",
-            ">= at the cut": "exactly_the_budget_is_kept",
+            ">= at the cut": "selection_agrees_with_the_oracle",
             "padding kept": "protected_tokens_are_kept_first",
             "protection ignored": "protected_tokens_are_kept_first",
             "protection by a sentinel score": "protected_tokens_are_kept_first",

@@ -25,7 +25,7 @@ def properties():
     """The suite once more, without shrinking: that a fault is caught is enough."""
     before = settings.default
     settings.register_profile(
-        "faults", before, max_examples=200, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
+        "faults", before, max_examples=100, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
     )
     settings.load_profile("faults")
     spec = importlib.util.spec_from_file_location("graphkv.testing.suite_for_faults", suite.__file__)

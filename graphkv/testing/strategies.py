@@ -36,6 +36,7 @@ __all__ = [
     "max_large_tokens",
     "scores",
     "special",
+    "token_counts",
     "unit",
 ]
 
@@ -130,6 +131,11 @@ class Edges:
     num_tokens: int
 
 
+def token_counts(min_tokens: int = 0, max_tokens: int = 7) -> st.SearchStrategy[int]:
+    """Draw N: rather more than few, because little happens among few."""
+    return st.one_of(st.integers((min_tokens + max_tokens + 1) // 2, max_tokens), st.integers(min_tokens, max_tokens))
+
+
 def leading_shapes(*, empty: bool = True) -> st.SearchStrategy[tuple[int, ...]]:
     """Draw leading axes: none, some rows, batch and heads, and the empty batch."""
     shapes: list[tuple[int, ...]] = [(2, 2), (), (1, 1), (3,), (2, 1), (2,), (2, 3), (4,)]
@@ -159,15 +165,15 @@ def unit() -> st.SearchStrategy[float]:
 
 def exact_weights() -> st.SearchStrategy[float]:
     """Draw edge weights whose factors multiply without rounding; below 1, where decay is clipped."""
-    return st.sampled_from([0.5, 0.25, 0.75, 0.0, 0.5])
+    return st.sampled_from([0.5, 0.25, 0.75, 0.5, 0.25, 0.75, 0.0])
 
 
 def scores(shape: tuple[int, ...], /, *, elements: st.SearchStrategy[float] | None = None) -> st.SearchStrategy[Floats]:
-    """Draw scores: dyadic, tied (three values) or special ones, unless `elements` says what."""
+    """Draw scores: dyadic, tied (three values), or with special ones among them, unless `elements` says what."""
     if elements is not None:
         return _floats(shape, elements)
     tied = st.sampled_from([1.0, 0.5, -0.5])
-    return st.one_of(_floats(shape, exact()), _floats(shape, tied), _floats(shape, special()))
+    return st.one_of(_floats(shape, exact()), _floats(shape, tied), _floats(shape, exact() | special()))
 
 
 @st.composite
@@ -182,11 +188,13 @@ def distinct_scores(draw: st.DrawFn, shape: tuple[int, ...]) -> Floats:
 
 def masks(shape: tuple[int, ...], /) -> st.SearchStrategy[NDArray[np.bool_] | None]:
     """Draw a mask, all of one value at times, or none."""
-    drawn = arrays(np.bool_, shape, fill=st.nothing())
-    # Mostly drawn: the rules of masks meet each other only where both are mixed.
-    return st.one_of(
-        drawn, drawn, drawn, st.none(), st.sampled_from([False, True]).map(lambda flag: np.full(shape, flag))
-    )
+
+    def drawn(flags: list[bool]) -> st.SearchStrategy[NDArray[np.bool_]]:
+        return arrays(np.bool_, shape, elements=st.sampled_from(flags), fill=st.nothing())
+
+    # Mostly mixed: the rules of masks meet each other only there.
+    mixed = st.one_of(drawn([True, False]), drawn([True, True, True, False]), drawn([False, False, False, True]))
+    return st.one_of(mixed, st.none(), st.sampled_from([False, True]).map(lambda flag: np.full(shape, flag)))
 
 
 def budgets(num_tokens: int, /) -> st.SearchStrategy[int]:
@@ -229,7 +237,7 @@ def layers(
     elements : strategy of float, optional
         Of the importance. Default: as in `scores`.
     """
-    num_tokens = draw(st.integers(min_tokens, max_tokens))
+    num_tokens = draw(token_counts(min_tokens, max_tokens))
     shape = (*draw(leading_shapes() if leading is None else leading), num_tokens)
     return Layer(
         keys=draw(keys(shape)),

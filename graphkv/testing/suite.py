@@ -32,6 +32,8 @@ from .strategies import Edges, Layer
 
 # A library may compile at its first call.
 unhurried = settings(deadline=None)
+# Every example is a loop over all dtypes.
+several = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 5) if settings.default else 5)
 # Loops over 10^4 tokens take their time; under the default profile that is still some examples.
 large = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 20) if settings.default else 5)
 
@@ -263,9 +265,11 @@ def test_propagation_agrees_with_the_oracle(
     backend: Backend, data: Any, leading: tuple[int, ...], signal: str, accumulation: str, strength: float, dtype: str
 ) -> None:
     """Every signal, accumulation and strength, exactly: scores of either sign, ties, infinities and NaN."""
-    rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 2))
+    rounds = 1 if accumulation == "sum" else data.draw(st.sampled_from([1, 2, 1, 0]))
     # 8 bits of score and 3 a factor: three edges in one round or two rounds of two fill float32.
-    edges = data.draw(strategies.edges(leading, data.draw(st.integers(0, 7)), max_sources=3 if rounds < 2 else 2))
+    edges = data.draw(
+        strategies.edges(leading, data.draw(strategies.token_counts()), max_sources=3 if rounds < 2 else 2)
+    )
     importance = data.draw(strategies.scores((*leading, edges.num_tokens)))
     options: dict[str, Any] = {"signal": signal, "rounds": rounds, "accumulation": accumulation, "strength": strength}
 
@@ -282,7 +286,7 @@ def test_propagation_of_general_numbers_is_close_to_the_oracle(
 ) -> None:
     """Within the tolerance of the score."""
     rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 4))
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=strategies.unit()))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
     options: dict[str, Any] = {"signal": signal, "rounds": rounds, "accumulation": accumulation, "strength": strength}
 
@@ -317,7 +321,7 @@ def test_tokens_without_edges_keep_their_importance_bit_for_bit(
     backend: Backend, data: Any, signal: str, accumulation: str, strength: float
 ) -> None:
     """Sources among them."""
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=strategies.unit()))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
     importance = data.draw(strategies.scores((2, edges.num_tokens)))
 
     x, found = _propagated(backend, importance, edges, signal=signal, accumulation=accumulation, strength=strength)
@@ -335,7 +339,7 @@ def test_decay_never_raises_and_enhance_never_lowers(
     backend: Backend, data: Any, accumulation: str, strength: float, rounds: int
 ) -> None:
     """For scores of either sign, infinities included."""
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=strategies.unit()))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
     elements = st.one_of(strategies.general(), st.sampled_from([np.inf, -np.inf, 0.0]))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=elements))
     options: dict[str, Any] = {
@@ -358,7 +362,7 @@ def test_the_product_is_scale_invariant(backend: Backend, data: Any, signal: str
     """Scores twice as large come out twice as large, and the same tokens are chosen."""
     # Below 1, so that nothing comes near the smallest float32, where scaling rounds.
     weights = st.floats(0, 0.9375, width=32)
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=weights))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=weights))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
     rounds = data.draw(st.integers(1, 3))
 
@@ -377,7 +381,7 @@ def test_the_product_is_scale_invariant(backend: Backend, data: Any, signal: str
 @given(data=DRAWS, signal=SIGNALS)
 def test_two_rounds_are_one_round_twice(backend: Backend, data: Any, signal: str) -> None:
     """For scores of at least 0, where a round is a plain product."""
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), max_sources=2))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), max_sources=2))
     importance = np.abs(data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.exact())))
 
     x, twice = _propagated(backend, importance, edges, signal=signal, rounds=2)
@@ -393,7 +397,7 @@ def test_evict_sends_what_an_edge_reaches_to_minus_infinity(
     backend: Backend, data: Any, accumulation: str, strength: float
 ) -> None:
     """And nothing else; an edge of weight 0 reaches nothing."""
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=strategies.unit()))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
     importance = data.draw(strategies.scores((2, edges.num_tokens)))
 
     x, found = _propagated(backend, importance, edges, signal="evict", accumulation=accumulation, strength=strength)
@@ -409,7 +413,7 @@ def test_weights_outside_the_unit_interval_are_clipped(
 ) -> None:
     """A weight above 1 counts as 1; one below 0, or NaN, is no edge."""
     wild = st.sampled_from([0.5, 1.0, 1.5, np.inf, -0.5, -np.inf, np.nan, -0.0])
-    edges = data.draw(strategies.edges((2,), data.draw(st.integers(1, 7)), weights=wild))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=wild))
     tame = Edges(**{**vars(edges), "weights": np.clip(np.nan_to_num(edges.weights, nan=0.0), 0, 1)})
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.exact()))
 
@@ -609,25 +613,26 @@ def test_inputs_are_not_written_to(backend: Backend, data: Any, signal: str, acc
     asserts.equal(graph.weights, edges.weights.astype(dtype), backend=backend, like=keys)
 
 
-@unhurried
-@given(data=DRAWS, layer=strategies.layers(min_tokens=1, elements=st.integers(0, 100).map(float)))
-def test_every_dtype_is_computed_in_float32_or_wider(backend: Backend, data: Any, layer: Layer) -> None:
+@several
+@given(
+    layer=strategies.layers(min_tokens=1, elements=st.integers(0, 100).map(float)), other=st.sampled_from(ALL_DTYPES)
+)
+def test_every_dtype_is_computed_in_float32_or_wider(backend: Backend, layer: Layer, other: str) -> None:
     """Half precision and integers give what their float32 values give, in float32; float64 stays."""
     # Whole numbers, the same in every dtype; unsigned keys are the pool's magnitudes.
+    layer = _replaced(layer, keys=np.abs(layer.keys))
     known = [dtype for dtype in ALL_DTYPES if asserts.supports(backend, dtype)]
-    keys_dtype, dtype = data.draw(st.sampled_from(known)), data.draw(st.sampled_from(known))
-    if keys_dtype == "uint8":
-        layer = _replaced(layer, keys=np.abs(layer.keys))
+    for dtype in known:
+        for keys_dtype in {dtype, other} & set(known):
+            wide = asserts.wide(backend, keys_dtype), asserts.wide(backend, dtype)
 
-    keys, graph, scores, kept = _three_steps(backend, layer, keys_dtype, dtype)
-    _, wide, wide_scores, wide_kept = _three_steps(
-        backend, layer, asserts.wide(backend, keys_dtype), asserts.wide(backend, dtype)
-    )
+            keys, graph, scores, kept = _three_steps(backend, layer, keys_dtype, dtype)
+            _, wide_graph, wide_scores, wide_kept = _three_steps(backend, layer, *wide)
 
-    _same_graph(graph, wide, backend=backend, like=keys)
-    asserts.equal(scores, wide_scores, backend=backend, like=keys)
-    asserts.equal(kept, wide_kept, backend=backend, like=keys)
-    assert graph.weights.dtype == getattr(backend.xp, asserts.wide(backend, keys_dtype))
+            _same_graph(graph, wide_graph, backend=backend, like=keys)
+            asserts.equal(scores, wide_scores, backend=backend, like=keys)
+            asserts.equal(kept, wide_kept, backend=backend, like=keys)
+            assert graph.weights.dtype == getattr(backend.xp, wide[0])
 
 
 # -------------------------------------------------------------------------------------------------------- whole layers
