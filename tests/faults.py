@@ -80,7 +80,9 @@ def segment(values, index, num_segments, /, *, xp, ufunc, fault=""):
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def build_graph(keys, importance, valid, /, *, num_sources, num_neighbors, chunk_size, backend, fault=""):
+def build_graph(  # noqa: PLR0912 - a branch per fault
+    keys, importance, valid, /, *, num_sources, num_neighbors, chunk_size, backend, fault=""
+):
     tier = np.zeros(valid.shape, int) if fault == "padding is a source" else (~valid).astype(int)
     sources = top_k(importance, num_sources, tier, xp=np)
     if fault != "sources unsorted":
