@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
-import strict
 from hypothesis import settings
-from subjects import SUBJECTS
 
 from graphkv.testing import describe, label
+from tests import strict
+from tests.subjects import SUBJECTS
 
 settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None, print_blob=True)
@@ -26,8 +26,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     # Where the option is used, the plugin brings the fixture.
-    if "backend" in metafunc.fixturenames and not asked(metafunc.config):
+    if "backend" in metafunc.fixturenames and not own and not asked(metafunc.config):
         metafunc.parametrize("backend", SUBJECTS, ids=label, scope="session")
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import array_api_strict
 import numpy as np
-import strict
-from subjects import NUMPY, fields_of
 
 from graphkv import Backend, Graph
 from graphkv.core import primitives
 from graphkv.core.backend import load
 from graphkv.testing import Subject
+from tests import strict
+from tests.subjects import NUMPY, fields_of
 
 TORCH = load("torch")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import strict
 
 from graphkv import Backend
 from graphkv.core.backend import load
 from graphkv.testing import Subject, variants
+from tests import strict
 
 
 def fields_of(backend: Backend) -> dict[str, object]:

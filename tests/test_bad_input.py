@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import strict
-from subjects import NUMPY
 
 import graphkv
 from graphkv import (
@@ -29,6 +27,8 @@ from graphkv import (
 )
 from graphkv.core.backend import load
 from graphkv.testing import asserts, label
+from tests import strict
+from tests.subjects import NUMPY
 
 # Not the ids of the kit: only libraries differ in what they let through.
 LIBRARIES = [NUMPY, load("torch"), strict.STRICT]

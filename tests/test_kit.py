@@ -11,13 +11,13 @@ from math import inf, nan
 
 import numpy as np
 import pytest
-import strict
-from faults import FAULTS
 from hypothesis import Phase, given, settings
 
 from graphkv import Graph, propagate, select
 from graphkv.core.backend import load
 from graphkv.testing import asserts, oracle, strategies, suite
+from tests import strict
+from tests.faults import FAULTS
 
 
 @pytest.fixture(scope="module")

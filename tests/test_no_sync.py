@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import faults
 import pytest
 import torch
 
 from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
 from graphkv.core.backend import load
 from graphkv.testing import label, variants
+from tests import faults
 
 
 def arrays():

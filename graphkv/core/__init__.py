@@ -25,7 +25,7 @@ from .backend import Backend
 from .errors import ArgumentError, ArgumentTypeError, BackendError, BackendUnavailableError, GraphKVError
 from .eviction import Eviction, evict
 from .graph import build_graph
-from .policy import Assessment, GraphKV, LayerInputs, Policy
+from .policy import Assessment, GraphKV, LayerInputs, Policy, Wrapper
 from .propagation import propagate
 from .selection import select
 from .types import Graph
@@ -43,6 +43,7 @@ __all__ = [
     "GraphKVError",
     "LayerInputs",
     "Policy",
+    "Wrapper",
     "build_graph",
     "evict",
     "propagate",

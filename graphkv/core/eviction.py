@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from . import checks, primitives
 from .backend import Backend, resolve
 from .errors import ArgumentError, ArgumentTypeError
 from .policy import LayerInputs, Policy
-from .selection import select
+from .selection import select, select_per_head
 from .types import Array, Graph
 
 __all__ = ["Eviction", "evict"]
@@ -21,7 +22,8 @@ class Eviction:
     Attributes
     ----------
     kept : array, shape (batch, kv_heads, b), int64
-        Positions of the kept tokens, ascending; b = min(budget, N).
+        Positions of the kept tokens, ascending; b = min(budget, N). Under a policy with head budgets b is what the
+        widest head may keep, and a row is filled up with -1.
     budget : int
         The layer's budget in tokens.
     num_tokens : int
@@ -34,6 +36,10 @@ class Eviction:
         Tokens that were kept before all others.
     graph : Graph or None
         The edges that changed the scores.
+    head_budgets : array, shape (batch, kv_heads), integer, or None
+        Number of kept tokens per head, where heads keep different numbers.
+    state : dict of str to array, shape (batch, kv_heads, b), or None
+        The policy's running sums of the kept tokens, for the next call.
     """
 
     kept: Array
@@ -44,6 +50,8 @@ class Eviction:
     protected: Array | None
     graph: Graph | None
     backend: Backend
+    head_budgets: Array | None = None
+    state: Mapping[str, Array] | None = None
 
     def apply(self, x: Array, /) -> Array:
         """Gather the kept tokens of any per-token array.
@@ -56,7 +64,7 @@ class Eviction:
         Returns
         -------
         array, shape (batch, kv_heads, b, ...)
-            Same dtype as `x`; `x` itself when everything is kept.
+            Same dtype as `x`; `x` itself when everything is kept. Zero where a head keeps less than the widest.
 
         Raises
         ------
@@ -69,9 +77,13 @@ class Eviction:
         expected = (*self.kept.shape[:-1], self.num_tokens)
         if tuple(x.shape[: len(expected)]) != expected:
             raise ArgumentError(f"x must have shape (batch, kv_heads, N, ...) = {expected} + ...; got {tuple(x.shape)}")
-        if self.kept.shape[-1] == self.num_tokens:
-            return x
-        return primitives.take_rows(x, self.kept, xp=self.backend.xp)
+        xp = self.backend.xp
+        if self.head_budgets is None:
+            return x if self.kept.shape[-1] == self.num_tokens else primitives.take_rows(x, self.kept, xp=xp)
+        is_kept = self.kept >= 0
+        gathered = primitives.take_rows(x, xp.where(is_kept, self.kept, xp.zeros_like(self.kept)), xp=xp)
+        is_kept = xp.reshape(is_kept, (*is_kept.shape, *(1 for _ in gathered.shape[is_kept.ndim :])))
+        return xp.where(is_kept, gathered, xp.zeros_like(gathered))
 
     def __repr__(self) -> str:
         return f"Eviction(kept of shape (batch, kv_heads, b)={tuple(self.kept.shape)} of {self.num_tokens} tokens)"
@@ -88,6 +100,7 @@ def evict(
     layer: int = 0,
     num_layers: int = 1,
     valid: Array | None = None,
+    state: Mapping[str, Array] | None = None,
     backend: Backend | str | None = None,
 ) -> Eviction:
     """Decide which tokens of one layer's cache stay.
@@ -111,6 +124,9 @@ def evict(
         Which layer of how many, for policies whose budget depends on it.
     valid : array, shape (batch, N) or (batch, kv_heads, N), bool, optional
         False for padding. Default: all True.
+    state : mapping of str to array, shape (batch, kv_heads, S), optional
+        The `Eviction.state` of the last call, for policies that score by what they have seen so far. The N - S tokens
+        after them are new. Then `queries` or `attention` hold the new positions.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -156,27 +172,9 @@ def evict(
     if layer >= num_layers:
         raise ArgumentError(f"layer must be below num_layers={num_layers}; got {layer}")
     rows = (batch, kv_heads, num_tokens)
-    if valid is None:
-        valid = xp.ones(rows, dtype=xp.bool, device=keys.device)
-    elif valid.ndim == 2:
-        checks.mask("valid", valid, (batch, num_tokens), "(batch, N)", backend=backend)
-        valid = xp.broadcast_to(valid[:, None, :], rows)
-    else:
-        checks.mask("valid", valid, rows, "(batch, kv_heads, N)", backend=backend)
+    valid = _per_head(valid, keys, rows, backend)
 
     budget = checks.count("the layer's budget", policy.layer_budget(num_tokens, layer, num_layers))
-    if num_tokens <= budget:
-        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=keys.device), rows)
-        return Eviction(
-            kept=everything,
-            budget=budget,
-            num_tokens=num_tokens,
-            importance=None,
-            scores=None,
-            protected=None,
-            graph=None,
-            backend=backend,
-        )
     inputs = LayerInputs(
         keys=primitives.widen(keys, xp=xp),
         values=None if values is None else primitives.widen(values, xp=xp),
@@ -187,10 +185,31 @@ def evict(
         layer=layer,
         num_layers=num_layers,
         backend=backend,
+        state=None if state is None else _with_new_tokens(state, rows, backend),
     )
+    if queries is not None or attention is not None:
+        inputs = replace(inputs, state=policy.observe(inputs))
+    if num_tokens <= budget:
+        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=keys.device), rows)
+        return Eviction(
+            kept=xp.asarray(everything, copy=True),
+            budget=budget,
+            num_tokens=num_tokens,
+            importance=None,
+            scores=None,
+            protected=None,
+            graph=None,
+            backend=backend,
+            state=inputs.state,
+        )
     found = policy.assess(inputs)
-    return Eviction(
-        kept=select(found.scores, budget, protected=found.protected, valid=valid, backend=backend),
+    if found.head_budgets is None:
+        kept = select(found.scores, budget, protected=found.protected, valid=valid, backend=backend)
+    else:
+        width = policy.widest_head(budget, num_tokens, kv_heads)
+        kept = select_per_head(found.scores, found.head_budgets, width, found.protected, valid, backend=backend)
+    decision = Eviction(
+        kept=kept,
         budget=budget,
         num_tokens=num_tokens,
         importance=found.importance,
@@ -198,4 +217,33 @@ def evict(
         protected=found.protected,
         graph=found.graph,
         backend=backend,
+        head_budgets=found.head_budgets,
     )
+    if inputs.state is None:
+        return decision
+    return replace(decision, state={name: decision.apply(sums) for name, sums in inputs.state.items()})
+
+
+def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: Backend, /) -> Array:
+    """Give the mask of padding one row per KV head."""
+    xp, (batch, _, num_tokens) = backend.xp, rows
+    if valid is None:
+        return xp.ones(rows, dtype=xp.bool, device=keys.device)
+    if valid.ndim == 2:
+        checks.mask("valid", valid, (batch, num_tokens), "(batch, N)", backend=backend)
+        return xp.broadcast_to(valid[:, None, :], rows)
+    checks.mask("valid", valid, rows, "(batch, kv_heads, N)", backend=backend)
+    return valid
+
+
+def _with_new_tokens(state: Mapping[str, Array], rows: tuple[int, ...], backend: Backend, /) -> dict[str, Array]:
+    """Give the tokens that came since the last call a state of zero."""
+    xp, grown = backend.xp, {}
+    for name, sums in state.items():
+        resolve(backend, **{f"state[{name!r}]": sums})
+        shape = tuple(sums.shape)
+        if shape[:-1] != rows[:-1] or shape[-1] > rows[-1]:
+            raise ArgumentError(f"state[{name!r}] must have shape (batch, kv_heads, S <= N) = {rows}; got {shape}")
+        new = xp.zeros((*rows[:-1], rows[-1] - shape[-1]), dtype=sums.dtype, device=sums.device)
+        grown[name] = xp.concat([sums, new], axis=-1)
+    return grown

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from . import budgets, checks
 from .backend import Backend
@@ -12,7 +13,7 @@ from .graph import build_graph
 from .propagation import SIGNALS, propagate
 from .types import Array, Graph, Namespace
 
-__all__ = ["Assessment", "GraphKV", "LayerInputs", "Policy"]
+__all__ = ["Assessment", "GraphKV", "LayerInputs", "Policy", "Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,10 +32,12 @@ class LayerInputs:
     valid : array, shape (batch, kv_heads, N), bool
         False for padding.
     budget : int
-        Tokens to keep per row in this layer, smaller than N.
+        Tokens to keep per row in this layer. `score` is asked only when it is smaller than N.
     layer, num_layers : int
         Index of the layer and number of layers.
     backend : Backend
+    state : mapping of str to array, shape (batch, kv_heads, N), or None
+        The policy's running sums per token, new tokens at zero. None at the first call.
     """
 
     keys: Array
@@ -46,6 +49,7 @@ class LayerInputs:
     layer: int
     num_layers: int
     backend: Backend
+    state: Mapping[str, Array] | None = None
 
     @property
     def xp(self) -> Namespace:
@@ -72,12 +76,15 @@ class Assessment:
         Tokens that selection keeps before all others.
     graph : Graph or None
         The last graph that changed the scores.
+    head_budgets : array, shape (batch, kv_heads), integer, or None
+        Tokens to keep per head, for policies that share a layer's budget out over its heads.
     """
 
     importance: Array
     scores: Array
     protected: Array | None = None
     graph: Graph | None = None
+    head_budgets: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +125,18 @@ class Policy(ABC):
         """Give the budget of one layer in tokens. Integers in, integer out."""
         return budgets.tokens_of(self.budget, num_tokens)
 
+    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
+        """Say how many tokens a single head may keep at most, at a layer budget."""
+        return min(budget, num_tokens)
+
+    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array] | None:
+        """Fold the attention of the given queries into the running state; None for a policy without one.
+
+        Called before `score`, whenever queries or attention rows are given. The state is one array of shape (batch,
+        kv_heads, N) per name, and travels with the kept tokens.
+        """
+        return None
+
     def assess(self, inputs: LayerInputs, /) -> Assessment:
         """Score one layer."""
         importance = self.score(inputs)
@@ -125,7 +144,57 @@ class Policy(ABC):
 
 
 @dataclass(frozen=True)
-class GraphKV(Policy):
+class Wrapper(Policy):
+    """A policy on top of another one: asks the base for everything that it does not change.
+
+    Parameters
+    ----------
+    base : Policy
+    """
+
+    budget: int | float = field(init=False, repr=False)
+    base: Policy
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Policy):
+            raise ArgumentTypeError(f"base must be a Policy; got {type(self.base).__name__}")
+        object.__setattr__(self, "budget", self.base.budget)
+
+    def score(self, inputs: LayerInputs, /) -> Array:
+        """Give the base's importance."""
+        return self.base.score(inputs)
+
+    def protect(self, inputs: LayerInputs, /) -> Array | None:
+        """Protect what the base protects."""
+        return self.base.protect(inputs)
+
+    def num_protected(self, budget: int, /) -> int:
+        """Count what the base protects."""
+        return self.base.num_protected(budget)
+
+    def num_queries(self, num_tokens: int, /) -> int:
+        """Ask for the queries that the base needs."""
+        return self.base.num_queries(num_tokens)
+
+    def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
+        """Give the base's budget of the layer."""
+        return self.base.layer_budget(num_tokens, layer, num_layers)
+
+    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
+        """Give the base's widest head."""
+        return self.base.widest_head(budget, num_tokens, kv_heads)
+
+    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array] | None:
+        """Keep the base's state."""
+        return self.base.observe(inputs)
+
+    def assess(self, inputs: LayerInputs, /) -> Assessment:
+        """Let the base score."""
+        return self.base.assess(inputs)
+
+
+@dataclass(frozen=True)
+class GraphKV(Wrapper):
     """Any policy, with near-duplicates of its most important tokens ranked down.
 
     The base policy scores the tokens; `build_graph` links the best of them to their most similar tokens; `propagate`
@@ -175,8 +244,6 @@ class GraphKV(Policy):
     512
     """
 
-    budget: int | float = field(init=False, repr=False)
-    base: Policy
     source_ratio: float = 0.3
     neighbors: int | float = 1
     rounds: int = 1
@@ -186,9 +253,7 @@ class GraphKV(Policy):
     recompute_sources: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, Policy):
-            raise ArgumentTypeError(f"base must be a Policy; got {type(self.base).__name__}")
-        object.__setattr__(self, "budget", self.base.budget)
+        super().__post_init__()
         checks.fraction("source_ratio", self.source_ratio)
         checks.ratio_or_count("neighbors", self.neighbors)
         checks.count("rounds", self.rounds)
@@ -205,26 +270,6 @@ class GraphKV(Policy):
         The paper gives no number of neighbors; 2 is what both of its method figures draw.
         """
         return cls(base, source_ratio=0.3, neighbors=2, rounds=1, accumulation="product")
-
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the base's importance."""
-        return self.base.score(inputs)
-
-    def protect(self, inputs: LayerInputs, /) -> Array | None:
-        """Protect what the base protects."""
-        return self.base.protect(inputs)
-
-    def num_protected(self, budget: int, /) -> int:
-        """Count what the base protects."""
-        return self.base.num_protected(budget)
-
-    def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the queries that the base needs."""
-        return self.base.num_queries(num_tokens)
-
-    def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the base's budget of the layer."""
-        return self.base.layer_budget(num_tokens, layer, num_layers)
 
     def assess(self, inputs: LayerInputs, /) -> Assessment:
         """Let the base score, then propagate."""
@@ -255,4 +300,4 @@ class GraphKV(Policy):
                 strength=self.strength,
                 backend=inputs.backend,
             )
-        return Assessment(importance=found.importance, scores=scores, protected=found.protected, graph=graph)
+        return replace(found, scores=scores, graph=graph)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from . import checks, primitives
 from .backend import Backend, resolve
-from .types import Array
+from .types import Array, Namespace
 
-__all__ = ["select"]
+__all__ = ["select", "select_per_head"]
 
 
 def select(
@@ -76,9 +76,42 @@ def select(
 def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
     """The specification of `select`: arguments checked and widened."""
     xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    return xp.sort(top_k(scores, budget, _tiers(scores, protected, valid, xp=xp), xp=xp), axis=-1)
+
+
+def select_per_head(
+    scores: Array, budgets: Array, width: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
+) -> Array:
+    """Keep another number of tokens in every row.
+
+    Parameters
+    ----------
+    scores : array, shape (..., N), float32 or wider
+    budgets : array, shape (...), integer in [0, width]
+    width : int
+        At most N. What the widest row may keep; shapes cannot depend on `budgets`.
+    protected, valid : array, shape (..., N), bool, or None
+        As in `select`.
+
+    Returns
+    -------
+    array, shape (..., width), int64
+        In each row its budget of positions, ascending, then -1.
+    """
+    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    ranked = top_k(scores, width, _tiers(scores, protected, valid, xp=xp), xp=xp)
+    place = xp.arange(width, dtype=ranked.dtype, device=scores.device)
+    is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]
+    # Dropped places sort behind every position.
+    kept = xp.sort(xp.where(is_kept, ranked, xp.full_like(ranked, scores.shape[-1])), axis=-1)
+    return xp.where(is_kept, kept, xp.full_like(kept, -1))
+
+
+def _tiers(scores: Array, protected: Array | None, valid: Array | None, /, *, xp: Namespace) -> Array:
+    """Say who comes first, whatever the score: 0 protected, 1 others, 2 padding."""
     tiers = xp.ones(scores.shape, dtype=xp.int32, device=scores.device)
     if protected is not None:
         tiers = xp.where(protected, xp.zeros_like(tiers), tiers)
     if valid is not None:
         tiers = xp.where(valid, tiers, xp.full_like(tiers, 2))
-    return xp.sort(top_k(scores, budget, tiers, xp=xp), axis=-1)
+    return tiers

@@ -1,0 +1,109 @@
+"""The commands. Heavy imports happen inside them, so that ``--help`` and a wrong option answer at once."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .core import ArgumentError, GraphKVError
+
+__all__ = ["app", "parse_budget", "run"]
+
+INTERRUPTED = 130
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def graphkv() -> None:
+    """KV-cache eviction that knows about near-duplicates."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Question about the document. Default: about a fact that is placed in it.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Expected answer. Default: the fact, or what the full cache answers.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="full, random, streaming-llm or snapkv; with +graphkv for the graph on top. Repeatable."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy or torch.")] = "torch",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for report.json and kept.png.")] = Path("graphkv-demo"),
+) -> None:
+    """Evict a real model's KV cache by several policies, and compare their answers.
+
+    The prompt is read once. Every policy evicts its own copy of that cache and answers from what is left.
+    """
+    tokens = parse_budget(budget)
+    from .demo.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
+
+    main(
+        model=model,
+        text=text,
+        question=question,
+        answer=answer,
+        budget=tokens,
+        policies=policy or [],
+        backend=backend,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        output=output,
+    )
+
+
+def parse_budget(text: str) -> int | float:
+    """Read ``512`` as tokens and ``25%`` as a share.
+
+    >>> parse_budget("512"), parse_budget("25%"), parse_budget("12.5 %")
+    (512, 0.25, 0.125)
+    """
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if match is None or (not match[2] and "." in match[1]):
+        raise ArgumentError(f"--budget must be a number of tokens or a percentage like 25%; got {text!r}")
+    if match[2]:
+        share = float(match[1]) / 100
+        if not 0 < share <= 1:
+            raise ArgumentError(f"--budget must lie above 0% and be at most 100%; got {text!r}")
+        return share
+    if int(match[1]) < 1:
+        raise ArgumentError(f"--budget must be at least 1 token; got {text!r}")
+    return int(match[1])
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command and give its exit code."""
+    try:
+        # Outside standalone mode Typer gives the exit code of --help and of Ctrl-C instead of exiting.
+        code = app(arguments, prog_name="graphkv", standalone_mode=False) or 0
+    except GraphKVError as error:
+        return _refuse(str(error))
+    except typer.Abort:
+        code = INTERRUPTED
+    except Exception as error:
+        # The base class of wrong options moved between Typer's releases; all of them can format their message.
+        if not hasattr(error, "format_message"):
+            raise
+        return _refuse(error.format_message())
+    if code == INTERRUPTED:
+        print("graphkv: interrupted", file=sys.stderr)
+    return int(code)
+
+
+def _refuse(message: str) -> int:
+    print("graphkv: " + " ".join(message.split()), file=sys.stderr)
+    return 2

