@@ -13,6 +13,8 @@ from tests.subjects import SUBJECTS
 
 settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None, print_blob=True)
+# For a library that compiles at every new shape.
+settings.register_profile("quick", max_examples=5, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("GRAPHKV_HYPOTHESIS", "default"))
 
 
