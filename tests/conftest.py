@@ -29,8 +29,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    # Where the option is used, the plugin brings the fixture.
-    if "backend" in metafunc.fixturenames and not own and not asked(metafunc.config):
+    # tests/gpu has a fixture of its own; where the option is used, the plugin brings it.
+    on_gpu = metafunc.definition.get_closest_marker("gpu")
+    if "backend" in metafunc.fixturenames and not own and not on_gpu and not asked(metafunc.config):
         metafunc.parametrize("backend", SUBJECTS, ids=label, scope="session")
 
 
