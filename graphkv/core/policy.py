@@ -358,7 +358,7 @@ class GraphKV(Wrapper):
         """Let the base score, then propagate."""
         found = self.base.assess(inputs)
         open_tokens = max(0, inputs.budget - self.num_protected(inputs.budget))
-        num_sources = budgets.count_of(self.source_ratio, open_tokens) if open_tokens else 0
+        num_sources = budgets.count_of(float(self.source_ratio), open_tokens) if open_tokens else 0
         num_neighbors = budgets.count_of(self.neighbors, open_tokens) if open_tokens else 0
         candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
 
