@@ -155,6 +155,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             valid=None if self.padding is None else _give(self.padding, backend),
             backend=backend,
         )
+        if decision.head_budgets is not None:
+            raise ArgumentError(
+                f"policy must keep equally many tokens in every head of a layer; {type(policy).__name__} does not, and "
+                "one tensor per layer cannot hold that"
+            )
         if decision.kept.shape[-1] < self.num_seen:
             kept = torch.as_tensor(backend.to_numpy(decision.kept)) if backend.library != "torch" else decision.kept
             kept = kept.to(device=self.keys.device, dtype=torch.int64)

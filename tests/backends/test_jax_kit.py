@@ -21,9 +21,9 @@ def test_the_kit_passes_on_jax(which):
         # What is compiled runs once or twice: compiling is what takes the time.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
+    kit = ("tests/test_conformance.py", "--graphkv-backend", "jax", "-k", which)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/test_conformance.py"]
-        + ["--graphkv-backend", "jax", "-k", which],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *kit],
         cwd=ROOT,
         env=os.environ | settings,
         capture_output=True,
