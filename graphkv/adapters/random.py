@@ -6,15 +6,16 @@ import random
 from dataclasses import dataclass
 
 from ..core import checks
-from ..core.policy import LayerInputs, Policy
+from ..core.policy import LayerInputs
 from ..core.types import Array
 from . import attention
+from .protection import SinkPolicy
 
 __all__ = ["Random"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Policy):
+class Random(SinkPolicy):
     """Keep tokens drawn at random, the same on every backend.
 
     Parameters
@@ -43,20 +44,10 @@ class Random(Policy):
     """
 
     seed: int = 0
-    num_sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("seed", self.seed)
-        checks.count("num_sinks", self.num_sinks)
-
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks."""
-        return self.num_sinks
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the sinks."""
-        return attention.first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
 
     def score(self, inputs: LayerInputs, /) -> Array:
         """Draw a number in [0, 1) for every token."""
