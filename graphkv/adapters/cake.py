@@ -208,9 +208,8 @@ def _past(rows: Array, /) -> Array:
 
 def _variance(past: Array, /, *, xp: Namespace) -> Array:
     """Give the unbiased variance over the window's queries; 0 for a single one."""
-    if past.shape[-2] == 1:
-        return xp.zeros_like(past[..., 0, :])
-    return xp.var(past, axis=-2, correction=1)
+    deviation = past - xp.mean(past, axis=-2, keepdims=True)
+    return xp.sum(deviation * deviation, axis=-2) / max(1, past.shape[-2] - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,8 +102,7 @@ class SnapKV(WindowPolicy):
     def official(cls, budget: int | float, /) -> SnapKV:
         """Give the choices of the official code's LongBench runs: a window of 32, maximum pooling over 7 tokens.
 
-        Selection per query head, scores rounded to half precision and sinks that are never kept cannot be told apart
-        from ours by an option: the first two are not expressed, the third is our default.
+        Selection per query head and scores in half precision are not expressed.
 
         Parameters
         ----------
