@@ -129,7 +129,7 @@ class AdaKV(Wrapper):
     References
     ----------
     .. [1] Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM
-       Inference", arXiv:2407.11550, algorithm 1.
+       Inference", arXiv:2407.11550.
 
     Examples
     --------

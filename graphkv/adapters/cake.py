@@ -262,8 +262,7 @@ class CAKE(WindowPolicy):
 
     References
     ----------
-    .. [1] Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", arXiv:2503.12491,
-       sections 4.1 to 4.3.
+    .. [1] Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", arXiv:2503.12491.
 
     Examples
     --------

@@ -76,7 +76,7 @@ class KeyDiff(SinkPolicy):
     References
     ----------
     .. [1] Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
-       Resource-Constrained Environments", arXiv:2504.15364, section 3.
+       Resource-Constrained Environments", arXiv:2504.15364.
 
     Examples
     --------

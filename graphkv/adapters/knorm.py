@@ -60,8 +60,7 @@ class KNorm(SinkPolicy):
 
     References
     ----------
-    .. [1] Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430,
-       section 3.
+    .. [1] Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430.
 
     Examples
     --------

@@ -145,7 +145,7 @@ class PyramidKV(SnapKV):
     References
     ----------
     .. [1] Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
-       arXiv:2406.02069, section 4.
+       arXiv:2406.02069.
 
     Examples
     --------

@@ -63,7 +63,7 @@ class TOVA(Policy):
 
     References
     ----------
-    .. [1] Oren et al., "Transformers are Multi-State RNNs", arXiv:2401.06104, section 3.2.
+    .. [1] Oren et al., "Transformers are Multi-State RNNs", arXiv:2401.06104.
 
     Examples
     --------

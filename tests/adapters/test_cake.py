@@ -2,6 +2,7 @@
 
 import random
 from fractions import Fraction
+from itertools import pairwise
 from math import exp, log, sqrt
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_a_cascade_is_exact_at_every_step_never_grows_and_ends_at_the_static_sha
 
         for number, shares in enumerate(steps):
             assert sum(shares) == min(total, (number + 1) * most)
-        for before, after in zip(steps, steps[1:], strict=False):
+        for before, after in pairwise(steps):
             assert all(b <= a for a, b in zip(before, after, strict=False))
         assert steps[-1] == allocate(preferences, total, most, 0)
 
@@ -207,19 +208,17 @@ def test_adjust_is_that_of_the_public_code_and_drifts():
     assert allocate([30.0, 9.0, 1.0], 40, 18) == [18, 18, 4]
 
 
-def test_the_cascade_of_the_public_code_grows_again():
-    """Layer 1's budget after two and after three layers: tokens that were evicted are asked back."""
+def test_the_cascade_of_the_public_code_asks_evicted_tokens_back():
+    preferences, held, wanted = [16.0, 1.0, 16.0, 1.0], [20] * 4, []
+    for layers in range(1, 5):
+        parts = [share / sum(preferences[:layers]) * 36 for share in preferences[:layers]]
+        wanted.append([min(20, share) for share in adjust(parts, 36, 20)])
+        held[:layers] = [min(pair) for pair in zip(held, wanted[-1], strict=False)]
 
-    def step(preferences):
-        parts = [share / sum(preferences) * 36 for share in preferences]
-        return adjust(parts, 36, 20)
-
-    preferences = [4.0, 4.0, 90.0]
-    assert [step(preferences[:2]), step(preferences)] == [[18, 18], [8, 8, 20]]
-    preferences = [10.0, 1.0, 100.0]
-    assert [min(20, share) for share in step(preferences[:2])] == [20, 16]
-    found = [step([30.0, 3.0, 3.0]), step([30.0, 3.0, 3.0, 300.0])]
-    assert found == [[20, 8, 8], [8, 4, 4, 20]]
+    # Layer 1 is cut to 1 token when the third layer joins, and may have 2 with the fourth.
+    assert wanted == [[20], [20, 16], [18, 1, 17], [17, 2, 16, 1]]
+    assert (held, sum(held)) == ([17, 1, 16, 1], 35)
+    assert cascade(preferences, 36, 20) == [[20], [20, 16], [18, 1, 17], [17, 1, 17, 1]]
 
 
 def test_layer_budgets_add_up_and_are_applied():
