@@ -5,6 +5,7 @@ import inspect
 import array_api_strict
 import numpy as np
 import pytest
+import torch
 
 import graphkv
 from graphkv import AdaKV, Backend, GraphKV, LayerBudgets, Policy, SnapKV, evict
@@ -111,6 +112,28 @@ def test_nothing_but_the_array_standard_is_used(name):
         ours, reference = run(wrap(policy_of(name, 15)), STRICT), run(wrap(policy_of(name, 15)), BACKENDS["numpy"])
 
         same_up_to_close_scores(STRICT.to_numpy(ours.kept), reference.kept, reference.scores)
+
+
+@each_base
+@pytest.mark.parametrize("backend", ["torch", "torch:portable"])
+def test_no_value_is_read_on_the_host(name, backend):
+    """Tensors of torch's meta device have no values to read."""
+
+    def array(x):
+        return torch.empty(x.shape, dtype=torch.float32, device="meta")
+
+    base = policy_of(name, 15)
+    for policy in (base, AdaKV(base), AdaKV(base, schedule="code"), GraphKV(base, neighbors=2)):
+        done = evict(
+            policy,
+            array(KEYS),
+            values=array(VALUES),
+            queries=array(QUERIES),
+            valid=torch.empty((2, 40), dtype=torch.bool, device="meta"),
+            backend=BACKENDS[backend],
+        )
+        assert done.kept.device.type == "meta"
+        assert done.kept.shape == (2, 3, 40 if isinstance(policy, AdaKV) else 15)
 
 
 @each_base
