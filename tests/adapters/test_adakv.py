@@ -175,6 +175,16 @@ def test_protected_tokens_fill_a_budget_that_they_exceed():
     assert done.kept[..., :3].tolist() == [[[27, 28, 29]] * 4] * 2
 
 
+def test_protected_tokens_that_exceed_the_budget_do_not_compete_between_heads():
+    """The sinks of the first head score best; every head keeps its own all the same."""
+    keys = KEYS * np.asarray([0.01, 1.0, 1.0, 1.0])[:, None, None]
+
+    done = evict(AdaKV(KNorm(budget=3, num_sinks=5)), keys)
+
+    assert done.head_budgets.tolist() == [[3] * 4] * 2
+    assert (done.kept[..., :3] < 5).all()
+
+
 def test_it_stands_on_any_policy_and_follows_the_layers_budget():
     done = evict(AdaKV(PyramidKV(budget=12, window=4)), KEYS, queries=QUERIES, layer=0, num_layers=2)
     assert done.budget == 20

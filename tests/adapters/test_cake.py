@@ -123,10 +123,11 @@ def test_a_layer_that_looks_at_one_token_or_has_no_past_prefers_nothing():
     for keys, window in ((np.ones((1, 1, 6, 2)), 2), (np.ones((1, 1, 2, 2)), 8)):
         rows = one[..., : keys.shape[2]]
         inputs = inputs_of(NUMPY, keys, np.ones((1, 2, 2, 2)))
-        found = CAKE(budget=1, window=window).preference(
-            LayerInputs(**{**vars(inputs), "queries": None, "attention": rows})
-        )
-        assert found.tolist() == [0.0]
+        for tau1 in (1.0, 1.6):
+            found = CAKE(budget=1, window=window, tau1=tau1).preference(
+                LayerInputs(**{**vars(inputs), "queries": None, "attention": rows})
+            )
+            assert found.tolist() == [0.0]
 
 
 def by_all_claims(preferences, total, most, least):
@@ -201,6 +202,8 @@ def test_extreme_preferences_are_shared_out_too():
 
 def test_adjust_is_that_of_the_public_code_and_drifts():
     assert adjust([5.9, 3.2, 1.1, 20.0], 30, 12) == [9, 6, 3, 12]
+    # Too many: evenly from the layers above 1.
+    assert adjust([1.9, 2.5, 5.0, 5.0], 9, 12) == [1, 0, 4, 4]
     # 2 layers, 40 tokens in all, 12 in each at most: the lack of 16 is added above the limit, and clipped later.
     assert sum(min(share, 12) for share in adjust([39.0, 1.0], 40, 12)) == 24
     # What is clipped goes evenly to the other layers, whatever they prefer; proportional shares do not.
@@ -250,6 +253,9 @@ def test_official_and_default_differ_in_the_rounding_of_layer_budgets():
     assert default.layer_budgets([60.0, 18.0, 2.0, 0.0], 22) == [22, 22, 8, 4]
     assert official.layer_budgets([60.0, 18.0, 2.0, 0.0], 22) == [22, 17, 9, 8]
     assert sum(official.layer_budgets([1.0, 0.0], 15)) <= 28 == sum(default.layer_budgets([1.0, 0.0], 15))
+    # The last 17 and 3 of 38, 16 and 3 get 9 each of the 18 that are clipped at 20: 25 is 5 more than there are.
+    assert CAKE(budget=23, window=4, schedule="code").layer_budgets([38.0, 16.0, 3.0], 24) == [24, 24, 16]
+    assert default.layer_budgets([38.0, 16.0, 3.0], 15) == [15, 15, 12]
     assert CAKE.official(64).schedule == "code"
     assert CAKE(budget=64).schedule == "exact"
     assert CAKE.official(64, tau1=1.6, tau2=0.6).tau2 == 0.6

@@ -17,7 +17,7 @@ KEYS = RNG.normal(size=(2, 3, 40, 8))
 VALUES = RNG.normal(size=(2, 3, 40, 8))
 QUERIES = RNG.normal(size=(2, 6, 40, 8))
 
-WINDOWED = {"window": 6, "kernel_size": 3}
+WINDOWED = {"window": 4, "kernel_size": 3, "num_sinks": 2}
 OPTIONS = {
     "SnapKV": WINDOWED,
     "PyramidKV": WINDOWED,
@@ -172,6 +172,16 @@ def test_a_graph_without_edges_changes_nothing(backend, name):
 
         assert backend.to_numpy(wrapped.kept).tolist() == backend.to_numpy(alone.kept).tolist()
         assert np.array_equal(backend.to_numpy(wrapped.scores), backend.to_numpy(alone.scores))
+
+
+@each_base
+def test_protected_tokens_are_counted_as_they_are_marked(name):
+    policy = policy_of(name, 15)
+
+    protected = run(policy, BACKENDS["numpy"]).protected
+
+    marked = np.zeros((2, 3), dtype=int) if protected is None else protected.sum(-1)
+    assert marked.tolist() == [[policy.num_protected(15)] * 3] * 2
 
 
 @each_base

@@ -127,6 +127,9 @@ def test_sinks_are_covered_in_every_layer():
     policy = PyramidKV(budget=40, window=8, num_sinks=4, beta=100)
 
     assert [policy.layer_budget(1000, layer, 3) for layer in range(3)] == [68, 40, 12]
+    # The public code knows no sinks: 32 past tokens in the average layer, none in the last.
+    policy = PyramidKV(budget=40, window=8, num_sinks=4, beta=100, schedule="code")
+    assert [policy.layer_budget(1000, layer, 3) for layer in range(3)] == [72, 40, 8]
 
 
 @each_backend
