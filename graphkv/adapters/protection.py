@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import checks
+from ..core import checks, primitives
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, Policy, Requirements
 from ..core.types import Array
@@ -99,12 +99,12 @@ class WindowPolicy(SinkPolicy):
         """Score the past; inside the window, the importance is the place."""
         xp, window = inputs.xp, self.num_queries(inputs.num_tokens)
         past = self.score_past(inputs, attention.last_rows(inputs, window, name=type(self).__name__))
-        place = xp.arange(1, window + 1, dtype=past.dtype, device=past.device)
+        place = xp.arange(1, window + 1, dtype=past.dtype, device=primitives.device_of(past))
         return xp.concat([past, xp.broadcast_to(place, (*past.shape[:-1], window))], axis=-1)
 
     def protect(self, inputs: LayerInputs, /) -> Array:
         """Protect the window and the first tokens."""
         xp, num_tokens = inputs.xp, inputs.num_tokens
-        position = xp.arange(num_tokens, dtype=xp.int64, device=inputs.keys.device)
+        position = xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
         in_window = position >= num_tokens - self.num_queries(num_tokens)
         return inputs.valid & (in_window | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ..core import checks
+from ..core import checks, primitives
 from ..core.policy import LayerInputs
 from ..core.types import Array
 from . import attention
@@ -57,7 +57,7 @@ class Random(SinkPolicy):
             # The standard has no random numbers; Python's are the same everywhere, and 24 bits are exact in float32.
             stream = random.Random(f"{self.seed}/{inputs.layer}/{head}")
             draws.append([stream.getrandbits(24) / 2**24 for _ in range(num_tokens)])
-        table = xp.asarray(draws, dtype=inputs.keys.dtype, device=inputs.keys.device)
+        table = xp.asarray(draws, dtype=inputs.keys.dtype, device=primitives.device_of(inputs.keys))
         table = xp.broadcast_to(table, inputs.valid.shape)
         rank = attention.token_rank(inputs.valid, xp=xp)
         return xp.take_along_axis(table, xp.where(rank < 0, xp.zeros_like(rank), rank), axis=-1)

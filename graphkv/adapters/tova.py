@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import checks
+from ..core import checks, primitives
 from ..core.policy import LayerInputs, Policy, Requirements
 from ..core.types import Array, Namespace
 from . import attention
@@ -123,5 +123,5 @@ class TOVA(Policy):
         """Protect the newest token."""
         if not self.protect_newest:
             return None
-        position = inputs.xp.arange(inputs.num_tokens, dtype=inputs.xp.int64, device=inputs.keys.device)
+        position = inputs.xp.arange(inputs.num_tokens, dtype=inputs.xp.int64, device=primitives.device_of(inputs.keys))
         return inputs.valid & (position == inputs.num_tokens - 1)

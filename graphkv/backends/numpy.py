@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -13,27 +15,16 @@ from ..core.backend import Backend
 from ..core.errors import ArgumentError
 from ..core.types import Array, Graph, Namespace
 
-__all__ = ["BACKEND", "to_csr"]
-
-# A packed key holds, from high to low bits: tier (2), score (32), token index (29).
-INDEX_BITS = 29
-INDEX_MASK = (1 << INDEX_BITS) - 1
+__all__ = ["BACKEND", "SPARSE", "to_csr"]
 
 
-def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
-    """Rank by unique integer keys, so that an unstable partial sort is exact."""
-    if scores.dtype != np.float32 or k == 0 or scores.shape[-1] > INDEX_MASK:
-        return primitives.top_k(scores, k, tiers, xp=xp)
-    bits = (scores + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0
-    # Monotone in the score; NaN below minus infinity.
-    bits = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
-    bits = np.where(np.isnan(scores), np.int32(-(2**31)), bits)
-    key = (np.int64(2**31 - 1) - bits) << INDEX_BITS | np.arange(scores.shape[-1])
-    if tiers is not None:
-        key |= tiers.astype(np.int64) << (32 + INDEX_BITS)
-    best = np.partition(key, k - 1, axis=-1)[..., :k]
+def _smallest(keys: Array, k: int, /) -> Array:
+    best = np.partition(keys, k - 1, axis=-1)[..., :k]
     best.sort(axis=-1)
-    return best & INDEX_MASK
+    return best
+
+
+top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smallest=_smallest)
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
@@ -86,10 +77,33 @@ def to_csr(graph: Graph, /, row: tuple[int, ...] = ()) -> Any:
     if len(row) != graph.sources.ndim - 1:
         raise ArgumentError(f"row must index the leading axes {graph.sources.shape[:-1]}; got {row}")
     weights, neighbors = graph.weights[row], graph.neighbors[row]
-    source, edge = np.nonzero(weights > 0)
-    return csr_array(
-        (weights[source, edge], (source, neighbors[source, edge])), shape=(weights.shape[0], graph.num_tokens)
+    is_edge = weights > 0
+    start = np.concatenate([[0], np.cumsum(np.sum(is_edge, axis=-1))])
+    # Not from coordinates: SciPy would add the weights of a repeated neighbor, which may exceed 1.
+    csr = csr_array((weights[is_edge], neighbors[is_edge], start), shape=(weights.shape[0], graph.num_tokens))
+    csr.sort_indices()
+    return csr
+
+
+def _sparse_reduce(
+    ufunc: np.ufunc, identity: int, values: Array, index: Array, num_segments: int, /, *, xp: Namespace
+) -> Array:
+    """Combine by column: one sparse row per row of the leading axes, turned into compressed columns."""
+    result = np.full((*values.shape[:-1], num_segments), identity, dtype=values.dtype)
+    if not values.size:
+        return result
+    num_values = values.shape[-1]
+    num_rows = values.size // num_values
+    start = np.arange(num_rows + 1) * num_values
+    own_columns = np.arange(num_rows)[:, None] * num_segments
+    csr = csr_array(
+        (values.reshape(-1), (index.reshape(num_rows, num_values) + own_columns).reshape(-1), start),
+        shape=(num_rows, num_rows * num_segments),
     )
+    csc = csr.tocsc()  # keeps repeated entries apart
+    used = np.flatnonzero(np.diff(csc.indptr))
+    result.reshape(-1)[used] = ufunc.reduceat(csc.data, csc.indptr[used])
+    return result
 
 
 BACKEND = Backend(
@@ -99,4 +113,14 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+)
+
+# NumPy arrays, propagated through SciPy's compressed columns: ``propagate(importance, graph, backend=SPARSE)``. A
+# second writing to check the dense one against, and to read next to `to_csr`.
+SPARSE = replace(
+    BACKEND,
+    name="scipy",
+    library="numpy",
+    segment_product=partial(_sparse_reduce, np.multiply, 1),
+    segment_sum=partial(_sparse_reduce, np.add, 0),
 )

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 from .errors import BackendError, BackendUnavailableError
@@ -14,9 +15,13 @@ __all__ = ["Backend", "library_of", "resolve"]
 
 # Names, not modules: importing graphkv must not import an array library.
 BUILT_IN = {
+    "cupy": "graphkv.backends.cupy",
+    "jax": "graphkv.backends.jax",
     "numpy": "graphkv.backends.numpy",
     "torch": "graphkv.backends.torch",
 }
+# A package that brings a backend names it here: [project.entry-points."graphkv.backends"] name = "module:BACKEND".
+ENTRY_POINTS = "graphkv.backends"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,8 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
     Parameters
     ----------
     backend : Backend, str or None
-        A value is taken as it is, a name is looked up, None is inferred from the arrays.
+        A value is taken as it is, a name is looked up among the built-in ones and then among the entry points of the
+        group ``graphkv.backends``, None is inferred from the arrays (built-in ones only).
     **arrays : array or None
         The call's array arguments by name. None is passed over.
 
@@ -82,7 +88,7 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
     BackendError
         If an argument is not an array of a known library, if libraries are mixed, or if the name is not known.
     BackendUnavailableError
-        If the backend's library is not installed.
+        If the backend's library is not installed, or finds no device.
     """
     libraries = {name: library_of(array) for name, array in arrays.items() if array is not None}
     if isinstance(backend, Backend):
@@ -109,15 +115,44 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
 
 @cache
 def load(name: str) -> Backend:
-    """Import the built-in backend of that name."""
+    """Import the backend of that name: a built-in one, else one that an installed package brings."""
     if name not in BUILT_IN:
-        raise BackendError(f"backend must be one of {sorted(BUILT_IN)} or a Backend; got {name!r}")
+        return _load_entry_point(name)
     try:
         backend: Backend = importlib.import_module(BUILT_IN[name]).BACKEND
+    except BackendUnavailableError:
+        raise
     except ImportError as error:
         raise BackendUnavailableError(
             f"backend {name!r} needs {name}: pip install 'graphkv[{name}]' ({error})"
         ) from error
+    return backend
+
+
+def _load_entry_point(name: str) -> Backend:
+    """Load the backend that an installed package offers under that name."""
+    offers = list(metadata.entry_points(group=ENTRY_POINTS, name=name))
+    if not offers:
+        raise BackendError(
+            f"backend must be one of {sorted(BUILT_IN)}, an entry point of the group {ENTRY_POINTS!r} or a Backend; "
+            f"got {name!r}"
+        )
+    targets = sorted({offer.value for offer in offers})
+    if len(targets) > 1:
+        raise BackendError(f"backend {name!r} must have one entry point; got {targets}")
+    try:
+        backend = offers[0].load()
+    except BackendUnavailableError:
+        raise
+    except ImportError as error:
+        raise BackendUnavailableError(f"backend {name!r} needs what {targets[0]!r} imports ({error})") from error
+    except AttributeError as error:
+        raise BackendError(f"backend {name!r} must be where its entry point says, {targets[0]!r} ({error})") from error
+    if not isinstance(backend, Backend):
+        raise BackendError(
+            f"backend {name!r} must be a Backend where its entry point says, {targets[0]!r}; "
+            f"got {type(backend).__name__}"
+        )
     return backend
 
 
@@ -127,6 +162,8 @@ def library_of(array: Any) -> str:
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         return kind.__module__.partition(".")[0] if kind.__module__ != "builtins" else f"builtins.{kind.__name__}"
     roots = [ancestor.__module__.partition(".")[0] for ancestor in kind.__mro__]
+    # The arrays of older releases of jax (0.4.35, say) have no ancestor in jax itself.
+    roots = ["jax" if root == "jaxlib" else root for root in roots]
     return next((root for root in roots if root in BUILT_IN), roots[0])
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "graph_fields",
     "grouped_rows",
     "integers",
+    "is_graph",
     "mask",
     "numeric",
     "ratio_or_count",
@@ -100,6 +101,9 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
     # torch counts half precision as real floating; the standard knows float32 and float64 only.
     if not xp.isdtype(array.dtype, ("real floating", "integral")):
         raise ArgumentTypeError(f"{name} must be real; got dtype {array.dtype}")
+    # Wider than float64 would have to be narrowed, and no call changes a dtype silently.
+    if xp.isdtype(array.dtype, "real floating") and xp.finfo(array.dtype).bits > 64:
+        raise ArgumentTypeError(f"{name} must be float64 or narrower; got dtype {array.dtype}")
     shape = tuple(array.shape)
     least = axes.count(",") + (0 if "..." in axes else 1)
     if len(shape) < least or (ndim is not None and len(shape) != ndim):
@@ -138,6 +142,14 @@ def grouped_rows(
         raise ArgumentError(f"{name} must have a multiple of the {kv_heads} KV heads of keys; got {query_heads} heads")
     if num_queries > num_tokens:
         raise ArgumentError(f"{name} must cover at most the N={num_tokens} positions of keys; got {num_queries}")
+
+
+def is_graph(name: str, value: Any, /) -> None:
+    """A Graph."""
+    from .types import Graph  # noqa: PLC0415 - which checks its own fields by this module
+
+    if not isinstance(value, Graph):
+        raise ArgumentTypeError(f"{name} must be a Graph; got {type(value).__name__}")
 
 
 def graph_fields(graph: Any, /) -> None:

@@ -26,4 +26,4 @@ class BackendError(GraphKVError, TypeError):
 
 
 class BackendUnavailableError(GraphKVError, ImportError):
-    """A backend was asked for whose library is not installed."""
+    """A backend was asked for whose library is not installed or finds no device."""

@@ -191,7 +191,7 @@ def evict(
     if queries is not None or attention is not None:
         inputs = replace(inputs, state=policy.observe(inputs))
     if num_tokens <= budget:
-        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=keys.device), rows)
+        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(keys)), rows)
         return Eviction(
             kept=xp.asarray(everything, copy=True),
             budget=budget,
@@ -229,7 +229,7 @@ def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: 
     """Give the mask of padding one row per KV head."""
     xp, (batch, _, num_tokens) = backend.xp, rows
     if valid is None:
-        return xp.ones(rows, dtype=xp.bool, device=keys.device)
+        return xp.ones(rows, dtype=xp.bool, device=primitives.device_of(keys))
     if valid.ndim == 2:
         checks.mask("valid", valid, (batch, num_tokens), "(batch, N)", backend=backend)
         return xp.broadcast_to(valid[:, None, :], rows)
@@ -245,6 +245,6 @@ def _with_new_tokens(state: Mapping[str, Array], rows: tuple[int, ...], backend:
         shape = tuple(sums.shape)
         if shape[:-1] != rows[:-1] or shape[-1] > rows[-1]:
             raise ArgumentError(f"state[{name!r}] must have shape (batch, kv_heads, S <= N) = {rows}; got {shape}")
-        new = xp.zeros((*rows[:-1], rows[-1] - shape[-1]), dtype=sums.dtype, device=sums.device)
+        new = xp.zeros((*rows[:-1], rows[-1] - shape[-1]), dtype=sums.dtype, device=primitives.device_of(sums))
         grown[name] = xp.concat([sums, new], axis=-1)
     return grown

@@ -97,7 +97,7 @@ def build_graph(
     chunk_size = CHUNK_SIZE if chunk_size is None else checks.count("chunk_size", chunk_size, minimum=1)
     xp = backend.xp
     if valid is None:
-        valid = xp.ones(shape, dtype=xp.bool, device=keys.device)
+        valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     step = backend.build_graph or _build_graph
     graph: Graph = step(
         primitives.widen(keys, xp=xp),
@@ -124,7 +124,7 @@ def _build_graph(
 ) -> Graph:
     """The specification of `build_graph`: arguments checked, widened and clipped."""
     xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    num_tokens, device = keys.shape[-2], keys.device
+    num_tokens, device = keys.shape[-2], primitives.device_of(keys)
 
     sources = xp.sort(top_k(importance, num_sources, ~valid, xp=xp), axis=-1)
     directions = normalise(keys, xp=xp)

@@ -6,10 +6,16 @@ A backend may bring a faster form of each; the result must be the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .types import Array, Namespace
 
-__all__ = ["segment_product", "segment_sum", "take_rows", "top_k", "widen"]
+__all__ = ["device_of", "packed_top_k", "segment_product", "segment_sum", "take_rows", "top_k", "widen"]
+
+# A packed key holds, from high to low bits: tier (2), score (32), token index (29).
+SCORE_BITS = 32
+INDEX_BITS = 29
+INDEX_MASK = (1 << INDEX_BITS) - 1
 
 
 def widen(x: Array, /, *, xp: Namespace) -> Array:
@@ -25,6 +31,11 @@ def widen(x: Array, /, *, xp: Namespace) -> Array:
     array, float32 or float64, of the shape of `x`
     """
     return x if x.dtype in (xp.float32, xp.float64) else xp.astype(x, xp.float32)
+
+
+def device_of(x: Array, /) -> Any:
+    """Give the device of an array, or None for one that has no place yet: under ``jax.jit`` there are no devices."""
+    return getattr(x, "device", None)
 
 
 def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
@@ -53,6 +64,51 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace
         tier = tier + 2 * xp.astype(tiers, xp.int32)
     by_tier = xp.argsort(xp.take_along_axis(tier, order, axis=-1), axis=-1, stable=True)
     return xp.take_along_axis(order, by_tier, axis=-1)[..., :k]
+
+
+def packed_top_k(
+    scores: Array,
+    k: int,
+    /,
+    tiers: Array | None = None,
+    *,
+    bits: Callable[[Array], Array],
+    smallest: Callable[[Array, int], Array],
+    xp: Namespace,
+) -> Array:
+    """`top_k` by a library's own partial selection, which need not be stable: all keys are different.
+
+    Where the scores are not float32, or there are too many tokens for a key, this is `top_k` itself.
+
+    Parameters
+    ----------
+    scores, k, tiers
+        As in `top_k`.
+    bits : callable
+        Reads a float32 array as int32 without changing a bit, which the standard cannot.
+    smallest : callable
+        ``smallest(keys, k)`` gives the k smallest of int64 keys along the last axis, ascending; 0 < k <= N.
+
+    Returns
+    -------
+    array, shape (..., k), int64
+    """
+    if scores.dtype != xp.float32 or k == 0 or scores.shape[-1] > INDEX_MASK:
+        return top_k(scores, k, tiers, xp=xp)
+    return smallest(_packed_keys(bits(scores), tiers, xp=xp), k) & INDEX_MASK
+
+
+def _packed_keys(bits: Array, tiers: Array | None, /, *, xp: Namespace) -> Array:
+    """Pack tier, score and token index of every token into one int64, ascending from the best token."""
+    # On the integers alone: compilers for GPUs may flush a subnormal float to zero, and so tie what is no tie.
+    lowest = -(2**31)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    bits = xp.where(bits == lowest, xp.zeros_like(bits), bits)  # -0.0 equals 0.0
+    bits = xp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # now in the order of the scores
+    bits = xp.where(is_nan, xp.full_like(bits, lowest), bits)  # below minus infinity
+    index = xp.arange(bits.shape[-1], dtype=xp.int64, device=device_of(bits))
+    keys = ((2**31 - 1 - xp.astype(bits, xp.int64)) << INDEX_BITS) | index
+    return keys if tiers is None else keys | (xp.astype(tiers, xp.int64) << (SCORE_BITS + INDEX_BITS))
 
 
 def take_rows(x: Array, indices: Array, /, *, xp: Namespace) -> Array:
@@ -118,7 +174,7 @@ def _segment_reduce(
     num_rows = 1
     for size in leading:
         num_rows *= size
-    device = values.device
+    device = device_of(values)
     if num_rows * num_values * num_segments == 0:
         return xp.full((*leading, num_segments), identity, dtype=values.dtype, device=device)
     # One flat problem: row r owns the segments r * num_segments ...

@@ -74,7 +74,7 @@ def propagate(
     ArgumentError
         If shapes disagree, an option is unknown or out of range, or the sum is iterated.
     ArgumentTypeError
-        If `rounds` is not an integer, `strength` not a number or an array not real.
+        If `graph` is no Graph, `rounds` not an integer, `strength` not a number or an array not real.
     BackendError
         If the arrays are not all of the backend's library.
 
@@ -95,6 +95,7 @@ def propagate(
     >>> propagate(np.asarray([4.0, 2.0, 1.0]), edge)
     array([4. , 0.5, 1. ])
     """
+    checks.is_graph("graph", graph)
     backend = resolve(backend, importance=importance, weights=graph.weights)
     shape = checks.numeric("importance", importance, "(..., N)", backend=backend)
     checks.numeric("weights", graph.weights, "(..., K, M)", backend=backend)

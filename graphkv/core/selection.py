@@ -100,7 +100,7 @@ def select_per_head(
     """
     xp, top_k = backend.xp, backend.top_k or primitives.top_k
     ranked = top_k(scores, width, _tiers(scores, protected, valid, xp=xp), xp=xp)
-    place = xp.arange(width, dtype=ranked.dtype, device=scores.device)
+    place = xp.arange(width, dtype=ranked.dtype, device=primitives.device_of(scores))
     is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]
     # Dropped places sort behind every position.
     kept = xp.sort(xp.where(is_kept, ranked, xp.full_like(ranked, scores.shape[-1])), axis=-1)
@@ -109,7 +109,7 @@ def select_per_head(
 
 def _tiers(scores: Array, protected: Array | None, valid: Array | None, /, *, xp: Namespace) -> Array:
     """Say who comes first, whatever the score: 0 protected, 1 others, 2 padding."""
-    tiers = xp.ones(scores.shape, dtype=xp.int32, device=scores.device)
+    tiers = xp.ones(scores.shape, dtype=xp.int32, device=primitives.device_of(scores))
     if protected is not None:
         tiers = xp.where(protected, xp.zeros_like(tiers), tiers)
     if valid is not None:

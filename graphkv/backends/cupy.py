@@ -1,0 +1,32 @@
+"""CuPy, on the current CUDA device. Its authors have had no GPU: see the ladder of checks in ``tests/cupy_ladder``.
+
+Segment products and sums stay the portable ones of `graphkv.core.primitives`: CuPy has no ``multiply.at``, and its
+float ``add.at`` adds in an order that changes from run to run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import array_api_compat.cupy as xp
+import cupy
+
+from ..core import primitives
+from ..core.backend import Backend
+from ..core.errors import BackendUnavailableError
+from ..core.types import Array
+
+__all__ = ["BACKEND"]
+
+# The package imports happily on a machine that cannot run it.
+if not cupy.is_available():
+    raise BackendUnavailableError(f"backend 'cupy' needs a CUDA device; CuPy {cupy.__version__} finds none")
+
+
+def _smallest(keys: Array, k: int, /) -> Array:
+    return cupy.sort(cupy.partition(keys, k - 1, axis=-1)[..., :k], axis=-1)
+
+
+top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(cupy.int32), smallest=_smallest)
+
+BACKEND = Backend(name="cupy", xp=xp, to_numpy=cupy.asnumpy, top_k=top_k)

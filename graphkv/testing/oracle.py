@@ -1,0 +1,216 @@
+"""The three steps as plain loops: one row, one token, one edge at a time.
+
+This is the authority on values. It is written from the equations of the specification and shares no code with
+`graphkv.core`: rows are sequences of Python floats (which are float64), and nothing here is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import inf, isfinite, isnan, sqrt
+
+__all__ = ["FREE", "Choice", "Edges", "build_graph", "cosine", "evict", "propagate", "select", "top_k"]
+
+SMALLEST_FACTOR = 1e-6
+
+FREE = -1
+"""Stands for a neighbor that the specification leaves open: an edge of weight 0 that fills a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edges:
+    """The graph of one row.
+
+    Attributes
+    ----------
+    sources : list of int
+        K positions, ascending.
+    neighbors : list of list of int
+        K x M positions, or `FREE`.
+    weights : list of list of float
+        K x M.
+    """
+
+    sources: list[int]
+    neighbors: list[list[int]]
+    weights: list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What `evict` decides for one row.
+
+    Attributes
+    ----------
+    kept : list of int
+        Positions, ascending.
+    scores : list of float
+        What the choice ranked by.
+    """
+
+    kept: list[int]
+    scores: list[float]
+
+
+def top_k(scores: Sequence[float], k: int, tiers: Sequence[int] | None = None) -> list[int]:
+    """Rank tokens: lower tier, then numbers before NaN, then higher score, then lower index."""
+
+    def rank(token: int) -> tuple[int, bool, float, int]:
+        score = scores[token]
+        tier = 0 if tiers is None else int(tiers[token])
+        return tier, isnan(score), 0.0 if isnan(score) else -score, token
+
+    return sorted(range(len(scores)), key=rank)[:k]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """Give the cosine of two keys; 0 if one of them has no direction."""
+    dot = square_a = square_b = 0.0
+    for x, y in zip(a, b, strict=True):
+        dot += x * y
+        square_a += x * x
+        square_b += y * y
+    if square_a in (0, inf) or square_b in (0, inf) or isnan(square_a) or isnan(square_b):
+        return 0.0
+    return dot / (sqrt(square_a) * sqrt(square_b))
+
+
+def build_graph(
+    keys: Sequence[Sequence[float]],
+    importance: Sequence[float],
+    *,
+    num_sources: int,
+    num_neighbors: int,
+    valid: Sequence[bool] | None = None,
+) -> Edges:
+    """Link the most important valid tokens to the valid tokens that resemble them most."""
+    num_tokens = len(importance)
+    valid = [True] * num_tokens if valid is None else [bool(flag) for flag in valid]
+    num_sources = min(num_sources, num_tokens)
+    num_neighbors = min(num_neighbors, num_tokens - num_sources)
+    sources = sorted(top_k(importance, num_sources, [0 if flag else 1 for flag in valid]))
+    neighbors: list[list[int]] = []
+    weights: list[list[float]] = []
+    for source in sources:
+        # A source is chosen among valid tokens; an invalid one only fills the row, and links nothing.
+        eligible = [j for j in range(num_tokens) if valid[source] and valid[j] and j not in sources]
+        weight = [min(1.0, max(0.0, cosine(keys[source], keys[j]))) for j in eligible]
+        best = top_k(weight, num_neighbors)
+        fill = num_neighbors - len(best)
+        neighbors.append([eligible[e] for e in best] + [FREE] * fill)
+        weights.append([weight[e] for e in best] + [0.0] * fill)
+    return Edges(sources=sources, neighbors=neighbors, weights=weights)
+
+
+def propagate(
+    importance: Sequence[float],
+    neighbors: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    *,
+    signal: str = "decay",
+    rounds: int = 1,
+    accumulation: str = "product",
+    strength: float = 1.0,
+) -> list[float]:
+    """Send the sources' signal along every edge."""
+    if rounds == 0 or strength == 0:
+        return list(importance)
+    incoming: list[list[float]] = [[] for _ in importance]
+    for of_source, with_weight in zip(neighbors, weights, strict=True):
+        for j, w in zip(of_source, with_weight, strict=True):
+            if w > 0:  # neither NaN nor a fill
+                incoming[j].append(min(1.0, w))
+    result = []
+    for score, arriving in zip(importance, incoming, strict=True):
+        if not arriving:
+            result.append(score)
+        elif signal == "evict":
+            result.append(-inf)
+        elif isnan(score) or score == 0 or not isfinite(score):
+            result.append(score)
+        else:
+            power = _factor(arriving, signal, accumulation, strength) ** rounds
+            result.append(score * power if score >= 0 else score - abs(score) * (1 - power))
+    return result
+
+
+def _factor(arriving: Sequence[float], signal: str, accumulation: str, strength: float) -> float:
+    """F of one token."""
+    sign = {"decay": -1, "enhance": +1}[signal]
+    factor = 1.0
+    for w in arriving:
+        if accumulation == "sum":
+            factor += sign * strength * w
+        else:
+            factor *= max(1 + sign * strength * w, SMALLEST_FACTOR)
+    return factor
+
+
+def select(
+    scores: Sequence[float],
+    budget: int,
+    *,
+    protected: Sequence[bool] | None = None,
+    valid: Sequence[bool] | None = None,
+) -> list[int]:
+    """Keep the first `budget` of: protected valid tokens, other valid tokens, invalid tokens."""
+    tiers = []
+    for token in range(len(scores)):
+        if valid is not None and not valid[token]:
+            tiers.append(2)
+        elif protected is not None and protected[token]:
+            tiers.append(0)
+        else:
+            tiers.append(1)
+    return sorted(top_k(scores, budget, tiers))
+
+
+def evict(
+    keys: Sequence[Sequence[float]],
+    importance: Sequence[float],
+    budget: int,
+    *,
+    protected: Sequence[bool] | None = None,
+    num_protected: int = 0,
+    valid: Sequence[bool] | None = None,
+    source_ratio: float = 0.3,
+    neighbors: int | float = 1,
+    rounds: int = 1,
+    signal: str = "decay",
+    accumulation: str = "product",
+    strength: float = 1.0,
+    recompute_sources: bool = False,
+) -> Choice:
+    """Evict by GraphKV over a given importance, in a row of more tokens than budget."""
+    open_tokens = max(0, budget - num_protected)
+    num_sources = _count(source_ratio, open_tokens)
+    num_neighbors = _count(neighbors, open_tokens)
+    candidate = []
+    for token in range(len(importance)):
+        is_valid = valid is None or bool(valid[token])
+        is_protected = protected is not None and bool(protected[token])
+        candidate.append(is_valid and not is_protected)
+    scores = list(importance)
+    for _ in range(rounds if recompute_sources else 1):
+        edges = build_graph(keys, scores, num_sources=num_sources, num_neighbors=num_neighbors, valid=candidate)
+        scores = propagate(
+            scores,
+            edges.neighbors,
+            edges.weights,
+            signal=signal,
+            rounds=min(rounds, 1) if recompute_sources else rounds,
+            accumulation=accumulation,
+            strength=strength,
+        )
+    return Choice(kept=select(scores, budget, protected=protected, valid=valid), scores=scores)
+
+
+def _count(amount: int | float, open_tokens: int) -> int:
+    """Give a count, or the share of the open tokens: rounded down, at least 1 above 0."""
+    if open_tokens == 0:
+        return 0
+    if isinstance(amount, int):
+        return amount
+    return max(1, int(Fraction(repr(amount)) * open_tokens)) if amount > 0 else 0

@@ -1,0 +1,926 @@
+"""What every backend must do: one claim a function, on drawn inputs, over a ``backend`` fixture.
+
+The fixture must have pytest's ``session`` scope and give a `graphkv.Backend` (or a `graphkv.testing.Subject`). The
+option ``--graphkv-backend`` brings one; see `graphkv.testing` for writing it by hand.
+
+Claims about values are held against `graphkv.testing.oracle`, which is Python loops; the margin rule for inexact
+inputs stands in `graphkv.testing.asserts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from ..core import primitives
+from ..core.backend import Backend, load
+from ..core.eviction import Eviction, evict
+from ..core.graph import build_graph
+from ..core.policy import GraphKV
+from ..core.propagation import propagate
+from ..core.selection import select
+from ..core.types import Array, Graph
+from . import asserts, oracle, strategies
+from .policies import GivenImportance
+from .strategies import Edges, Layer
+
+# A library may compile at its first call.
+unhurried = settings(deadline=None)
+# Every example is a loop over all dtypes.
+several = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 5) if settings.default else 5)
+# Loops over 10^4 tokens take their time; under the default profile that is still some examples.
+large = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 20) if settings.default else 5)
+
+FLOATS = ("float32", "float64")
+ALL_DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8")
+ACCUMULATIONS = st.sampled_from(["product", "sum"])
+SIGNALS = st.sampled_from(["decay", "enhance", "evict"])
+# Two bits each, so that products stay exact.
+STRENGTHS = st.sampled_from([1.0, 0.5])
+DRAWS = st.data()
+
+
+# ------------------------------------------------------------------------------------------------- top_k and segments
+
+
+@unhurried
+@given(data=DRAWS, scores=strategies.scores((7,)), dtype=st.sampled_from(FLOATS))
+@example(data=None, scores=np.zeros(7), dtype="float32")
+def test_top_k_agrees_with_the_oracle(backend: Backend, data: Any, scores: NDArray[Any], dtype: str) -> None:
+    """Higher score first, then lower index; NaN after every number, and -0.0 is 0.0."""
+    k = 3 if data is None else data.draw(st.integers(0, 7))
+    x = asserts.make(backend, scores, dtype)
+
+    found = _top_k(backend)(x, k, xp=backend.xp)
+
+    asserts.equal(found, _int(oracle.top_k(scores.tolist(), k)), backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, leading=strategies.leading_shapes(), num_tokens=st.integers(0, 9), dtype=st.sampled_from(FLOATS))
+def test_top_k_ranks_rows_and_tiers_apart(
+    backend: Backend, data: Any, leading: tuple[int, ...], num_tokens: int, dtype: str
+) -> None:
+    """A lower tier comes first, whatever the score."""
+    shape = (*leading, num_tokens)
+    scores = data.draw(strategies.scores(shape))
+    tiers = data.draw(arrays(np.int32, shape, elements=st.integers(0, 3), fill=st.nothing()))
+    k = data.draw(st.integers(0, num_tokens))
+    x = asserts.make(backend, scores, dtype)
+
+    found = _top_k(backend)(x, k, asserts.make(backend, tiers), xp=backend.xp)
+
+    wanted = np.zeros((*leading, k), dtype=np.int64)
+    for row in np.ndindex(*leading):
+        wanted[row] = oracle.top_k(scores[row].tolist(), k, tiers[row].tolist())
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, leading=strategies.leading_shapes(), dtype=st.sampled_from(FLOATS))
+def test_segment_product_multiplies_what_shares_an_index(
+    backend: Backend, data: Any, leading: tuple[int, ...], dtype: str
+) -> None:
+    """Duplicates multiply, rows are apart, and a segment without values is 1."""
+    values, index, num_segments = data.draw(_segments(leading, st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0])))
+    x = asserts.make(backend, values, dtype)
+    reduce = backend.segment_product or primitives.segment_product
+
+    found = reduce(x, asserts.make(backend, index), num_segments, xp=backend.xp)
+
+    wanted = np.ones((*leading, num_segments), dtype=dtype)
+    for *row, e in np.ndindex(*values.shape):
+        wanted[(*row, index[(*row, e)])] *= values[(*row, e)]
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, leading=strategies.leading_shapes(), dtype=st.sampled_from(FLOATS))
+def test_segment_sum_adds_what_shares_an_index(
+    backend: Backend, data: Any, leading: tuple[int, ...], dtype: str
+) -> None:
+    """Duplicates add, rows are apart, and a segment without values is 0."""
+    values, index, num_segments = data.draw(_segments(leading, strategies.exact()))
+    x = asserts.make(backend, values, dtype)
+    reduce = backend.segment_sum or primitives.segment_sum
+
+    found = reduce(x, asserts.make(backend, index), num_segments, xp=backend.xp)
+
+    wanted = np.zeros((*leading, num_segments), dtype=dtype)
+    for *row, e in np.ndindex(*values.shape):
+        wanted[(*row, index[(*row, e)])] += values[(*row, e)]
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+# -------------------------------------------------------------------------------------------------------- build_graph
+
+
+@unhurried
+@given(layer=strategies.layers(), dtype=st.sampled_from(FLOATS))
+def test_graph_agrees_with_the_oracle(backend: Backend, layer: Layer, dtype: str) -> None:
+    """Sources, neighbors and weights, exactly: ties, zero keys, padding, K above N, chunks and empty batches."""
+    keys, graph = _graph(backend, layer, dtype)
+
+    asserts.graph_equal(graph, *_oracle_graph(layer, asserts.wide(backend, dtype)), backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(keys=strategies.general_keys, leading=st.sampled_from([(), (2,)]), min_tokens=1))
+def test_graph_of_general_keys_lies_within_the_margin(backend: Backend, layer: Layer) -> None:
+    """Weights are the cosines to within the tolerance, and no better neighbor is left out."""
+    keys, graph = _graph(backend, layer, "float32")
+
+    sources, neighbors, weights = _oracle_graph(layer, "float32")
+    asserts.equal(graph.sources, sources, backend=backend, like=keys)
+    asserts.close(graph.weights, weights, backend=backend, like=keys, scale=1.0)
+    found, edge = asserts.values(backend, graph.neighbors), asserts.values(backend, graph.weights)
+    valid = np.ones(layer.importance.shape, np.bool_) if layer.valid is None else layer.valid
+    for *row, k in np.ndindex(*sources.shape):
+        source, real = sources[(*row, k)], neighbors[(*row, k)] != oracle.FREE
+        cosines = [max(0.0, oracle.cosine(layer.keys[(*row, source)], key)) for key in layer.keys[tuple(row)]]
+        eligible = [j for j in range(layer.num_tokens) if valid[(*row, j)] and j not in sources[tuple(row)]]
+        if valid[(*row, source)]:
+            asserts.chosen(found[(*row, k)][real].tolist(), cosines, eligible=eligible, dtype="float32")
+            wanted = np.asarray([cosines[j] for j in found[(*row, k)][real]])
+            np.testing.assert_allclose(edge[(*row, k)][real], wanted, rtol=0, atol=asserts.tolerance("float32"))
+
+
+@unhurried
+@given(layer=strategies.layers(min_tokens=2))
+def test_no_edge_leads_to_a_source_or_to_padding(backend: Backend, layer: Layer) -> None:
+    """Nor does one start at padding; such edges may fill a row with weight 0."""
+    _, graph = _graph(backend, layer)
+
+    sources, neighbors = asserts.values(backend, graph.sources), asserts.values(backend, graph.neighbors)
+    weights = asserts.values(backend, graph.weights)
+    for *row, k, m in np.argwhere(weights > 0).tolist():
+        token, source = neighbors[(*row, k, m)], sources[(*row, k)]
+        assert token not in sources[tuple(row)]
+        assert layer.valid is None or (layer.valid[(*row, token)] and layer.valid[(*row, source)])
+    assert np.all((weights >= 0) & (weights <= 1))
+
+
+@unhurried
+@given(layer=strategies.layers(keys=strategies.general_keys, leading=st.just(()), min_tokens=2), data=DRAWS)
+def test_a_key_without_direction_has_no_edges(backend: Backend, layer: Layer, data: Any) -> None:
+    """A zero key, and one that holds an infinity or NaN, has weight 0 to all."""
+    token = data.draw(st.integers(0, layer.num_tokens - 1))
+    layer.keys[token] = data.draw(st.sampled_from([0.0, -0.0]))
+    layer.keys[token, 0] = data.draw(st.sampled_from([0.0, -0.0, np.inf, -np.inf, np.nan]))
+
+    _, graph = _graph(backend, layer)
+
+    sources, neighbors = asserts.values(backend, graph.sources), asserts.values(backend, graph.neighbors)
+    weights = asserts.values(backend, graph.weights)
+    assert np.all(weights[sources == token] == 0)
+    assert np.all(weights[neighbors == token] == 0)
+    assert np.all((weights >= 0) & (weights <= 1))
+
+
+@unhurried
+@given(layer=strategies.layers(min_tokens=1))
+def test_chunk_size_never_matters(backend: Backend, layer: Layer) -> None:
+    """The graph is the same for every chunk size."""
+    _, whole = _graph(backend, _replaced(layer, chunk_size=None))
+
+    for chunk_size in {1, 2, 3, layer.num_tokens - 1 or 1, layer.num_tokens, layer.chunk_size or 1}:
+        keys, chunked = _graph(backend, _replaced(layer, chunk_size=chunk_size))
+
+        _same_graph(chunked, whole, backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(min_tokens=1), data=DRAWS)
+def test_appended_padding_never_matters(backend: Backend, layer: Layer, data: Any) -> None:
+    """Whatever padding holds, infinities and NaN included: graph, scores and choice stay the same."""
+    num_tokens, num_padding = layer.num_tokens, data.draw(st.integers(1, 3))
+    # K and M are clipped by N, padding included; without clipping there is nothing but values to differ.
+    num_sources = min(layer.num_sources, num_tokens)
+    layer = _replaced(layer, num_sources=num_sources, num_neighbors=min(layer.num_neighbors, num_tokens - num_sources))
+    junk = data.draw(strategies.special())
+    valid = np.ones(layer.importance.shape, np.bool_) if layer.valid is None else layer.valid
+    longer_valid = _append(valid, num_padding, False)
+    padded = _replaced(
+        layer,
+        keys=_append(layer.keys, num_padding, junk, axis=-2),
+        importance=_append(layer.importance, num_padding, data.draw(strategies.special())),
+        valid=longer_valid,
+        protected=None if layer.protected is None else _append(layer.protected, num_padding, True),
+    )
+    budget = min(layer.budget, num_tokens)
+
+    keys, graph = _graph(backend, layer)
+    _, longer = _graph(backend, padded)
+    scores, longer_scores = _scores(backend, layer, graph), _scores(backend, padded, longer)
+
+    asserts.equal(longer_scores[..., :num_tokens], scores, backend=backend, like=keys)
+    kept = asserts.values(backend, _selected(backend, _replaced(layer, valid=valid), scores, budget))
+    longer_kept = asserts.values(backend, _selected(backend, padded, longer_scores, budget))
+    for row in np.ndindex(*layer.leading):
+        # Which padding fills a row that has too few valid tokens has no effect and may differ.
+        assert _links(backend, longer, row) == _links(backend, graph, row)
+        assert _chosen_valid(longer_kept[row], longer_valid[row]) == _chosen_valid(kept[row], valid[row])
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(1, 8))
+def test_graph_follows_a_permutation_of_distinct_tokens(backend: Backend, data: Any, num_tokens: int) -> None:
+    """With distinct scores, sources move with their tokens and keep the weights of their edges."""
+    fixed = st.just(())
+    layer = data.draw(strategies.layers(leading=fixed, min_tokens=num_tokens, max_tokens=num_tokens))
+    layer = _replaced(layer, importance=data.draw(strategies.distinct_scores((num_tokens,))))
+    order = np.asarray(data.draw(st.permutations(range(num_tokens))), dtype=np.int64)
+
+    keys, graph = _graph(backend, layer)
+    _, moved = _graph(backend, layer.take(order))
+
+    origin = order[asserts.values(backend, moved.sources)]
+    back = np.argsort(origin)
+    valid = np.ones(num_tokens, np.bool_) if layer.valid is None else layer.valid
+    asserts.equal(graph.sources, origin[back], backend=backend, like=keys)
+    # Ties between neighbors may fall otherwise; the weights of a row do not depend on how.
+    asserts.equal(graph.weights, asserts.values(backend, moved.weights)[back], backend=backend, like=keys)
+    assert np.all(asserts.values(backend, graph.weights)[~valid[origin[back]]] == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- propagate
+
+
+@unhurried
+@given(
+    data=DRAWS,
+    leading=strategies.leading_shapes(),
+    signal=SIGNALS,
+    accumulation=ACCUMULATIONS,
+    strength=STRENGTHS,
+    dtype=st.sampled_from(FLOATS),
+)
+def test_propagation_agrees_with_the_oracle(
+    backend: Backend, data: Any, leading: tuple[int, ...], signal: str, accumulation: str, strength: float, dtype: str
+) -> None:
+    """Every signal, accumulation and strength, exactly: scores of either sign, ties, infinities and NaN."""
+    rounds = 1 if accumulation == "sum" else data.draw(st.sampled_from([1, 2, 1, 0]))
+    # 8 bits of score and 3 a factor: three edges in one round or two rounds of two fill float32.
+    edges = data.draw(
+        strategies.edges(leading, data.draw(strategies.token_counts()), max_sources=3 if rounds < 2 else 2)
+    )
+    importance = data.draw(strategies.scores((*leading, edges.num_tokens)))
+    options: dict[str, Any] = {"signal": signal, "rounds": rounds, "accumulation": accumulation, "strength": strength}
+
+    x, found = _propagated(backend, importance, edges, dtype, **options)
+
+    wanted = _oracle_scores(importance, edges, **options).astype(asserts.wide(backend, dtype))
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, signal=SIGNALS, accumulation=ACCUMULATIONS, strength=strategies.unit())
+def test_propagation_of_general_numbers_is_close_to_the_oracle(
+    backend: Backend, data: Any, signal: str, accumulation: str, strength: float
+) -> None:
+    """Within the tolerance of the score."""
+    rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 4))
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
+    options: dict[str, Any] = {"signal": signal, "rounds": rounds, "accumulation": accumulation, "strength": strength}
+
+    x, found = _propagated(backend, importance, edges, "float32", **options)
+
+    wanted = _oracle_scores(importance, edges, **options).astype(np.float32)
+    asserts.close(found, wanted, backend=backend, like=x, scale=importance)
+
+
+@unhurried
+@given(data=DRAWS, signal=SIGNALS, accumulation=ACCUMULATIONS, nothing=st.sampled_from(["T", "K", "M", "g"]))
+def test_propagation_of_nothing_returns_the_importance_bit_for_bit(
+    backend: Backend, data: Any, signal: str, accumulation: str, nothing: str
+) -> None:
+    """No rounds, no sources, no neighbors or no strength: signed zeros, NaN and all."""
+    most: dict[str, Any] = {"K": {"max_sources": 0}, "M": {"max_neighbors": 0}}.get(nothing, {})
+    edges = data.draw(strategies.edges((2,), data.draw(st.integers(0, 6)), **most))
+    importance = data.draw(strategies.scores((2, edges.num_tokens)))
+    rounds = 0 if nothing == "T" and accumulation == "product" else 1
+    strength = 0.0 if nothing == "g" or (nothing == "T" and rounds == 1) else 1.0
+
+    x, found = _propagated(
+        backend, importance, edges, signal=signal, rounds=rounds, accumulation=accumulation, strength=strength
+    )
+
+    asserts.identical(found, x, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, signal=SIGNALS, accumulation=ACCUMULATIONS, strength=strategies.unit())
+def test_tokens_without_edges_keep_their_importance_bit_for_bit(
+    backend: Backend, data: Any, signal: str, accumulation: str, strength: float
+) -> None:
+    """Sources among them."""
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    importance = data.draw(strategies.scores((2, edges.num_tokens)))
+
+    x, found = _propagated(backend, importance, edges, signal=signal, accumulation=accumulation, strength=strength)
+
+    kept = ~_reached(edges)
+    before, after = asserts.values(backend, x), asserts.values(backend, found)
+    np.testing.assert_array_equal(after[kept], before[kept])
+    number = kept & ~np.isnan(before)
+    np.testing.assert_array_equal(np.signbit(after[number]), np.signbit(before[number]))
+
+
+@unhurried
+@given(data=DRAWS, accumulation=ACCUMULATIONS, strength=strategies.unit(), rounds=st.integers(1, 3))
+def test_decay_never_raises_and_enhance_never_lowers(
+    backend: Backend, data: Any, accumulation: str, strength: float, rounds: int
+) -> None:
+    """For scores of either sign, infinities included."""
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    elements = st.one_of(strategies.general(), st.sampled_from([np.inf, -np.inf, 0.0]))
+    importance = data.draw(strategies.scores((2, edges.num_tokens), elements=elements))
+    options: dict[str, Any] = {
+        "accumulation": accumulation,
+        "strength": strength,
+        "rounds": rounds if accumulation != "sum" else 1,
+    }
+
+    x, lower = _propagated(backend, importance, edges, signal="decay", **options)
+    _, higher = _propagated(backend, importance, edges, signal="enhance", **options)
+
+    before = asserts.values(backend, x)
+    assert np.all(asserts.values(backend, lower) <= before)
+    assert np.all(asserts.values(backend, higher) >= before)
+
+
+@unhurried
+@given(data=DRAWS, signal=st.sampled_from(["decay", "enhance"]), exponent=st.integers(-6, 6))
+def test_the_product_is_scale_invariant(backend: Backend, data: Any, signal: str, exponent: int) -> None:
+    """Scores twice as large come out twice as large, and the same tokens are chosen."""
+    # Below 1, so that nothing comes near the smallest float32, where scaling rounds.
+    weights = st.floats(0, 0.9375, width=32)
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=weights))
+    importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
+    rounds = data.draw(st.integers(1, 3))
+
+    x, found = _propagated(backend, importance, edges, signal=signal, rounds=rounds)
+    _, scaled = _propagated(backend, importance * 2.0**exponent, edges, signal=signal, rounds=rounds)
+
+    wanted = asserts.values(backend, found) * np.float32(2.0**exponent)
+    asserts.equal(scaled, wanted, backend=backend, like=x)
+    budget = data.draw(strategies.budgets(edges.num_tokens))
+    asserts.equal(
+        select(scaled, budget, backend=backend), select(found, budget, backend=backend), backend=backend, like=x
+    )
+
+
+@unhurried
+@given(data=DRAWS, signal=SIGNALS)
+def test_two_rounds_are_one_round_twice(backend: Backend, data: Any, signal: str) -> None:
+    """For scores of at least 0, where a round is a plain product."""
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), max_sources=2))
+    importance = np.abs(data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.exact())))
+
+    x, twice = _propagated(backend, importance, edges, signal=signal, rounds=2)
+    _, once = _propagated(backend, importance, edges, signal=signal)
+
+    again = propagate(once, _as_graph(backend, edges), signal=signal, backend=backend)
+    asserts.equal(twice, again, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, accumulation=ACCUMULATIONS, strength=st.floats(0.125, 1))
+def test_evict_sends_what_an_edge_reaches_to_minus_infinity(
+    backend: Backend, data: Any, accumulation: str, strength: float
+) -> None:
+    """And nothing else; an edge of weight 0 reaches nothing."""
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    importance = data.draw(strategies.scores((2, edges.num_tokens)))
+
+    x, found = _propagated(backend, importance, edges, signal="evict", accumulation=accumulation, strength=strength)
+
+    wanted = np.where(_reached(edges), -np.inf, asserts.values(backend, x)).astype(np.float32)
+    asserts.identical(found, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, signal=SIGNALS, accumulation=ACCUMULATIONS)
+def test_weights_outside_the_unit_interval_are_clipped(
+    backend: Backend, data: Any, signal: str, accumulation: str
+) -> None:
+    """A weight above 1 counts as 1; one below 0, or NaN, is no edge."""
+    wild = st.sampled_from([0.5, 1.0, 1.5, np.inf, -0.5, -np.inf, np.nan, -0.0])
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=wild))
+    tame = Edges(**{**vars(edges), "weights": np.clip(np.nan_to_num(edges.weights, nan=0.0), 0, 1)})
+    importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.exact()))
+
+    x, found = _propagated(backend, importance, edges, signal=signal, accumulation=accumulation)
+    _, wanted = _propagated(backend, importance, tame, signal=signal, accumulation=accumulation)
+
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, num_duplicates=st.integers(1, 4), num_others=st.integers(1, 4))
+def test_a_duplicate_of_a_source_decays_to_the_bottom(
+    backend: Backend, data: Any, num_duplicates: int, num_others: int
+) -> None:
+    """Below all others, still above 0, and among duplicates in order of the base importance."""
+    num_tokens = 1 + num_duplicates + num_others
+    source = strategies.EXACT_KEYS[-1]
+    scales = data.draw(strategies.scores((num_duplicates,), elements=st.sampled_from([0.5, 1.0, 4.0])))
+    others = data.draw(strategies.exact_keys((num_others,)))
+    # The cosines of the pool are multiples of 1/16, so a token that is no duplicate keeps 1/16 of its score.
+    assume(all(oracle.cosine(source, other) < 1 for other in others))
+    keys = np.concatenate([source[None], scales[:, None] * source, others])
+    importance = 1 + np.abs(data.draw(strategies.scores((num_tokens,), elements=strategies.exact())))
+    importance[0] = 4.0
+    layer = _layer(keys, importance, num_sources=1, num_neighbors=num_tokens)
+
+    x, graph = _graph(backend, layer)
+    found = propagate(asserts.make(backend, importance, "float32"), graph, backend=backend)
+
+    after = asserts.values(backend, found)
+    duplicates = after[1 : 1 + num_duplicates]
+    base = importance[1 : 1 + num_duplicates]
+    assert np.all(duplicates > 0)
+    assert np.max(duplicates) < np.min(after[1 + num_duplicates :])
+    np.testing.assert_allclose(duplicates, base * oracle.SMALLEST_FACTOR, rtol=asserts.tolerance("float32"))
+    np.testing.assert_array_equal(np.argsort(-duplicates, kind="stable"), np.argsort(-base, kind="stable"))
+    lowest = 1 + oracle.top_k(base.tolist(), num_duplicates)[-1]
+    kept = _int([token for token in range(num_tokens) if token != lowest])
+    asserts.equal(select(found, num_tokens - 1, backend=backend), kept, backend=backend, like=x)
+
+
+# ------------------------------------------------------------------------------------------------------------- select
+
+
+@unhurried
+@given(layer=strategies.layers(), dtype=st.sampled_from(FLOATS))
+def test_selection_agrees_with_the_oracle(backend: Backend, layer: Layer, dtype: str) -> None:
+    """Ties, NaN, infinities, masks, and budgets of 0, 1, N and above."""
+    scores = asserts.make(backend, layer.importance, dtype)
+
+    found = _selected(backend, layer, scores)
+
+    asserts.equal(found, _oracle_selection(layer), backend=backend, like=scores)
+
+
+@unhurried
+@given(layer=strategies.layers())
+def test_exactly_the_budget_is_kept(backend: Backend, layer: Layer) -> None:
+    """B unique positions a row, ascending, whatever the scores and masks."""
+    scores = asserts.make(backend, layer.importance)
+
+    found = asserts.values(backend, _selected(backend, layer, scores))
+
+    assert found.shape == (*layer.leading, min(layer.budget, layer.num_tokens))
+    assert np.all(np.diff(found, axis=-1) > 0)
+    assert np.all((found >= 0) & (found < max(layer.num_tokens, 1)))
+
+
+@unhurried
+@given(layer=strategies.layers())
+def test_kept_sets_grow_with_the_budget(backend: Backend, layer: Layer) -> None:
+    """One more token of budget keeps what was kept, and one more."""
+    scores = asserts.make(backend, layer.importance)
+
+    smaller = asserts.values(backend, _selected(backend, layer, scores))
+    larger = asserts.values(backend, _selected(backend, layer, scores, layer.budget + 1))
+
+    for row in np.ndindex(*layer.leading):
+        assert set(smaller[row].tolist()) <= set(larger[row].tolist())
+
+
+@unhurried
+@given(layer=strategies.layers(), data=DRAWS)
+def test_protected_tokens_are_kept_first(backend: Backend, layer: Layer, data: Any) -> None:
+    """Protection beats any score, infinities included, but not padding; padding comes last."""
+    importance = np.where(data.draw(st.booleans()), -np.inf, layer.importance)
+    if layer.protected is not None:
+        importance = np.where(layer.protected, importance, np.inf)
+
+    kept = asserts.values(backend, _selected(backend, layer, asserts.make(backend, importance)))
+
+    valid = np.ones(layer.importance.shape, np.bool_) if layer.valid is None else layer.valid
+    protected = np.zeros_like(valid) if layer.protected is None else layer.protected & valid
+    for row in np.ndindex(*layer.leading):
+        in_kept = np.isin(np.arange(layer.num_tokens), kept[row])
+        budget = kept.shape[-1]
+        assert np.sum(in_kept & protected[row]) == min(budget, np.sum(protected[row]))
+        assert np.sum(in_kept & valid[row]) == min(budget, np.sum(valid[row]))
+
+
+@unhurried
+@given(layer=strategies.layers(elements=st.sampled_from([0.0, -0.0, 1.0, -np.inf, np.nan])))
+def test_minus_zero_equals_zero_and_nan_is_last(backend: Backend, layer: Layer) -> None:
+    """Scores that differ in nothing else choose the same tokens; NaN loses to minus infinity."""
+    unsigned = np.where(layer.importance == 0, 0.0, layer.importance)
+    as_nan = _replaced(layer, protected=None, valid=None)
+
+    found = _selected(backend, layer, asserts.make(backend, layer.importance))
+    wanted = _selected(backend, layer, asserts.make(backend, unsigned))
+    kept = asserts.values(backend, _selected(backend, as_nan, asserts.make(backend, layer.importance)))
+
+    asserts.equal(found, wanted, backend=backend, like=found)
+    is_nan = np.isnan(layer.importance)
+    for row in np.ndindex(*layer.leading):
+        numbers = np.sum(~is_nan[row])
+        assert np.sum(~is_nan[row][kept[row]]) == min(kept.shape[-1], numbers)
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(1, 9))
+def test_selection_follows_a_permutation_of_distinct_scores(backend: Backend, data: Any, num_tokens: int) -> None:
+    """Where no two scores are equal, positions decide nothing."""
+    scores = data.draw(strategies.distinct_scores((num_tokens,)))
+    order = np.asarray(data.draw(st.permutations(range(num_tokens))), dtype=np.int64)
+    budget = data.draw(strategies.budgets(num_tokens))
+    x = asserts.make(backend, scores)
+
+    kept = select(x, budget, backend=backend)
+    moved = select(asserts.make(backend, scores[order]), budget, backend=backend)
+
+    asserts.equal(kept, np.sort(order[asserts.values(backend, moved)]), backend=backend, like=x)
+
+
+# -------------------------------------------------------------------------------------------- rows, inputs and dtypes
+
+
+@unhurried
+@given(layer=strategies.layers(leading=st.just((2, 3)), min_tokens=1), data=DRAWS)
+def test_rows_follow_a_permutation_of_batch_and_heads(backend: Backend, layer: Layer, data: Any) -> None:
+    """All three steps."""
+    rows = np.ix_(data.draw(st.permutations(range(2))), data.draw(st.permutations(range(3))))
+
+    keys, graph, scores, kept = _three_steps(backend, layer)
+    _, moved, moved_scores, moved_kept = _three_steps(backend, layer.take(rows))
+
+    for name in ("sources", "neighbors", "weights"):
+        wanted = asserts.values(backend, getattr(graph, name))[rows]
+        asserts.equal(getattr(moved, name), wanted, backend=backend, like=keys)
+    asserts.equal(moved_scores, asserts.values(backend, scores)[rows], backend=backend, like=keys)
+    asserts.equal(moved_kept, asserts.values(backend, kept)[rows], backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(leading=st.sampled_from([(2, 2), (3,)]), min_tokens=1))
+def test_a_batch_is_the_stack_of_its_rows(backend: Backend, layer: Layer) -> None:
+    """All three steps."""
+    keys, graph, scores, kept = _three_steps(backend, layer)
+
+    for row in np.ndindex(*layer.leading):
+        one_keys, one, one_scores, one_kept = _three_steps(backend, layer.take(row))
+        for name in ("sources", "neighbors", "weights"):
+            wanted = asserts.values(backend, getattr(graph, name))[row]
+            asserts.equal(getattr(one, name), wanted, backend=backend, like=one_keys)
+        asserts.equal(one_scores, asserts.values(backend, scores)[row], backend=backend, like=keys)
+        asserts.equal(one_kept, asserts.values(backend, kept)[row], backend=backend, like=keys)
+
+
+@unhurried
+@given(data=DRAWS, signal=SIGNALS, accumulation=ACCUMULATIONS, dtype=st.sampled_from(FLOATS))
+def test_inputs_are_not_written_to(backend: Backend, data: Any, signal: str, accumulation: str, dtype: str) -> None:
+    """Every array that goes in holds the same values afterwards."""
+    layer = data.draw(strategies.layers(leading=st.just((2,)), min_tokens=1))
+    edges = data.draw(strategies.edges((2,), layer.num_tokens))
+    keys = asserts.make(backend, layer.keys, dtype)
+    importance = asserts.make(backend, layer.importance, dtype)
+    masks = {name: _mask(backend, getattr(layer, name)) for name in ("valid", "protected")}
+    graph = _as_graph(backend, edges, dtype)
+
+    build_graph(
+        keys,
+        importance,
+        num_sources=layer.num_sources,
+        num_neighbors=layer.num_neighbors,
+        valid=masks["valid"],
+        backend=backend,
+    )
+    propagate(importance, graph, signal=signal, accumulation=accumulation, backend=backend)
+    select(importance, layer.budget, **masks, backend=backend)
+
+    asserts.equal(keys, layer.keys.astype(dtype), backend=backend, like=keys)
+    asserts.identical(importance, layer.importance.astype(dtype), backend=backend, like=keys)
+    for name, mask in masks.items():
+        if mask is not None:
+            asserts.equal(mask, getattr(layer, name), backend=backend, like=keys)
+    for name in ("sources", "neighbors"):
+        asserts.equal(getattr(graph, name), getattr(edges, name), backend=backend, like=keys)
+    asserts.equal(graph.weights, edges.weights.astype(dtype), backend=backend, like=keys)
+
+
+@several
+@given(
+    layer=strategies.layers(min_tokens=1, elements=st.integers(0, 100).map(float)), other=st.sampled_from(ALL_DTYPES)
+)
+def test_every_dtype_is_computed_in_float32_or_wider(backend: Backend, layer: Layer, other: str) -> None:
+    """Half precision and integers give what their float32 values give, in float32; float64 stays."""
+    # Whole numbers, the same in every dtype; unsigned keys are the pool's magnitudes.
+    layer = _replaced(layer, keys=np.abs(layer.keys))
+    known = [dtype for dtype in ALL_DTYPES if asserts.supports(backend, dtype)]
+    for dtype in known:
+        for keys_dtype in {dtype, other} & set(known):
+            wide = asserts.wide(backend, keys_dtype), asserts.wide(backend, dtype)
+
+            keys, graph, scores, kept = _three_steps(backend, layer, keys_dtype, dtype)
+            _, wide_graph, wide_scores, wide_kept = _three_steps(backend, layer, *wide)
+
+            _same_graph(graph, wide_graph, backend=backend, like=keys)
+            asserts.equal(scores, wide_scores, backend=backend, like=keys)
+            asserts.equal(kept, wide_kept, backend=backend, like=keys)
+            assert graph.weights.dtype == getattr(backend.xp, wide[0])
+
+
+# -------------------------------------------------------------------------------------------------------- whole layers
+
+
+@unhurried
+@given(
+    data=DRAWS,
+    layer=strategies.layers(leading=st.sampled_from([(1, 1), (2, 2), (0, 1)]), elements=strategies.exact()),
+    source_ratio=st.sampled_from([0.3, 0.0, 1.0, 0.5]),
+    neighbors=st.one_of(st.integers(0, 3), st.sampled_from([0.0, 0.4, 1.0])),
+    signal=SIGNALS,
+    accumulation=ACCUMULATIONS,
+)
+def test_eviction_agrees_with_the_oracle(
+    backend: Backend,
+    data: Any,
+    layer: Layer,
+    source_ratio: float,
+    neighbors: int | float,
+    signal: str,
+    accumulation: str,
+) -> None:
+    """GraphKV over a given importance: counts from the open tokens, candidates only, sources fixed or chosen anew."""
+    # Few sources, so that three bits a factor stay exact; duplicates are clipped, which a tolerance must cover.
+    rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 2))
+    num_protected = data.draw(st.integers(0, layer.num_tokens))
+    recompute = data.draw(st.booleans()) if accumulation == "product" else False
+    options: dict[str, Any] = {
+        "source_ratio": source_ratio,
+        "neighbors": neighbors,
+        "signal": signal,
+        "rounds": rounds,
+        "accumulation": accumulation,
+        "strength": 0.5,
+        "recompute_sources": recompute,
+    }
+
+    keys, found = _evicted(backend, layer, num_protected, **options)
+
+    wanted = np.zeros((*layer.leading, min(layer.budget, layer.num_tokens)), dtype=np.int64)
+    scores = np.zeros(layer.importance.shape, dtype=np.float64)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        if layer.num_tokens <= layer.budget:
+            wanted[row] = range(layer.num_tokens)
+            continue
+        choice = oracle.evict(
+            one.keys.tolist(),
+            one.importance.tolist(),
+            one.budget,
+            protected=_list(one.protected),
+            num_protected=num_protected,
+            valid=_list(one.valid),
+            **options,
+        )
+        wanted[row], scores[row] = choice.kept, choice.scores
+    assert found.budget == layer.budget
+    if found.scores is not None:
+        asserts.equal(found.scores, scores.astype(np.float32), backend=backend, like=keys)
+    asserts.equal(found.kept, wanted, backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(leading=st.sampled_from([(1, 1), (2, 2), (0, 1)])), trailing=st.sampled_from([(), (3,)]))
+def test_eviction_gathers_what_is_kept(backend: Backend, layer: Layer, trailing: tuple[int, ...]) -> None:
+    """``Eviction.apply`` on arrays with and without trailing axes."""
+    keys, found = _evicted(backend, layer, 0)
+    shape = (*layer.importance.shape, *trailing)
+    table = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+    gathered = found.apply(asserts.make(backend, table))
+
+    kept = asserts.values(backend, found.kept).reshape(*found.kept.shape, *(1 for _ in trailing))
+    wanted = np.take_along_axis(table, np.broadcast_to(kept, (*found.kept.shape, *trailing)), axis=2)
+    asserts.equal(gathered, wanted, backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(), signal=SIGNALS, dtype=st.sampled_from(FLOATS))
+def test_a_layer_agrees_with_numpy(backend: Backend, layer: Layer, signal: str, dtype: str) -> None:
+    """All three steps give what graphkv's own NumPy backend gives."""
+    assume(asserts.wide(backend, dtype) == dtype)
+    numpy = load("numpy")
+
+    keys, graph, scores, kept = _three_steps(backend, layer, dtype, dtype, signal=signal)
+    _, *wanted = _three_steps(numpy, layer, dtype, dtype, signal=signal)
+
+    asserts.graph_equal(graph, wanted[0].sources, wanted[0].neighbors, wanted[0].weights, backend=backend, like=keys)
+    asserts.close(scores, wanted[1], backend=backend, like=keys)
+    asserts.equal(kept, wanted[2], backend=backend, like=keys)
+
+
+@large
+@given(layer=strategies.large_layers())
+def test_large_rows_agree_with_the_oracle(backend: Backend, layer: Layer) -> None:
+    """Hundreds of tokens, thousands where the Hypothesis profile asks for many examples."""
+    keys, graph = _graph(backend, layer)
+
+    asserts.graph_equal(graph, *_oracle_graph(layer, "float32"), backend=backend, like=keys)
+    scores = asserts.make(backend, layer.importance, "float32")
+    asserts.equal(_selected(backend, layer, scores), _oracle_selection(layer), backend=backend, like=keys)
+
+
+# ---------------------------------------------------------------------------------------------- how the claims are put
+
+
+def _int(x: Any) -> NDArray[np.int64]:
+    return np.asarray(x, dtype=np.int64)
+
+
+def _top_k(backend: Backend) -> Any:
+    return backend.top_k or primitives.top_k
+
+
+def _replaced(layer: Layer, **fields: Any) -> Layer:
+    return Layer(**{**vars(layer), **fields})
+
+
+def _layer(keys: NDArray[Any], importance: NDArray[Any], **fields: Any) -> Layer:
+    usual: dict[str, Any] = {"valid": None, "protected": None, "budget": 0, "chunk_size": None}
+    return Layer(keys=keys, importance=importance, **{**usual, **fields})
+
+
+def _append(x: NDArray[Any], count: int, value: Any, axis: int = -1) -> NDArray[Any]:
+    shape = list(x.shape)
+    shape[axis] = count
+    return np.concatenate([x, np.full(shape, value, dtype=x.dtype)], axis=axis)
+
+
+@st.composite
+def _segments(
+    draw: st.DrawFn, leading: tuple[int, ...], elements: st.SearchStrategy[float]
+) -> tuple[NDArray[Any], NDArray[np.int64], int]:
+    num_segments = draw(st.integers(1, 5))
+    shape = (*leading, draw(st.integers(0, 8)))
+    values = draw(strategies.scores(shape, elements=elements))
+    return (
+        values,
+        draw(arrays(np.int64, shape, elements=st.integers(0, num_segments - 1), fill=st.nothing())),
+        num_segments,
+    )
+
+
+def _list(mask: NDArray[np.bool_] | None) -> list[bool] | None:
+    return None if mask is None else [bool(flag) for flag in mask]
+
+
+def _mask(backend: Backend, mask: NDArray[np.bool_] | None) -> Array | None:
+    return None if mask is None else asserts.make(backend, mask)
+
+
+def _graph(
+    backend: Backend, layer: Layer, dtype: str = "float32", importance_dtype: str | None = None
+) -> tuple[Array, Graph]:
+    """Build a layer's graph. Gives the keys too, on whose device everything must be."""
+    keys = asserts.make(backend, layer.keys, dtype)
+    graph = build_graph(
+        keys,
+        asserts.make(backend, layer.importance, importance_dtype or dtype),
+        num_sources=layer.num_sources,
+        num_neighbors=layer.num_neighbors,
+        valid=_mask(backend, layer.valid),
+        chunk_size=layer.chunk_size,
+        backend=backend,
+    )
+    return keys, graph
+
+
+def _same_graph(graph: Graph, expected: Graph, /, *, backend: Backend, like: Array) -> None:
+    for name in ("sources", "neighbors", "weights"):
+        asserts.equal(getattr(graph, name), getattr(expected, name), backend=backend, like=like)
+
+
+def _links(backend: Backend, graph: Graph, row: tuple[int, ...]) -> dict[tuple[int, int], float]:
+    """Give a row's edges that have an effect."""
+    sources, neighbors = asserts.values(backend, graph.sources)[row], asserts.values(backend, graph.neighbors)[row]
+    weights = asserts.values(backend, graph.weights)[row]
+    return {(int(sources[k]), int(neighbors[k, m])): float(weights[k, m]) for k, m in np.argwhere(weights > 0).tolist()}
+
+
+def _chosen_valid(kept: NDArray[Any], valid: NDArray[np.bool_]) -> list[int]:
+    return [token for token in kept.tolist() if valid[token]]
+
+
+def _oracle_graph(layer: Layer, dtype: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    num_sources = min(layer.num_sources, layer.num_tokens)
+    num_neighbors = min(layer.num_neighbors, layer.num_tokens - num_sources)
+    shape = (*layer.leading, num_sources, num_neighbors)
+    sources, neighbors = np.zeros(shape[:-1], dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=dtype)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        edges = oracle.build_graph(
+            one.keys.tolist(),
+            one.importance.tolist(),
+            num_sources=one.num_sources,
+            num_neighbors=one.num_neighbors,
+            valid=_list(one.valid),
+        )
+        sources[row] = edges.sources
+        # Reshaped, because no sources and no neighbors are the same empty list.
+        neighbors[row] = np.reshape(edges.neighbors, shape[-2:])
+        weights[row] = np.reshape(edges.weights, shape[-2:])
+    return sources, neighbors, weights
+
+
+def _as_graph(backend: Backend, edges: Edges, dtype: str = "float32") -> Graph:
+    return Graph(
+        sources=asserts.make(backend, edges.sources),
+        neighbors=asserts.make(backend, edges.neighbors),
+        weights=asserts.make(backend, edges.weights, dtype),
+        num_tokens=edges.num_tokens,
+    )
+
+
+def _propagated(
+    backend: Backend, importance: NDArray[Any], edges: Edges, dtype: str = "float32", **options: Any
+) -> tuple[Array, Array]:
+    """Propagate over given edges. Gives the importance too, as the library holds it."""
+    x = asserts.make(backend, importance, dtype)
+    return x, propagate(x, _as_graph(backend, edges, dtype), backend=backend, **options)
+
+
+def _oracle_scores(importance: NDArray[Any], edges: Edges, **options: Any) -> NDArray[Any]:
+    scores = np.zeros(importance.shape, dtype=np.float64)
+    for row in np.ndindex(*importance.shape[:-1]):
+        scores[row] = oracle.propagate(
+            importance[row].tolist(), edges.neighbors[row].tolist(), edges.weights[row].tolist(), **options
+        )
+    return scores
+
+
+def _reached(edges: Edges) -> NDArray[np.bool_]:
+    """Mark the tokens that have an incoming edge."""
+    reached = np.zeros((*edges.sources.shape[:-1], edges.num_tokens), dtype=np.bool_)
+    for at in _positive(edges):
+        reached[(*at[:-2], edges.neighbors[at])] = True
+    return reached
+
+
+def _positive(edges: Edges) -> Iterator[tuple[int, ...]]:
+    return (tuple(at) for at in np.argwhere(edges.weights > 0).tolist())
+
+
+def _scores(backend: Backend, layer: Layer, graph: Graph, dtype: str = "float32", signal: str = "decay") -> Array:
+    return propagate(asserts.make(backend, layer.importance, dtype), graph, signal=signal, backend=backend)
+
+
+def _selected(backend: Backend, layer: Layer, scores: Array, budget: int | None = None) -> Array:
+    return select(
+        scores,
+        layer.budget if budget is None else budget,
+        protected=_mask(backend, layer.protected),
+        valid=_mask(backend, layer.valid),
+        backend=backend,
+    )
+
+
+def _oracle_selection(layer: Layer) -> NDArray[np.int64]:
+    kept = np.zeros((*layer.leading, min(layer.budget, layer.num_tokens)), dtype=np.int64)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        kept[row] = oracle.select(
+            one.importance.tolist(), one.budget, protected=_list(one.protected), valid=_list(one.valid)
+        )
+    return kept
+
+
+def _three_steps(
+    backend: Backend, layer: Layer, keys_dtype: str = "float32", dtype: str = "float32", signal: str = "decay"
+) -> tuple[Array, Graph, Array, Array]:
+    keys, graph = _graph(backend, layer, keys_dtype, dtype)
+    scores = _scores(backend, layer, graph, dtype, signal)
+    return keys, graph, scores, _selected(backend, layer, scores)
+
+
+def _evicted(backend: Backend, layer: Layer, num_protected: int, **options: Any) -> tuple[Array, Eviction]:
+    keys = asserts.make(backend, layer.keys, "float32")
+    # A budget of 0 is none: a policy keeps something, or the caller does not evict.
+    base = GivenImportance(
+        budget=layer.budget,
+        importance=asserts.make(backend, layer.importance, "float32"),
+        protected=_mask(backend, layer.protected),
+        protected_count=num_protected,
+    )
+    return keys, evict(GraphKV(base, **options), keys, valid=_mask(backend, layer.valid), backend=backend)
+
+
+# What a re-export brings: the properties.
+__all__ = [name for name in dir() if name.startswith("test_")]

@@ -1,0 +1,42 @@
+"""Hypothesis profiles, and the backends of this run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from graphkv.testing import describe, label
+from tests import strict
+from tests.subjects import SUBJECTS
+
+settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
+settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None, print_blob=True)
+# For a library that compiles at every new shape.
+settings.register_profile("quick", max_examples=5, deadline=None, database=None, derandomize=True, print_blob=True)
+settings.load_profile(os.environ.get("GRAPHKV_HYPOTHESIS", "default"))
+
+
+def asked(config: pytest.Config) -> list[str]:
+    """The backends of ``--graphkv-backend``, if the kit's plugin is there and has the option."""
+    return config.getoption("graphkv_backend", [])
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "" if asked(config) else describe(SUBJECTS)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    # tests/gpu has a fixture of its own; where the option is used, the plugin brings it.
+    on_gpu = metafunc.definition.get_closest_marker("gpu")
+    if "backend" in metafunc.fixturenames and not own and not on_gpu and not asked(metafunc.config):
+        metafunc.parametrize("backend", SUBJECTS, ids=label, scope="session")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    callspec = getattr(item, "callspec", None)
+    with strict.flags_for(callspec.params.get("backend") if callspec else None):
+        return (yield)
