@@ -1,4 +1,4 @@
-"""The port to plain Python lists: it follows the specification page, and is proved by the golden vectors."""
+"""The port to plain Python lists: written from the documentation pages alone, and proved by the golden vectors."""
 
 import ast
 import importlib
@@ -18,10 +18,31 @@ CASES = [
     for case in json.loads((DOCS / "vectors" / f"{file}.json").read_text(encoding="utf-8"))["cases"]
 ]
 
+ERRORS = json.loads((DOCS / "vectors" / "errors.json").read_text(encoding="utf-8"))["cases"]
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_port_gives_what_is_expected(case):
     assert plain_port.same(case["expected"], plain_port.run(case), case["tolerance"])
+
+
+def test_port_runs_by_itself(capsys):
+    assert plain_port.main() == 0
+    assert "cases passed" in capsys.readouterr().out
+
+
+def test_port_is_as_long_as_the_pages_say():
+    text = (DOCS / "examples" / "plain_port.py").read_text(encoding="utf-8")
+    method = text[text.index("# The method") : text.index("# The vectors")]
+
+    assert 250 <= len(text.splitlines()) <= 280
+    assert 110 <= len(method.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("case", [case for case in ERRORS if case["rule"].startswith("a sum")], ids=lambda c: c["name"])
+def test_port_refuses_a_sum_of_other_than_one_round(case):
+    with pytest.raises(ValueError, match="one round"):
+        plain_port.run(case)
 
 
 def test_port_shares_nothing_with_the_library():
@@ -36,6 +57,7 @@ def test_comparison_sees_a_difference():
     assert not plain_port.same({"count": 90}, {"count": 89}, None)
     assert not plain_port.same({"data": [1.0, "NaN"]}, {"data": [1.0, 0.0]}, {"relative": 1e-5, "absolute": 1e-6})
     assert plain_port.same({"data": ["-0.0", "NaN"]}, {"data": [0.0, float("nan")]}, None)
+    assert not plain_port.same({"data": ["Infinity"]}, {"data": [1.0]}, {"relative": 1e-5, "absolute": 1e-6})
 
 
 def test_small_backend_of_the_porting_page_passes_every_vector():

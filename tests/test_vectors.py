@@ -81,6 +81,15 @@ def test_a_changed_file_is_out_of_date(monkeypatch, tmp_path):
     assert generate.main() == 1
 
 
+def test_tolerance_is_for_finite_weights_and_scores_only():
+    loose = {"relative": 0.5, "absolute": 0.5}
+
+    assert vectors.differences([3, 0, 0.75], [3, 0, 0.5], loose) == []
+    assert vectors.differences([3, 0, 0.75], [3, 1, 0.75], loose) != []
+    for expected, got in (("Infinity", 1.0), (1.0, "Infinity"), ("Infinity", "-Infinity"), ("NaN", 1.0), (1.0, "NaN")):
+        assert vectors.differences([expected], [got], loose) != []
+
+
 def test_vectors_catch_a_wrong_backend():
     numpy_backend = importlib.import_module("graphkv.backends.numpy").BACKEND
 

@@ -363,7 +363,7 @@ def _graph_counts(policy: GraphKV, budget: int, /) -> tuple[int, int]:
     open_tokens = max(0, budget - policy.num_protected(budget))
     if not open_tokens:
         return 0, 0
-    return budgets.count_of(policy.source_ratio, open_tokens), budgets.count_of(policy.neighbors, open_tokens)
+    return budgets.count_of(float(policy.source_ratio), open_tokens), budgets.count_of(policy.neighbors, open_tokens)
 
 
 def _graph_flops(policy: GraphKV, shape: LayerShape, /) -> int:

@@ -145,6 +145,12 @@ def test_sources_are_counted_from_what_the_base_may_still_choose():
     assert decision.graph.weights.shape == (2, 3, 3, 2)
 
 
+def test_a_source_ratio_is_a_share_also_as_an_integer():
+    decision = evict(GraphKV(SNAPKV, source_ratio=1, neighbors=1), KEYS, queries=QUERIES)
+
+    assert decision.graph.num_sources == 10
+
+
 def test_a_budget_below_the_protected_tokens_leaves_no_room_for_a_graph():
     decision = evict(GraphKV(SnapKV(budget=8, window=10)), KEYS, queries=QUERIES)
 
