@@ -3,7 +3,18 @@
 Importing this package imports no array library; the first call imports the one of its arrays.
 """
 
-from .adapters import Random, SnapKV, StreamingLLM
+from .adapters import (
+    CAKE,
+    TOVA,
+    AdaKV,
+    KeyDiff,
+    KNorm,
+    LayerBudgets,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 from .core import (
     ArgumentError,
     ArgumentTypeError,
@@ -23,20 +34,27 @@ from .core import (
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of sorted(), as a test asks
+    "AdaKV",
     "ArgumentError",
     "ArgumentTypeError",
     "Backend",
     "BackendError",
     "BackendUnavailableError",
+    "CAKE",
     "Eviction",
     "Graph",
     "GraphKV",
     "GraphKVError",
+    "KNorm",
+    "KeyDiff",
+    "LayerBudgets",
     "Policy",
+    "PyramidKV",
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "TOVA",
     "build_graph",
     "evict",
     "propagate",

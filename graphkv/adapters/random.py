@@ -6,15 +6,16 @@ import random
 from dataclasses import dataclass
 
 from ..core import checks, primitives
-from ..core.policy import LayerInputs, Policy
+from ..core.policy import LayerInputs
 from ..core.types import Array
 from . import attention
+from .protection import SinkPolicy
 
 __all__ = ["Random"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Policy):
+class Random(SinkPolicy):
     """Keep tokens drawn at random, the same on every backend.
 
     Parameters
@@ -24,6 +25,8 @@ class Random(Policy):
     seed : int
         Each seed, layer and head has a draw of its own. All rows of a batch share it, and padding does not shift it, so
         that a row keeps the same tokens alone and in a batch.
+    num_sinks : int
+        First tokens that are kept as well.
 
     Raises
     ------

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core import checks, primitives
-from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, Policy
+from ..core import checks
+from ..core.policy import LayerInputs
 from ..core.types import Array, Namespace
 from . import attention
+from .protection import WindowPolicy
 
 __all__ = ["SnapKV", "votes"]
 
@@ -37,7 +37,7 @@ def votes(window_attention: Array, /, *, kernel_size: int, pooling: str, group_r
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(WindowPolicy):
     """Keep the observation window, and of the past what its queries attend to.
 
     The importance of a past token is the attention that it gets from the last `window` queries, summed, reduced over
@@ -90,61 +90,37 @@ class SnapKV(Policy):
     array([[[1, 3]]])
     """
 
-    window: int = 32
-    kernel_size: int = 7
     pooling: str = "avg"
     group_reduction: str = "mean"
-    num_sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.count("window", self.window, minimum=1)
-        if checks.count("kernel_size", self.kernel_size, minimum=1) % 2 == 0:
-            raise ArgumentError(f"kernel_size must be odd; got {self.kernel_size}")
         checks.choice("pooling", self.pooling, ("avg", "max"))
         checks.choice("group_reduction", self.group_reduction, ("mean", "max", "sum"))
-        checks.count("num_sinks", self.num_sinks)
 
-    def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the window's queries."""
-        return min(self.window, num_tokens)
+    @classmethod
+    def official(cls, budget: int | float, /) -> SnapKV:
+        """Give the choices of the official code's LongBench runs: a window of 32, maximum pooling over 7 tokens.
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count window and sinks."""
-        return self.window + self.num_sinks
+        Selection per query head and scores in half precision are not expressed.
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Count the window's votes; inside the window, the place."""
-        xp, window = inputs.xp, self.num_queries(inputs.num_tokens)
-        past = votes(
-            self._window_attention(inputs, window),
+        Parameters
+        ----------
+        budget : int or float
+            Tokens to keep per KV head, window included.
+
+        Returns
+        -------
+        SnapKV
+        """
+        return cls(budget=budget, window=32, kernel_size=7, pooling="max", group_reduction="mean", num_sinks=0)
+
+    def score_past(self, inputs: LayerInputs, rows: Array, /) -> Array:
+        """Count the window's votes."""
+        return votes(
+            rows,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduction=self.group_reduction,
-            xp=xp,
+            xp=inputs.xp,
         )
-        place = xp.arange(1, window + 1, dtype=past.dtype, device=primitives.device_of(past))
-        return xp.concat([past, xp.broadcast_to(place, (*past.shape[:-1], window))], axis=-1)
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the window and the first tokens."""
-        xp, num_tokens = inputs.xp, inputs.num_tokens
-        position = xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
-        in_window = position >= num_tokens - self.num_queries(num_tokens)
-        return inputs.valid & (in_window | (attention.token_rank(inputs.valid, xp=xp) < self.num_sinks))
-
-    def _window_attention(self, inputs: LayerInputs, window: int, /) -> Array:
-        """Take the window's attention as given, or compute it from its queries."""
-        xp = inputs.xp
-        rows = inputs.attention if inputs.attention is not None else inputs.queries
-        name = "attention" if inputs.attention is not None else "queries"
-        if rows is None:
-            raise ArgumentError(f"queries must be given for SnapKV: the last window={window} positions; got None")
-        if rows.shape[2] < window:
-            raise ArgumentError(f"{name} must hold the last window={window} positions; got {rows.shape[2]}")
-        rows = rows[:, :, rows.shape[2] - window :, :]
-        if inputs.attention is None:
-            return attention.window_attention(rows, inputs.keys, inputs.valid, xp=xp)
-        batch, query_heads, _, num_tokens = rows.shape
-        kv_heads = inputs.keys.shape[1]
-        return xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core import checks
-from ..core.policy import LayerInputs, Policy
+from ..core.policy import LayerInputs
 from ..core.types import Array
 from . import attention
+from .protection import SinkPolicy
 
 __all__ = ["StreamingLLM"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(Policy):
+class StreamingLLM(SinkPolicy):
     """Keep the first few tokens (attention sinks) and fill the budget with the newest.
 
     Parameters
@@ -49,21 +49,9 @@ class StreamingLLM(Policy):
 
     num_sinks: int = 4
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.count("num_sinks", self.num_sinks)
-
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks."""
-        return self.num_sinks
-
     def score(self, inputs: LayerInputs, /) -> Array:
         """Rank by position; sinks are all equal, so that the first of them win."""
         xp = inputs.xp
         rank = attention.token_rank(inputs.valid, xp=xp)
         rank = xp.where(rank < self.num_sinks, xp.zeros_like(rank), rank)
         return xp.astype(rank, inputs.keys.dtype)
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the sinks."""
-        return inputs.valid & (attention.token_rank(inputs.valid, xp=inputs.xp) < self.num_sinks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from math import isnan
+from math import isfinite, isnan
 from numbers import Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from .errors import ArgumentError, ArgumentTypeError, BackendError
 __all__ = [
     "choice",
     "count",
+    "finite_weight",
     "flag",
     "fraction",
     "graph_fields",
@@ -48,6 +49,16 @@ def fraction(name: str, value: Any, /) -> float:
     number = float(value)
     if isnan(number) or not 0 <= number <= 1:
         raise ArgumentError(f"{name} must lie in [0, 1]; got {number}")
+    return number
+
+
+def finite_weight(name: str, value: Any, /) -> float:
+    """A finite real number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a real number; got {_show(value)}")
+    number = float(value)
+    if not isfinite(number) or number < 0:
+        raise ArgumentError(f"{name} must be finite and at least 0; got {number}")
     return number
 
 

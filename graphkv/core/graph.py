@@ -6,7 +6,7 @@ from . import checks, primitives
 from .backend import Backend, resolve
 from .types import Array, Graph, Namespace
 
-__all__ = ["build_graph", "clip_weights"]
+__all__ = ["build_graph", "clip_weights", "normalise"]
 
 # Similarities are computed for this many tokens at a time unless the caller says otherwise.
 CHUNK_SIZE = 4096
@@ -127,7 +127,7 @@ def _build_graph(
     num_tokens, device = keys.shape[-2], primitives.device_of(keys)
 
     sources = xp.sort(top_k(importance, num_sources, ~valid, xp=xp), axis=-1)
-    directions = _normalise(keys, xp=xp)
+    directions = normalise(keys, xp=xp)
     source_directions = primitives.take_rows(directions, sources, xp=xp)
     is_valid_source = xp.take_along_axis(valid, sources, axis=-1)[..., None]
 
@@ -162,7 +162,7 @@ def clip_weights(similarity: Array, /, *, xp: Namespace) -> Array:
     return xp.where(similarity > 0, xp.minimum(similarity, one), zero)
 
 
-def _normalise(keys: Array, /, *, xp: Namespace) -> Array:
+def normalise(keys: Array, /, *, xp: Namespace) -> Array:
     """Scale every key to length one; a key without a direction becomes zero."""
     length = xp.sqrt(xp.sum(keys * keys, axis=-1, keepdims=True))
     usable = (length > 0) & xp.isfinite(length)

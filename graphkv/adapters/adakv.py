@@ -1,0 +1,207 @@
+"""Ada-KV: heads whose attention is spread out keep more tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor
+from typing import ClassVar
+
+from ..core import checks, primitives
+from ..core.backend import Backend
+from ..core.policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
+from ..core.types import Array
+
+__all__ = ["AdaKV", "code_head_budgets", "head_budgets"]
+
+
+def head_budgets(
+    scores: Array, budget: int, least: Array, protected: Array, valid: Array, /, *, backend: Backend
+) -> Array:
+    """Share a layer's budget out over its heads: to each its least, the rest to the best tokens of all heads.
+
+    Parameters
+    ----------
+    scores : array, shape (batch, kv_heads, N), float32 or wider
+        Comparable between heads.
+    budget : int
+        Tokens per head on average, at most N.
+    least : array, shape (batch, kv_heads), integer in [0, budget]
+        What a head gets in any case.
+    protected, valid : array, shape (batch, kv_heads, N), bool
+        Protected tokens come first and padding last.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads), int64
+        The sum over the heads is exactly kv_heads x budget.
+    """
+    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    num_tokens = scores.shape[-1]
+    # 0 protected, 1 others, 2 padding: who comes first in a head.
+    tiers = xp.astype(~protected, xp.int32) + xp.astype(~valid, xp.int32)
+    tiers = xp.where(valid, tiers, xp.full_like(tiers, 2))
+    place = xp.argsort(top_k(scores, num_tokens, tiers, xp=xp), axis=-1)
+    forced = place < xp.astype(least, place.dtype)[..., None]
+    # Over all heads: 0 forced, 1 others; 2 and 3 the same among padding, so that filling up spreads over the heads.
+    tiers = xp.astype(~forced, xp.int32) + 2 * xp.astype(~valid, xp.int32)
+    return _count_best(scores, budget, tiers, backend=backend)
+
+
+def code_head_budgets(
+    scores: Array, budget: int, share: float, protected: Array, valid: Array, num_protected: int, /, *, backend: Backend
+) -> Array:
+    """Give the head budgets of the official code, whose sum may miss kv_heads x budget.
+
+    With C the budget less the protected tokens, a head that has c of the best C x kv_heads tokens gets round(c (1 -
+    share) + floor(share C)), ties to even, beside its protected tokens.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads), int64
+    """
+    xp = backend.xp
+    past = max(0, budget - num_protected)
+    tiers = xp.where(valid & ~protected, xp.zeros_like(scores), xp.ones_like(scores))
+    counts = _count_best(scores, past, xp.astype(tiers, xp.int32), backend=backend)
+    # float32, as in the official code.
+    blended = xp.astype(counts, xp.float32) * (1 - share) + int(past * share)
+    kept = xp.astype(xp.round(blended), xp.int64) + min(budget, num_protected)
+    return xp.minimum(kept, xp.full_like(kept, scores.shape[-1]))
+
+
+def _count_best(scores: Array, budget: int, tiers: Array, /, *, backend: Backend) -> Array:
+    """Count, for every head, its tokens among the best budget x kv_heads of the layer: ties by head, then by index."""
+    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    batch, kv_heads, num_tokens = scores.shape
+    flat = (batch, kv_heads * num_tokens)
+    best = top_k(xp.reshape(scores, flat), kv_heads * budget, xp.reshape(tiers, flat), xp=xp)
+    head = best // num_tokens
+    return xp.stack([xp.sum(xp.astype(head == h, xp.int64), axis=-1) for h in range(kv_heads)], axis=-1)
+
+
+def _bytes(policy: AdaKV, shape: LayerShape, /) -> int:
+    """Rank all tokens of the layer by 64-bit indices."""
+    return 8 * shape.batch * shape.kv_heads * shape.num_tokens
+
+
+@dataclass(frozen=True)
+class AdaKV(Wrapper):
+    r"""Any policy, with the layer's budget shared out over its KV heads.
+
+    A head's budget is what it holds of the best tokens of all heads together, but not less than its protected tokens
+    and a share of the rest. In every row the heads' budgets add up to exactly kv_heads x budget.
+
+    Parameters
+    ----------
+    base : Policy
+        Where importance, protection and the layer's budget come from.
+    floor : float
+        In [0, 1]. Of the tokens that an average head may choose, the share that every head chooses, rounded down. 1
+        gives all heads the same.
+    schedule : str
+        ``"exact"``, or ``"code"``: budgets are a blend, rounded per head as in the official code, and may miss the sum
+        by some tokens; of a layer with little to choose, they may even exceed N and are cut there.
+
+    Raises
+    ------
+    ArgumentError
+        If an option is out of range.
+    ArgumentTypeError
+        If an option has the wrong type.
+
+    Notes
+    -----
+    `Eviction.kept` is padded with -1 to what one head may keep at most, min(N, kv_heads x budget), and
+    `Eviction.head_budgets` has shape (batch, kv_heads). Between equal scores the lower head wins, then the lower index.
+    A head with fewer valid tokens than its least gives the rest to others, and padding fills what is left.
+
+    Scores are compared between heads, so they should mean the same in each: sums of probabilities do, norms or logits
+    do not. ``GraphKV(AdaKV(base))`` shares out by the base's scores, ``AdaKV(GraphKV(base))`` by those after
+    propagation.
+
+    The exact form forces every head's least first and fills up with the best of the rest. The paper and the official
+    code blend: (1 - floor) times the count without a floor, plus the floor. Both favour the same heads; where a floor
+    does not bind, the exact form is the optimum without a floor, and the blend is not. The official code's selection
+    per query head (without its GQA option), its scaling of scores by head, and the uniform first layers of later
+    versions are not expressed.
+
+    References
+    ----------
+    .. [1] Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM
+       Inference", arXiv:2407.11550.
+
+    Examples
+    --------
+    Two heads with a budget of 2 each. The best four scores are 9, 8, 7 and 6, all in the first head; half of 2 is the
+    floor, so the second head keeps 1:
+
+    >>> import numpy as np
+    >>> from graphkv import AdaKV, KNorm, evict
+    >>> norms = np.asarray([[[1.0, 4.0, 3.0, 2.0], [5.0, 7.0, 6.0, 8.0]]])
+    >>> done = evict(AdaKV(KNorm(budget=2), floor=0.5), norms[..., None])
+    >>> done.head_budgets
+    array([[3, 1]])
+    >>> done.kept
+    array([[[ 0,  2,  3, -1],
+            [ 0, -1, -1, -1]]])
+    """
+
+    requirements: ClassVar[Requirements] = Requirements(bytes=_bytes)
+
+    floor: float = 0.2
+    schedule: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.fraction("floor", self.floor)
+        checks.choice("schedule", self.schedule, ("exact", "code"))
+
+    @classmethod
+    def official(cls, base: Policy, /) -> AdaKV:
+        """Give the official code's choice: its blend with a floor of 0.2, rounded per head.
+
+        The official base is ``SnapKV.official(budget)`` with a mean over the window, which orders tokens alike.
+
+        Parameters
+        ----------
+        base : Policy
+            Where importance, protection and the layer's budget come from.
+
+        Returns
+        -------
+        AdaKV
+
+        Raises
+        ------
+        ArgumentTypeError
+            If `base` is no Policy.
+        """
+        return cls(base, floor=0.2, schedule="code")
+
+    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
+        """Allow a head to take what all heads have."""
+        return min(num_tokens, kv_heads * budget)
+
+    def assess(self, inputs: LayerInputs, /) -> Assessment:
+        """Let the base score, then compare the heads."""
+        xp, found = inputs.xp, self.base.assess(inputs)
+        protected = xp.zeros_like(inputs.valid) if found.protected is None else found.protected & inputs.valid
+        num_protected = self.num_protected(inputs.budget)
+        if self.schedule == "code":
+            shares = code_head_budgets(
+                found.scores,
+                inputs.budget,
+                self.floor,
+                protected,
+                inputs.valid,
+                num_protected,
+                backend=inputs.backend,
+            )
+            return replace(found, head_budgets=shares)
+        open_tokens = max(0, inputs.budget - num_protected)
+        share = floor(Fraction(repr(float(self.floor))) * open_tokens)
+        least = xp.sum(xp.astype(protected, xp.int64), axis=-1) + share
+        least = xp.minimum(least, xp.full_like(least, inputs.budget))
+        shares = head_budgets(found.scores, inputs.budget, least, protected, inputs.valid, backend=inputs.backend)
+        return replace(found, head_budgets=shares)
