@@ -49,7 +49,7 @@ numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
-    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs")},
+    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs", "LayerShape", "Requirements")},
 }
 
 html_theme = "furo"

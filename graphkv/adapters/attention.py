@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from math import sqrt
+from typing import Any
 
+from ..core.errors import ArgumentError
+from ..core.policy import LayerInputs, LayerShape
 from ..core.types import Array, Namespace
 
-__all__ = ["group_heads", "pool", "token_rank", "window_attention"]
+__all__ = [
+    "first_tokens",
+    "group_heads",
+    "last_rows",
+    "pool",
+    "token_rank",
+    "window_attention",
+    "window_bytes",
+    "window_flops",
+]
 
 
 def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
@@ -73,3 +85,55 @@ def pool(x: Array, kernel_size: int, kind: str, /, *, xp: Namespace) -> Array:
 def token_rank(valid: Array, /, *, xp: Namespace) -> Array:
     """Count valid tokens before each token: its place in the row once padding is taken away."""
     return xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1) - 1
+
+
+def first_tokens(valid: Array, num_sinks: int, /, *, xp: Namespace) -> Array:
+    """Mark the first `num_sinks` tokens of each row that are not padding."""
+    return valid & (token_rank(valid, xp=xp) < num_sinks)
+
+
+def last_rows(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
+    """Take the attention of the last W positions as given, or compute it from their queries.
+
+    Parameters
+    ----------
+    inputs : LayerInputs
+    window : int
+        W, at most N.
+    name : str
+        The policy that asks.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
+        Probabilities.
+
+    Raises
+    ------
+    ArgumentError
+        If neither queries nor attention of the last W positions are at hand.
+    """
+    xp = inputs.xp
+    rows = inputs.attention if inputs.attention is not None else inputs.queries
+    argument = "attention" if inputs.attention is not None else "queries"
+    if rows is None:
+        raise ArgumentError(f"queries must be given for {name}: the last window={window} positions; got None")
+    if rows.shape[2] < window:
+        raise ArgumentError(f"{argument} must hold the last window={window} positions; got {rows.shape[2]}")
+    rows = rows[:, :, rows.shape[2] - window :, :]
+    if inputs.attention is None:
+        return window_attention(rows, inputs.keys, inputs.valid, xp=xp)
+    batch, query_heads, _, num_tokens = rows.shape
+    kv_heads = inputs.keys.shape[1]
+    return xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
+
+
+def window_flops(policy: Any, shape: LayerShape, /) -> int:
+    """Attention of the last W positions: 2 D for a logit and 5 for its softmax, per query head."""
+    rows = shape.batch * shape.query_heads * policy.num_queries(shape.num_tokens)
+    return int(rows * shape.num_tokens * (2 * shape.head_size + 5))
+
+
+def window_bytes(policy: Any, shape: LayerShape, /) -> int:
+    """Hold the attention of the last W positions to all tokens."""
+    return int(4 * shape.batch * shape.query_heads * policy.num_queries(shape.num_tokens) * shape.num_tokens)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..core import checks
 from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, Policy
+from ..core.policy import LayerInputs, Policy, Requirements
 from ..core.types import Array, Namespace
 from . import attention
 
@@ -90,6 +91,10 @@ class SnapKV(Policy):
     array([[[1, 3]]])
     """
 
+    requirements: ClassVar[Requirements] = Requirements(
+        queries="window", flops=attention.window_flops, bytes=attention.window_bytes
+    )
+
     window: int = 32
     kernel_size: int = 7
     pooling: str = "avg"
@@ -117,7 +122,7 @@ class SnapKV(Policy):
         """Count the window's votes; inside the window, the place."""
         xp, window = inputs.xp, self.num_queries(inputs.num_tokens)
         past = votes(
-            self._window_attention(inputs, window),
+            attention.last_rows(inputs, window, name=type(self).__name__),
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduction=self.group_reduction,
@@ -131,20 +136,4 @@ class SnapKV(Policy):
         xp, num_tokens = inputs.xp, inputs.num_tokens
         position = xp.arange(num_tokens, dtype=xp.int64, device=inputs.keys.device)
         in_window = position >= num_tokens - self.num_queries(num_tokens)
-        return inputs.valid & (in_window | (attention.token_rank(inputs.valid, xp=xp) < self.num_sinks))
-
-    def _window_attention(self, inputs: LayerInputs, window: int, /) -> Array:
-        """Take the window's attention as given, or compute it from its queries."""
-        xp = inputs.xp
-        rows = inputs.attention if inputs.attention is not None else inputs.queries
-        name = "attention" if inputs.attention is not None else "queries"
-        if rows is None:
-            raise ArgumentError(f"queries must be given for SnapKV: the last window={window} positions; got None")
-        if rows.shape[2] < window:
-            raise ArgumentError(f"{name} must hold the last window={window} positions; got {rows.shape[2]}")
-        rows = rows[:, :, rows.shape[2] - window :, :]
-        if inputs.attention is None:
-            return attention.window_attention(rows, inputs.keys, inputs.valid, xp=xp)
-        batch, query_heads, _, num_tokens = rows.shape
-        kv_heads = inputs.keys.shape[1]
-        return xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
+        return inputs.valid & (in_window | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp))

@@ -66,4 +66,4 @@ class StreamingLLM(Policy):
 
     def protect(self, inputs: LayerInputs, /) -> Array:
         """Protect the sinks."""
-        return inputs.valid & (attention.token_rank(inputs.valid, xp=inputs.xp) < self.num_sinks)
+        return attention.first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)

@@ -25,7 +25,7 @@ from .backend import Backend
 from .errors import ArgumentError, ArgumentTypeError, BackendError, BackendUnavailableError, GraphKVError
 from .eviction import Eviction, evict
 from .graph import build_graph
-from .policy import Assessment, GraphKV, LayerInputs, Policy, Wrapper
+from .policy import Assessment, GraphKV, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from .propagation import propagate
 from .selection import select
 from .types import Graph
@@ -42,7 +42,9 @@ __all__ = [
     "GraphKV",
     "GraphKVError",
     "LayerInputs",
+    "LayerShape",
     "Policy",
+    "Requirements",
     "Wrapper",
     "build_graph",
     "evict",

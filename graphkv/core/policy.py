@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from . import budgets, checks
 from .backend import Backend
@@ -13,7 +14,7 @@ from .graph import build_graph
 from .propagation import SIGNALS, propagate
 from .types import Array, Graph, Namespace
 
-__all__ = ["Assessment", "GraphKV", "LayerInputs", "Policy", "Wrapper"]
+__all__ = ["Assessment", "GraphKV", "LayerInputs", "LayerShape", "Policy", "Requirements", "Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +89,75 @@ class Assessment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """The sizes of one layer, for costs.
+
+    Attributes
+    ----------
+    num_tokens : int
+        N, the number of cached tokens.
+    query_heads, kv_heads, head_size : int
+        The layer's heads and D.
+    budget : int
+        Tokens to keep per row in this layer.
+    batch : int
+        Default: 1.
+    """
+
+    num_tokens: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    budget: int
+    batch: int = 1
+
+
+def _no_cost(policy: Any, shape: LayerShape, /) -> int:
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What a policy needs beyond the cached keys, and what it costs on top of the model.
+
+    Attributes
+    ----------
+    values : bool
+        Looks at the cached values.
+    queries : str
+        ``"none"``, ``"window"`` (those of the last few positions) or ``"all"`` (those, or the attention rows, of every
+        position).
+    state : bool
+        Carries running sums per token from call to call.
+    fused_attention : bool
+        Works with an attention kernel that hands out no attention rows.
+    flops : callable
+        ``flops(policy, shape)``, floating-point operations per layer to leading order, as a plain function of the
+        policy's fields and a `LayerShape`. Default: none to speak of.
+    bytes : callable
+        ``bytes(policy, shape)``, size of the largest temporary array in float32. Default: none larger than the scores.
+    """
+
+    values: bool = False
+    queries: str = "none"
+    state: bool = False
+    fused_attention: bool = True
+    flops: Callable[[Any, LayerShape], int] = _no_cost
+    bytes: Callable[[Any, LayerShape], int] = _no_cost
+
+    def joined(self, base: Requirements, /) -> Requirements:
+        """Add the needs of a base policy; costs stay with their own policy, see `Policy.flops`."""
+        kinds = ("none", "window", "all")
+        return replace(
+            self,
+            values=self.values or base.values,
+            queries=max(self.queries, base.queries, key=kinds.index),
+            state=self.state or base.state,
+            fused_attention=self.fused_attention and base.fused_attention,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """An immutable eviction policy: a budget per layer, and a score per token.
 
@@ -99,6 +169,9 @@ class Policy(ABC):
         Tokens to keep per row and layer, window, sinks and recents included; or a share of the tokens as a float in
         (0, 1].
     """
+
+    # What this class itself needs; `needs`, `flops` and `bytes` speak for a whole policy with its base.
+    requirements: ClassVar[Requirements] = Requirements()
 
     budget: int | float
 
@@ -186,6 +259,18 @@ class Policy(ABC):
         """Say how many tokens a single head may keep at most, at a layer budget."""
         return min(budget, num_tokens)
 
+    def needs(self) -> Requirements:
+        """Say what the policy needs, its base included."""
+        return self.requirements
+
+    def flops(self, shape: LayerShape, /) -> int:
+        """Count the extra floating-point operations of one layer, to leading order."""
+        return self.requirements.flops(self, shape)
+
+    def bytes(self, shape: LayerShape, /) -> int:
+        """Give the size of the largest temporary array of one layer, in float32."""
+        return self.requirements.bytes(self, shape)
+
     def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array] | None:
         """Fold the attention of the given queries into the running state; None for a policy without one.
 
@@ -252,6 +337,18 @@ class Wrapper(Policy):
         """Give the base's widest head."""
         return self.base.widest_head(budget, num_tokens, kv_heads)
 
+    def needs(self) -> Requirements:
+        """Need what the base needs as well."""
+        return self.requirements.joined(self.base.needs())
+
+    def flops(self, shape: LayerShape, /) -> int:
+        """Add to the base's operations."""
+        return self.base.flops(shape) + super().flops(shape)
+
+    def bytes(self, shape: LayerShape, /) -> int:
+        """Compare with the base's largest array."""
+        return max(self.base.bytes(shape), super().bytes(shape))
+
     def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array] | None:
         """Keep the base's state."""
         return self.base.observe(inputs)
@@ -259,6 +356,28 @@ class Wrapper(Policy):
     def assess(self, inputs: LayerInputs, /) -> Assessment:
         """Let the base score."""
         return self.base.assess(inputs)
+
+
+def _graph_counts(policy: GraphKV, budget: int, /) -> tuple[int, int]:
+    """Give K and M at a layer budget."""
+    open_tokens = max(0, budget - policy.num_protected(budget))
+    if not open_tokens:
+        return 0, 0
+    return budgets.count_of(policy.source_ratio, open_tokens), budgets.count_of(policy.neighbors, open_tokens)
+
+
+def _graph_flops(policy: GraphKV, shape: LayerShape, /) -> int:
+    """Compare every source with every token: 2 K N D, and 3 N D to normalise; as often as a graph is built."""
+    num_sources, _ = _graph_counts(policy, shape.budget)
+    passes = policy.rounds if policy.recompute_sources else 1
+    rows = shape.batch * shape.kv_heads * passes
+    return rows * shape.num_tokens * shape.head_size * (2 * min(num_sources, shape.num_tokens) + 3)
+
+
+def _graph_bytes(policy: GraphKV, shape: LayerShape, /) -> int:
+    """Hold the K x N similarities, or the normalised keys where those are more."""
+    num_sources, _ = _graph_counts(policy, shape.budget)
+    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * max(num_sources, shape.head_size)
 
 
 @dataclass(frozen=True)
@@ -312,6 +431,8 @@ class GraphKV(Wrapper):
     512
     """
 
+    requirements: ClassVar[Requirements] = Requirements(flops=_graph_flops, bytes=_graph_bytes)
+
     source_ratio: float = 0.3
     neighbors: int | float = 1
     rounds: int = 1
@@ -357,9 +478,7 @@ class GraphKV(Wrapper):
     def assess(self, inputs: LayerInputs, /) -> Assessment:
         """Let the base score, then propagate."""
         found = self.base.assess(inputs)
-        open_tokens = max(0, inputs.budget - self.num_protected(inputs.budget))
-        num_sources = budgets.count_of(self.source_ratio, open_tokens) if open_tokens else 0
-        num_neighbors = budgets.count_of(self.neighbors, open_tokens) if open_tokens else 0
+        num_sources, num_neighbors = _graph_counts(self, inputs.budget)
         candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
 
         scores, graph = found.scores, found.graph

@@ -1,0 +1,76 @@
+"""Write the table of what each policy needs into policies.md, from what the classes declare.
+
+``python docs/support.py`` rewrites the table between its two marks, ``--check`` only says whether it is current.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import graphkv
+from graphkv.core import LayerShape, Policy, Wrapper
+
+PAGE = Path(__file__).parent / "policies.md"
+BEGIN, END = "% support table: begin\n", "% support table: end\n"
+SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
+# Fields without a default, beyond budget and base.
+OPTIONS: dict[str, dict[str, Any]] = {"LayerBudgets": {"budgets": (512,)}}
+
+
+def policies() -> list[Policy]:
+    """Give one value of every public policy; a wrapper stands on SnapKV."""
+    found = []
+    for name in graphkv.__all__:
+        kind = getattr(graphkv, name)
+        if not (isinstance(kind, type) and issubclass(kind, Policy)) or inspect.isabstract(kind) or kind is Wrapper:
+            continue
+        options = OPTIONS.get(name, {})
+        make: Any = kind
+        is_wrapper = issubclass(kind, Wrapper)
+        found.append(make(graphkv.SnapKV(budget=512), **options) if is_wrapper else make(budget=512, **options))
+    return found
+
+
+def table() -> str:
+    """Render the table in Markdown."""
+    lines = [
+        "| policy | values | queries | running state | fused attention | extra MFLOP | largest temporary |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for policy in policies():
+        name, own = type(policy).__name__, policy.requirements
+        over = isinstance(policy, Wrapper)
+        # A wrapper's row shows what it adds to its base.
+        flops, size = own.flops(policy, SHAPE), own.bytes(policy, SHAPE)
+        cells = [
+            f"{{py:class}}`graphkv.{name}`" + (" (adds)" if over else ""),
+            "yes" if own.values else "-",
+            own.queries if own.queries != "none" else "-",
+            "yes" if own.state else "-",
+            "yes" if own.fused_attention else "no",
+            f"{flops / 1e6:.1f}" if flops else "-",
+            f"{size / 2**20:.1f} MiB" if size else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Rewrite the page, or check it."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    current = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    if "--check" not in sys.argv:
+        PAGE.write_text(current, encoding="utf-8")
+        return 0
+    if current != text:
+        print(f"{PAGE.name} is not current: run python docs/support.py")
+    return int(current != text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What policies declare about their needs and costs."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from graphkv import ArgumentError, GraphKV, Policy, Random, SnapKV, evict
+from graphkv.core import LayerShape, Requirements, Wrapper
+from tests.arrays import NUMPY
+
+SHAPE = LayerShape(num_tokens=100, query_heads=6, kv_heads=2, head_size=8, budget=20, batch=3)
+
+
+def test_the_cost_of_window_attention_is_that_of_its_product_and_softmax():
+    policy = SnapKV(budget=20, window=10)
+
+    assert policy.flops(SHAPE) == 3 * 6 * 10 * 100 * (2 * 8 + 5)
+    assert policy.bytes(SHAPE) == 4 * 3 * 6 * 10 * 100
+
+
+def test_a_graph_adds_its_cost_to_that_of_the_base():
+    policy = GraphKV(SnapKV(budget=20, window=10), source_ratio=0.5, rounds=2, recompute_sources=True)
+
+    # P = 20 - 10, so K = 5; a graph for each of two rounds.
+    assert policy.flops(SHAPE) == policy.base.flops(SHAPE) + 2 * 3 * 2 * 100 * 8 * (2 * 5 + 3)
+    assert policy.bytes(SHAPE) == policy.base.bytes(SHAPE)
+    assert GraphKV(Random(budget=20)).bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
+
+
+def test_needs_join_those_of_the_base():
+    @dataclass(frozen=True)
+    class Valued(Wrapper):
+        requirements: ClassVar[Requirements] = Requirements(values=True, state=True, fused_attention=False)
+
+    found = Valued(GraphKV(SnapKV(budget=20))).needs()
+
+    assert (found.values, found.queries, found.state, found.fused_attention) == (True, "window", True, False)
+    assert Requirements(queries="all").joined(Requirements(queries="window")).queries == "all"
+
+
+def test_a_policy_that_declares_no_queries_runs_without_them_and_others_say_so():
+    keys = NUMPY.xp.ones((1, 1, 6, 2))
+
+    assert evict(Random(budget=2), keys).kept.shape == (1, 1, 2)
+    with pytest.raises(ArgumentError, match="queries must be given for SnapKV"):
+        evict(SnapKV(budget=2), keys)
+
+
+def test_requirements_are_of_the_class():
+    assert isinstance(Policy.requirements, Requirements)
+    assert SnapKV.requirements.queries == "window"
