@@ -3,7 +3,7 @@
 Importing this package imports no array library; the first call imports the one of its arrays.
 """
 
-from .adapters import Random, SnapKV, StreamingLLM
+from .adapters import CAOTE, H2O, SAGEKV, ExpectedAttention, Random, RoCo, SnapKV, StreamingLLM
 from .core import (
     ArgumentError,
     ArgumentTypeError,
@@ -23,18 +23,23 @@ from .core import (
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - plain order, whatever the case
     "ArgumentError",
     "ArgumentTypeError",
     "Backend",
     "BackendError",
     "BackendUnavailableError",
+    "CAOTE",
     "Eviction",
+    "ExpectedAttention",
     "Graph",
     "GraphKV",
     "GraphKVError",
+    "H2O",
     "Policy",
     "Random",
+    "RoCo",
+    "SAGEKV",
     "SnapKV",
     "StreamingLLM",
     "build_graph",
