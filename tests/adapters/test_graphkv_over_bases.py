@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from graphkv import CAOTE, H2O, SAGEKV, ExpectedAttention, GraphKV, RoCo, SnapKV, evict
 from graphkv.core import LayerShape
 from graphkv.core.budgets import tokens_of
 from tests.adapters.decoding import decode
-from tests.arrays import NUMPY, each_library, make
+from tests.arrays import NUMPY, TORCH, each_library, make, portable
 
 RNG = np.random.default_rng(29)
 # Keys in loose clusters, so that graphs have edges.
@@ -210,3 +211,28 @@ def test_declared_costs_grow_as_the_method_says(base):
     assert ratio == pytest.approx(4 if quadratic else 2, rel=1e-3)
     # Never a square of N in memory.
     assert base.bytes(long) == 2 * base.bytes(short)
+
+
+@each_base
+@pytest.mark.parametrize("backend", [TORCH, portable(TORCH)], ids=["own", "portable"])
+def test_no_value_is_read_on_the_host(base, backend):
+    """Tensors of torch's meta device have shapes and no values."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for policy in (base, GraphKV.paper(base)):
+        state = None
+        for num_tokens, num_queries in ((40, 40), (13, 1)):
+            decision = evict(
+                policy,
+                empty(2, 2, num_tokens, 8),
+                values=empty(2, 2, num_tokens, 4),
+                queries=empty(2, 6, num_queries, 8),
+                valid=empty(2, num_tokens, dtype=torch.bool),
+                state=state,
+                backend=backend,
+            )
+            state = decision.state
+            assert decision.kept.device.type == "meta"
+            assert decision.kept.shape == (2, 2, 12)
