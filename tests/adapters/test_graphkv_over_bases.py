@@ -236,3 +236,16 @@ def test_no_value_is_read_on_the_host(base, backend):
             state = decision.state
             assert decision.kept.device.type == "meta"
             assert decision.kept.shape == (2, 2, 12)
+
+
+@each_library
+@each_base
+def test_padding_is_never_protected(backend, base):
+    # Two valid tokens, fewer than most policies protect.
+    valid = np.broadcast_to(np.arange(40) >= 38, (2, 40))
+
+    decision = run(base, backend, valid=make(backend, valid, bool))
+
+    assert set(range(38, 40)) <= set(backend.to_numpy(decision.kept)[1, 1].tolist())
+    if decision.protected is not None:
+        assert not backend.to_numpy(decision.protected)[..., :38].any()

@@ -238,3 +238,13 @@ def test_h2o_says_what_is_missing(arguments, message):
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         H2O(budget=9, **options)
+
+
+def test_a_padded_query_between_others_gives_nothing():
+    rows = np.tril(np.full((4, 4), 0.25))[None, None]
+    valid = np.asarray([[True, False, True, True]])
+
+    decision = evict(H2O(budget=2), np.ones((1, 1, 4, 2)), attention=rows, valid=valid)
+
+    assert decision.importance.tolist() == [[[0.75, 0, 0.5, 0.25]]]
+    assert decision.state["queries"].tolist() == [[[3, 1]]]

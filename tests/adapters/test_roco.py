@@ -192,3 +192,15 @@ def test_roco_says_what_is_missing():
 def test_bad_options_are_named(options, error):
     with pytest.raises(error, match=next(iter(options))):
         RoCo(budget=9, **options)
+
+
+def test_padding_takes_no_place_among_the_varying():
+    # All deviations are 0, and padding comes first.
+    decision = evict(
+        RoCo(budget=4, num_varying=3, num_sinks=0, num_recent=1),
+        np.ones((1, 1, 8, 2)),
+        attention=np.zeros((1, 1, 8, 8)),
+        valid=np.arange(8)[None] >= 3,
+    )
+
+    assert decision.protected[0, 0].tolist() == [False] * 3 + [True, True, False, False, True]
