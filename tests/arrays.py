@@ -1,6 +1,7 @@
 """The same arrays in every library under test."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from graphkv.backends.numpy import BACKEND as NUMPY
 from graphkv.backends.torch import BACKEND as TORCH
+from graphkv.core import Backend
 
 MAKE = {"numpy": np.asarray, "torch": lambda x: torch.as_tensor(np.asarray(x))}
 
@@ -25,7 +27,16 @@ BACKENDS = {
     "torch:portable": portable(TORCH),
 }
 
+# The standard and nothing else: no half precision, no mixing of kinds.
+LIBRARIES = dict(BACKENDS)
+if find_spec("array_api_strict"):
+    import array_api_strict
+
+    MAKE["array_api_strict"] = lambda x: array_api_strict.asarray(np.asarray(x))
+    LIBRARIES["strict"] = Backend(name="array_api_strict", xp=array_api_strict, to_numpy=np.asarray)
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
+each_library = pytest.mark.parametrize("backend", LIBRARIES.values(), ids=LIBRARIES.keys())
 
 
 def make(backend, x, dtype=np.float32):

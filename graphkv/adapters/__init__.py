@@ -2,24 +2,34 @@
 
 from .adakv import AdaKV
 from .cake import CAKE
+from .caote import CAOTE
+from .expected_attention import ExpectedAttention
+from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
 from .per_layer import LayerBudgets
 from .pyramidkv import PyramidKV
 from .random import Random
+from .roco import RoCo
+from .sagekv import SAGEKV
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .tova import TOVA
 
 __all__ = [
     "CAKE",
+    "CAOTE",
+    "H2O",
+    "SAGEKV",
     "TOVA",
     "AdaKV",
+    "ExpectedAttention",
     "KNorm",
     "KeyDiff",
     "LayerBudgets",
     "PyramidKV",
     "Random",
+    "RoCo",
     "SnapKV",
     "StreamingLLM",
 ]

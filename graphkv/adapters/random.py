@@ -44,10 +44,20 @@ class Random(SinkPolicy):
     """
 
     seed: int = 0
+    num_sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("seed", self.seed)
+        checks.count("num_sinks", self.num_sinks)
+
+    def num_protected(self, budget: int, /) -> int:
+        """Count the sinks."""
+        return self.num_sinks
+
+    def protect(self, inputs: LayerInputs, /) -> Array:
+        """Protect the sinks."""
+        return attention.first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
 
     def score(self, inputs: LayerInputs, /) -> Array:
         """Draw a number in [0, 1) for every token."""

@@ -38,7 +38,7 @@ class Eviction:
         The edges that changed the scores.
     head_budgets : array, shape (batch, kv_heads), integer, or None
         Number of kept tokens per head, where heads keep different numbers.
-    state : dict of str to array, shape (batch, kv_heads, b), or None
+    state : dict of str to array, shape (batch, kv_heads, b, ...), or None
         The policy's running sums of the kept tokens, for the next call.
     """
 
@@ -124,7 +124,7 @@ def evict(
         Which layer of how many, for policies whose budget depends on it.
     valid : array, shape (batch, N) or (batch, kv_heads, N), bool, optional
         False for padding. Default: all True.
-    state : mapping of str to array, shape (batch, kv_heads, S), optional
+    state : mapping of str to array, shape (batch, kv_heads, S, ...), optional
         The `Eviction.state` of the last call, for policies that score by what they have seen so far. The N - S tokens
         after them are new. Then `queries` or `attention` hold the new positions.
     backend : Backend or str, optional
@@ -176,6 +176,7 @@ def evict(
     valid = _per_head(valid, keys, rows, backend)
 
     budget = checks.count("the layer's budget", policy.layer_budget(num_tokens, layer, num_layers))
+    state, num_seen = (None, 0) if state is None else _with_new_tokens(state, rows, backend)
     inputs = LayerInputs(
         keys=primitives.widen(keys, xp=xp),
         values=None if values is None else primitives.widen(values, xp=xp),
@@ -186,7 +187,8 @@ def evict(
         layer=layer,
         num_layers=num_layers,
         backend=backend,
-        state=None if state is None else _with_new_tokens(state, rows, backend),
+        state=state,
+        num_seen=num_seen,
     )
     if queries is not None or attention is not None:
         inputs = replace(inputs, state=policy.observe(inputs))
@@ -237,14 +239,23 @@ def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: 
     return valid
 
 
-def _with_new_tokens(state: Mapping[str, Array], rows: tuple[int, ...], backend: Backend, /) -> dict[str, Array]:
-    """Give the tokens that came since the last call a state of zero."""
-    xp, grown = backend.xp, {}
+def _with_new_tokens(
+    state: Mapping[str, Array], rows: tuple[int, ...], backend: Backend, /
+) -> tuple[dict[str, Array], int]:
+    """Give the tokens that came since the last call a state of zero, and count those that were there before."""
+    xp, num_tokens = backend.xp, rows[-1]
+    grown: dict[str, Array] = {}
+    seen: dict[str, int] = {}
     for name, sums in state.items():
         resolve(backend, **{f"state[{name!r}]": sums})
         shape = tuple(sums.shape)
-        if shape[:-1] != rows[:-1] or shape[-1] > rows[-1]:
-            raise ArgumentError(f"state[{name!r}] must have shape (batch, kv_heads, S <= N) = {rows}; got {shape}")
-        new = xp.zeros((*rows[:-1], rows[-1] - shape[-1]), dtype=sums.dtype, device=primitives.device_of(sums))
-        grown[name] = xp.concat([sums, new], axis=-1)
-    return grown
+        if len(shape) < 3 or shape[:2] != rows[:2] or shape[2] > num_tokens:
+            raise ArgumentError(f"state[{name!r}] must have shape (batch, kv_heads, S <= N, ...) = {rows}; got {shape}")
+        seen[name] = shape[2]
+        new = xp.zeros(
+            (*rows[:2], num_tokens - shape[2], *shape[3:]), dtype=sums.dtype, device=primitives.device_of(sums)
+        )
+        grown[name] = xp.concat([sums, new], axis=2)
+    if len(set(seen.values())) > 1:
+        raise ArgumentError(f"state must hold arrays of one number of tokens S; got {seen}")
+    return grown, next(iter(seen.values()), 0)

@@ -37,8 +37,10 @@ class LayerInputs:
     layer, num_layers : int
         Index of the layer and number of layers.
     backend : Backend
-    state : mapping of str to array, shape (batch, kv_heads, N), or None
+    state : mapping of str to array, shape (batch, kv_heads, N, ...), or None
         The policy's running sums per token, new tokens at zero. None at the first call.
+    num_seen : int
+        S, the first tokens that the state covers already; the N - S tokens after them are new. 0 at the first call.
     """
 
     keys: Array
@@ -51,6 +53,7 @@ class LayerInputs:
     num_layers: int
     backend: Backend
     state: Mapping[str, Array] | None = None
+    num_seen: int = 0
 
     @property
     def xp(self) -> Namespace:
@@ -275,7 +278,8 @@ class Policy(ABC):
         """Fold the attention of the given queries into the running state; None for a policy without one.
 
         Called before `score`, whenever queries or attention rows are given. The state is one array of shape (batch,
-        kv_heads, N) per name, and travels with the kept tokens.
+        kv_heads, N, ...) per name, and travels with the kept tokens. Only rows of the N - `LayerInputs.num_seen` new
+        positions belong in it: the others were folded in by an earlier call.
         """
         return None
 

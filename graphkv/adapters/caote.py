@@ -1,0 +1,146 @@
+"""CAOTE: rank tokens by how much the attention output changes without them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..core import checks
+from ..core.errors import ArgumentError
+from ..core.policy import Assessment, LayerInputs, LayerShape, Requirements, Wrapper
+from ..core.types import Array, Namespace
+
+__all__ = ["CAOTE", "output_change"]
+
+# 1 - alpha is at least that, so that a token with all of the attention has a finite score.
+SMALLEST_REST = 1e-6
+
+
+def output_change(alpha: Array, values: Array, output: Array, /, *, xp: Namespace) -> Array:
+    r"""Length of the change of an attention output when one token is removed and the others share its attention.
+
+    .. math:: c_j = \frac{\alpha_j}{1 - \alpha_j} \lVert x - v_j \rVert_2
+
+    Parameters
+    ----------
+    alpha : array, shape (..., N)
+        Attention; each row sums to 1.
+    values : array, shape (..., N, Dv)
+    output : array, shape (..., 1, Dv)
+        x, the sum of alpha times values.
+
+    Returns
+    -------
+    array, shape (..., N)
+        1 - alpha is taken as at least 1e-6.
+    """
+    away = values - output
+    distance = xp.sqrt(xp.sum(away * away, axis=-1))
+    rest = 1 - alpha
+    return alpha / xp.maximum(rest, xp.full_like(rest, SMALLEST_REST)) * distance
+
+
+def _flops(policy: Any, shape: LayerShape, /) -> int:
+    """Sum the values, and take each one's distance: 5 Dv per token, with Dv = D."""
+    return 5 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+
+
+def _bytes(policy: Any, shape: LayerShape, /) -> int:
+    """Hold the differences from the output."""
+    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+
+
+@dataclass(frozen=True)
+class CAOTE(Wrapper):
+    r"""Any attention-based policy, its scores turned into the change of the attention output.
+
+    With :math:`\alpha` the base's scores of the tokens that it may still choose, divided by their sum, and
+    :math:`x = \sum_j \alpha_j v_j`, the score of token :math:`j` is the exact length of the change of :math:`x` when
+    :math:`j` is removed and the others share its attention:
+
+    .. math:: c_j = \frac{\alpha_j}{1 - \alpha_j} \lVert x - v_j \rVert_2 .
+
+    Budget, protected tokens and everything else come from the base.
+
+    Parameters
+    ----------
+    base : Policy
+        Its importance should be attention-like, at least 0 (SnapKV, H2O, TOVA and the like). A negative or NaN score
+        counts as no attention.
+    fast : bool
+        Take the mean of the values for x, as the paper's FastCAOTE.
+
+    Raises
+    ------
+    ArgumentError
+        When evicting without values.
+    ArgumentTypeError
+        If `base` is no Policy or `fast` no bool.
+
+    Notes
+    -----
+    Exact for one token at a time; several at once go by the same scores, as in the paper. Padding and what the base
+    protects take no part in :math:`\alpha` and x, because a base is free in what it gives to protected tokens (SnapKV's
+    window holds places, no attention); they keep the base's score, which only matters among themselves. 1 - alpha is
+    taken as at least 1e-6.
+
+    There is no public code, and the paper does not say what becomes of grouped query heads. A cache stores one value
+    per KV head, and a base hands over one score per KV head, so alpha is the score after the base's group reduction:
+    the change of the group's mean output. The other way, the mean over the group of each query head's own change, needs
+    the heads apart, which no wrapper over an arbitrary policy has. With one query head per KV head both are the same.
+
+    References
+    ----------
+    .. [1] "CAOTE: KV Cache Selection for LLMs via Attention Output Error-Based Token Eviction", arXiv:2504.14051, the
+       closed form of the eviction error.
+
+    Examples
+    --------
+    The base gives 0.5, 0.3 and 0.2 of the attention. Token 2 has the least, but its value stands apart: without it the
+    output moves from 2.6 to 1, without token 1 to 3.29.
+
+    >>> import numpy as np
+    >>> from graphkv import CAOTE, SnapKV, evict
+    >>> row = np.asarray([[[[0.5, 0.3, 0.2, 0.0]]]])
+    >>> values = np.asarray([[[[1.0], [1.0], [9.0], [5.0]]]])
+    >>> base = SnapKV(budget=3, window=1, kernel_size=1)
+    >>> evict(base, np.ones((1, 1, 4, 2)), attention=row).kept
+    array([[[0, 1, 3]]])
+    >>> done = evict(CAOTE(base), np.ones((1, 1, 4, 2)), values=values, attention=row)
+    >>> done.scores[0, 0, :3].round(2), done.kept
+    (array([1.6 , 0.69, 1.6 ]), array([[[0, 2, 3]]]))
+    """
+
+    requirements: ClassVar[Requirements] = Requirements(values=True, flops=_flops, bytes=_bytes)
+
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.flag("fast", self.fast)
+
+    def score(self, inputs: LayerInputs, /) -> Array:
+        """Give the change of the output."""
+        return self.assess(inputs).importance
+
+    def assess(self, inputs: LayerInputs, /) -> Assessment:
+        """Let the base score, then weigh with the values."""
+        if inputs.values is None:
+            raise ArgumentError("values must be given for CAOTE; got None")
+        xp, found = inputs.xp, self.base.assess(inputs)
+        candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
+        nothing = xp.zeros_like(found.scores)
+        alpha = _shares(xp.where(candidates & (found.scores > 0), found.scores, nothing), xp=xp)
+        weights = _shares(xp.astype(candidates, alpha.dtype), xp=xp) if self.fast else alpha
+        # What takes no part must not bring a NaN into the sum.
+        values = xp.where(inputs.valid[..., None], inputs.values, xp.zeros_like(inputs.values))
+        output = weights[..., None, :] @ xp.astype(values, alpha.dtype)
+        change = output_change(alpha, values, output, xp=xp)
+        scores = xp.where(candidates, change, xp.astype(found.scores, change.dtype))
+        return replace(found, importance=scores, scores=scores)
+
+
+def _shares(weights: Array, /, *, xp: Namespace) -> Array:
+    """Divide by the sum along the last axis, if there is any."""
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    return weights / xp.where(total > 0, total, xp.ones_like(total))
