@@ -38,7 +38,9 @@ def demo(
     budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="full, random, streaming-llm or snapkv; with +graphkv for the graph on top. Repeatable."),
+        typer.Option(
+            help="full, or a method such as snapkv, h2o or keydiff; +graphkv puts the graph on top. Repeatable."
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy or torch.")] = "torch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,

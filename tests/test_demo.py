@@ -16,6 +16,7 @@ from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
 from graphkv.demo import model as demo_model
+from graphkv.demo.app import BASES
 from tests.integrations.tiny import tiny_llama
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -103,6 +104,18 @@ def test_a_question_of_ones_own(tiny, text, tmp_path):
     given = json.loads((tmp_path / "b" / "report.json").read_text())
     assert given["expected_answer"] == "Me [bold]"
     assert [result["answer_is_correct"] for result in given["results"]] == [False, False]
+
+
+def test_every_policy_of_the_demo_answers(tiny, text, tmp_path):
+    names = [name for base in BASES for name in (base, f"{base}+graphkv")]
+    options = [option for name in names for option in ("--policy", name)]
+    assert demo("--model", tiny, "--text", text, "--budget", 60, "--output", tmp_path, *options) == 0
+
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert [result["policy"] for result in results] == names
+    assert {sum(result["tokens_kept_per_layer"]) for result in results} == {3 * 60}
+    lowest, *_, highest = next(r["tokens_kept_per_layer"] for r in results if r["policy"] == "pyramidkv")
+    assert lowest > 60 > highest
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,20 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .. import __version__
-from ..adapters import Random, SnapKV, StreamingLLM
+from ..adapters import (
+    CAKE,
+    H2O,
+    SAGEKV,
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    KNorm,
+    PyramidKV,
+    Random,
+    RoCo,
+    SnapKV,
+    StreamingLLM,
+)
 from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
 from ..core.policy import GraphKV, Policy
@@ -38,6 +51,15 @@ BASES: dict[str, Callable[[int | float, int], Policy]] = {
     "random": lambda budget, seed: Random(budget=budget, seed=seed),
     "streaming-llm": lambda budget, seed: StreamingLLM(budget=budget),
     "snapkv": lambda budget, seed: SnapKV(budget=budget),
+    "pyramidkv": lambda budget, seed: PyramidKV(budget=budget),
+    "h2o": lambda budget, seed: H2O(budget=budget),
+    "tova": lambda budget, seed: TOVA(budget=budget),
+    "cake": lambda budget, seed: CAKE(budget=budget),
+    "roco": lambda budget, seed: RoCo(budget=budget),
+    "sagekv": lambda budget, seed: SAGEKV(budget=budget),
+    "expected-attention": lambda budget, seed: ExpectedAttention(budget=budget),
+    "knorm": lambda budget, seed: KNorm(budget=budget),
+    "keydiff": lambda budget, seed: KeyDiff(budget=budget),
 }
 
 

@@ -62,6 +62,7 @@ def reference_logits(model, ids, prompt_length, policy):
         kept = evict(
             policy,
             key[None, :, :prompt_length].numpy(),
+            values=value[None, :, :prompt_length].numpy(),
             queries=query[None, :, :prompt_length].numpy(),
             layer=number,
             num_layers=len(inner.layers),
