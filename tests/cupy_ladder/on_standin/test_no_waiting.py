@@ -13,6 +13,7 @@ import standin
 from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
 from graphkv.core import primitives
 from graphkv.core.backend import load
+from tests.policies import every_policy
 
 CUPY = load("cupy")
 PORTABLE = replace(CUPY, top_k=None, segment_product=None, segment_sum=None)
@@ -28,12 +29,13 @@ POLICIES = {
     "graphkv-enhance": GraphKV(SnapKV(budget=12, window=4), signal="enhance", accumulation="sum"),
     "graphkv-evict": GraphKV(SnapKV(budget=12, window=4), signal="evict"),
     "everything fits": StreamingLLM(budget=99),
+    **every_policy(9),
 }
 
 
 def layer():
     random = np.random.default_rng(1)
-    shapes = ((2, 2, 30, 4), (2, 4, 8, 4))
+    shapes = ((2, 2, 30, 4), (2, 4, 30, 4))
     keys, queries = (cp.asarray(random.normal(size=shape).astype(np.float32)) for shape in shapes)
     return keys, queries, cp.asarray(random.uniform(size=(2, 30)) < 0.9)
 
@@ -44,11 +46,12 @@ def test_no_policy_waits(policy, form):
     keys, queries, valid = layer()
     standin.SYNCS.clear()
 
-    found = evict(policy, keys, queries=queries, valid=valid, backend=form)
+    found = evict(policy, keys, values=keys, queries=queries, valid=valid, layer=1, num_layers=4, backend=form)
     found.apply(keys)
 
     assert standin.SYNCS == []
-    assert found.kept.shape[-1] == min(found.budget, 30)
+    width = policy.widest_head(found.budget, 30, 2) if found.head_budgets is not None else found.budget
+    assert found.kept.shape[-1] == min(width, 30)
 
 
 def run_steps(backend=CUPY):

@@ -1,0 +1,51 @@
+"""One value of every policy, for tests that ask the same of all of them."""
+
+from graphkv import (
+    CAKE,
+    CAOTE,
+    H2O,
+    SAGEKV,
+    TOVA,
+    AdaKV,
+    ExpectedAttention,
+    GraphKV,
+    KeyDiff,
+    KNorm,
+    LayerBudgets,
+    PyramidKV,
+    Random,
+    RoCo,
+    SnapKV,
+    StreamingLLM,
+)
+
+
+def every_policy(budget, window=4):
+    """Name to policy: every base, every wrapper, and the graph on top of each base."""
+    options = {"budget": budget, "window": window, "kernel_size": 3}
+    bases = {
+        "cake": CAKE(**options),
+        "expected-attention": ExpectedAttention(budget=budget, num_sinks=1),
+        "h2o": H2O(budget=budget),
+        "h2o-max-age": H2O(budget=budget, num_recent=2, group_reduction="max", age_normalised=True),
+        "keydiff": KeyDiff(budget=budget),
+        "knorm": KNorm(budget=budget, num_sinks=1),
+        "pyramidkv": PyramidKV(**options),
+        "random": Random(budget=budget, num_sinks=1),
+        "roco": RoCo(budget=budget),
+        "sagekv": SAGEKV(budget=budget, num_sinks=1),
+        "snapkv": SnapKV(**options),
+        "snapkv-max": SnapKV(**options, pooling="max", group_reduction="max", num_sinks=2),
+        "streaming-llm": StreamingLLM(budget=budget, num_sinks=2),
+        "tova": TOVA(budget=budget),
+    }
+    wrappers = {
+        "caote-snapkv": CAOTE(bases["snapkv"]),
+        "caote-h2o": CAOTE(bases["h2o"]),
+        "adakv-snapkv": AdaKV(bases["snapkv"]),
+        "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"])),
+        "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"])),
+        "layer-budgets": LayerBudgets(bases["knorm"], budgets=[1, budget, budget + 1, 2]),
+    }
+    graphs = {f"graphkv-{name}": GraphKV(base, neighbors=2) for name, base in bases.items()}
+    return bases | wrappers | graphs
