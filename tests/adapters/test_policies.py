@@ -49,6 +49,20 @@ def test_at_most_two_vector_rows_hang_on_a_tie():
     assert rows == [(3, (0, 0)), (3, (0, 1))]
 
 
+def test_snapkvs_official_preset_differs_by_its_pooling():
+    """Maximum pooling lifts the neighbors of a peak to its height; an average of seven does not."""
+    official, default = SnapKV.official(40), SnapKV(budget=40)
+    assert {name for name, value in vars(official).items() if value != vars(default)[name]} == {"pooling"}
+    keys = np.zeros((1, 1, 60, 2))
+    keys[0, 0, 10, 0] = 9.0
+    queries = np.broadcast_to([1.0, 0.0], (1, 1, 32, 2)).copy()
+
+    peaks = [evict(policy, keys, queries=queries).importance[0, 0, 7:14] for policy in (official, default)]
+
+    assert np.ptp(peaks[0]) == 0
+    assert peaks[0][0] > 6 * peaks[1][3]
+
+
 def snapkv_by_loops(keys, queries, window, kernel_size, pooling, reduction):
     """SnapKV's importance of the past, one number at a time; keys (H, N, D), queries (G H, Q, D)."""
     heads, tokens, size = len(keys), len(keys[0]), len(keys[0][0])
