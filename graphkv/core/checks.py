@@ -19,8 +19,8 @@ __all__ = [
     "fraction",
     "graph_fields",
     "grouped_rows",
+    "instance",
     "integers",
-    "is_graph",
     "mask",
     "numeric",
     "ratio_or_count",
@@ -144,12 +144,10 @@ def grouped_rows(
         raise ArgumentError(f"{name} must cover at most the N={num_tokens} positions of keys; got {num_queries}")
 
 
-def is_graph(name: str, value: Any, /) -> None:
-    """A Graph."""
-    from .types import Graph  # noqa: PLC0415 - which checks its own fields by this module
-
-    if not isinstance(value, Graph):
-        raise ArgumentTypeError(f"{name} must be a Graph; got {type(value).__name__}")
+def instance(name: str, value: Any, kind: type, /) -> None:
+    """A value of one of the library's own types."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
 
 
 def graph_fields(graph: Any, /) -> None:

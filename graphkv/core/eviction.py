@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from . import checks, primitives
 from .backend import Backend, resolve
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError
 from .policy import LayerInputs, Policy
 from .selection import select, select_per_head
 from .types import Array, Graph
@@ -151,8 +151,7 @@ def evict(
     >>> evict(StreamingLLM(budget=4, num_sinks=1), np.ones((1, 1, 9, 2))).kept
     array([[[0, 6, 7, 8]]])
     """
-    if not isinstance(policy, Policy):
-        raise ArgumentTypeError(f"policy must be a Policy; got {type(policy).__name__}")
+    checks.instance("policy", policy, Policy)
     backend = resolve(backend, keys=keys, values=values, queries=queries, attention=attention, valid=valid)
     xp = backend.xp
     batch, kv_heads, num_tokens, head_size = checks.numeric(

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from . import budgets, checks
 from .backend import Backend
-from .errors import ArgumentTypeError
 from .graph import build_graph
 from .propagation import SIGNALS, propagate
 from .types import Array, Graph, Namespace
@@ -313,8 +312,7 @@ class Wrapper(Policy):
     base: Policy
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, Policy):
-            raise ArgumentTypeError(f"base must be a Policy; got {type(self.base).__name__}")
+        checks.instance("base", self.base, Policy)
         object.__setattr__(self, "budget", self.base.budget)
 
     def score(self, inputs: LayerInputs, /) -> Array:

@@ -95,7 +95,7 @@ def propagate(
     >>> propagate(np.asarray([4.0, 2.0, 1.0]), edge)
     array([4. , 0.5, 1. ])
     """
-    checks.is_graph("graph", graph)
+    checks.instance("graph", graph, Graph)
     backend = resolve(backend, importance=importance, weights=graph.weights)
     shape = checks.numeric("importance", importance, "(..., N)", backend=backend)
     checks.numeric("weights", graph.weights, "(..., K, M)", backend=backend)
