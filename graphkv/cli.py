@@ -42,7 +42,7 @@ def demo(
             help="full, or a method such as snapkv, h2o or keydiff; +graphkv puts the graph on top. Repeatable."
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy or torch.")] = "torch",
+    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for report.json and kept.png.")] = Path("graphkv-demo"),

@@ -247,7 +247,7 @@ def _fates(cache: EvictingCache) -> tuple[Any, Any]:
 
 
 def _host(decision: Any, indices: Any) -> torch.Tensor:
-    return torch.as_tensor(decision.backend.to_numpy(indices))[0]
+    return torch.tensor(decision.backend.to_numpy(indices), dtype=torch.int64)[0]
 
 
 def _table(results: list[Result], report: dict[str, Any]) -> Table:

@@ -161,7 +161,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 "one tensor per layer cannot hold that"
             )
         if decision.kept.shape[-1] < self.num_seen:
-            kept = torch.as_tensor(backend.to_numpy(decision.kept)) if backend.library != "torch" else decision.kept
+            # A copy, because some libraries hand out memory that must not be written to.
+            kept = decision.kept if backend.library == "torch" else torch.tensor(backend.to_numpy(decision.kept))
             kept = kept.to(device=self.keys.device, dtype=torch.int64)
             self.keys = self.keys.gather(2, kept[..., None].expand(*kept.shape, self.keys.shape[-1]))
             self.values = self.values.gather(2, kept[..., None].expand(*kept.shape, self.values.shape[-1]))

@@ -125,9 +125,11 @@ def test_a_plain_forward_call_is_evicted_too(model, prompts):
 
 
 @each_policy
-def test_both_backends_keep_the_same_tokens(model, prompts, policy):
+@pytest.mark.parametrize("other", ["numpy", "jax"])
+def test_every_backend_keeps_the_same_tokens(model, prompts, policy, other):
+    pytest.importorskip(other)
     kept = []
-    for backend in ("torch", "numpy"):
+    for backend in ("torch", other):
         with evicting(model, policy, backend=backend):
             cache = generate(model, prompts, return_dict_in_generate=True).past_key_values
         kept.append([layer.positions.tolist() for layer in cache.layers])
