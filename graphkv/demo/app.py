@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -37,8 +38,7 @@ from ..adapters import (
 from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
 from ..core.policy import GraphKV, Policy
-from ..core.selection import select
-from ..integrations.transformers import EvictingCache, observing
+from ..integrations.transformers import EvictingCache, Fate, fates, observing
 from .model import DEFAULT_MODEL, load_model
 from .picture import draw
 from .prompt import Prompt, make_prompt, read_paragraphs
@@ -208,7 +208,7 @@ def _try_policy(
         cache.evict(policy, backend=decider)
     eviction_seconds = time.perf_counter() - start
     stored, nbytes = [layer.num_stored for layer in cache.layers], cache.nbytes
-    kept, suppressed = _fates(cache)
+    found = np.stack([fates(layer)[0] for layer in cache.layers])
     nll = reader.nll(cache.copy(), expected)
     answer, speed = reader.answer(cache)
     wanted = reader.prompt.must_contain
@@ -222,35 +222,9 @@ def _try_policy(
         expected_answer_nll=nll,
         decode_tokens_per_second=speed,
         eviction_seconds=eviction_seconds,
-        kept=kept,
-        suppressed=suppressed,
+        kept=found >= Fate.KEPT,
+        suppressed=found == Fate.SUPPRESSED,
     )
-
-
-def _fates(cache: EvictingCache) -> tuple[Any, Any]:
-    """Say of every layer, head and token whether it was kept, and whether the graph suppressed it."""
-    kept, suppressed = [], []
-    for layer in cache.layers:
-        everything = torch.zeros((*layer.keys.shape[:2], layer.num_seen), dtype=torch.bool)[0]
-        if layer.record is None:
-            kept.append(~everything)
-            suppressed.append(everything)
-            continue
-        # An unused slot of a head with a smaller budget is at -1: a column more takes it.
-        wider = torch.cat([everything, everything[:, :1]], dim=-1)
-        mask = wider.scatter(-1, layer.true_positions[0] % wider.shape[-1], True)[:, :-1]
-        kept.append(mask)
-        (decision,) = layer.record.decisions
-        if decision.graph is None or decision.head_budgets is not None:
-            suppressed.append(everything)
-            continue
-        alone = select(decision.importance, decision.budget, protected=decision.protected, backend=decision.backend)
-        suppressed.append(everything.scatter(-1, _host(decision, alone), True) & ~mask)
-    return torch.stack(kept).numpy(), torch.stack(suppressed).numpy()
-
-
-def _host(decision: Any, indices: Any) -> torch.Tensor:
-    return torch.tensor(decision.backend.to_numpy(indices), dtype=torch.int64)[0]
 
 
 def _table(results: list[Result], report: dict[str, Any]) -> Table:

@@ -323,17 +323,18 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def _keep(self, kept: torch.Tensor, before: torch.Tensor) -> None:
         """Gather what is kept; `kept` has shape (batch, kv_heads, b), with -1 at the front of shorter rows."""
-        if kept.shape[-1] == self.num_stored:
-            return
-        freed = self.nbytes
-        self.num_dropped += self.num_stored - kept.shape[-1]
         unused = kept < 0
+        is_ragged = bool(unused.any())
+        if kept.shape[-1] == self.num_stored and not is_ragged:
+            return
+        freed, held = self.nbytes, (before >= 0).sum(dim=-1)
         index = kept.clamp(min=0)
         valid = None if self.valid is None else self.valid.gather(2, index)
-        if bool(unused.any()):
+        if is_ragged:
             valid = ~unused if valid is None else valid & ~unused
         self.valid = valid
         self.positions = before.gather(2, index).masked_fill(unused, -1)
+        self.num_dropped += int((held - (self.positions >= 0).sum(dim=-1)).max())
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
         if self.settings.rerotate and self.source is not None:
@@ -384,7 +385,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Give the number of tokens that `crop` would remove, or say why it cannot."""
         surplus = min(versions.tokens_to_remove(argument, self.num_seen), self.num_seen)
         # Nothing dropped and nothing summed up: as if there had been no eviction.
-        is_whole = self.num_seen == self.num_stored and not self.state
+        is_whole = self.num_seen == self.num_stored and not self.num_dropped and not self.state
         at_hand = self.num_stored if is_whole else self.num_new if self.evicts else self.num_stored
         if surplus > at_hand:
             raise ArgumentError(
