@@ -41,4 +41,4 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist docs/_build docs/generated graphkv-demo
+	rm -rf .venv build dist docs/_build docs/generated graphkv-demo graphkv-inspect

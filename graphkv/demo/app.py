@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.utils import logging
 
 from .. import __version__
 from ..adapters import (
@@ -39,8 +35,10 @@ from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
 from ..core.policy import GraphKV, Policy
 from ..integrations.transformers import EvictingCache, Fate, fates, observing
+from .files import check_folder, write_files
 from .model import DEFAULT_MODEL, load_model
 from .picture import draw
+from .progress import progress
 from .prompt import Prompt, make_prompt, read_paragraphs
 from .result import Result
 
@@ -97,20 +95,11 @@ def main(
             raise ArgumentError(f"{name} must not be empty")
     if answer is not None and question is None:
         raise ArgumentError("--answer must come with --question")
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(f"--output must be a folder; {output} is a file")
+    check_folder(output)
     document = None if text is None else read_paragraphs(text)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
-    console, errors = Console(), Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("Starting")
-
-        def say(step: str) -> None:
-            progress.update(task, description=step)
-
+    console = Console()
+    with progress() as say:
         language_model, tokenizer = load_model(model, say)
         room = int(language_model.config.max_position_embeddings) - max_new_tokens
         prompt = make_prompt(tokenizer, document, question, answer, room)
@@ -140,12 +129,13 @@ def main(
                 **{name: version(name) for name in ("numpy", "torch", "transformers")},
             },
         }
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            _replace(output / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
-            _replace(output / "kept.png", lambda path: draw(path, results, prompt))
-        except OSError as error:
-            raise ArgumentError(f"--output {output} cannot be written: {error.strerror or error}") from error
+        write_files(
+            output,
+            {
+                "report.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+                "kept.png": lambda path: draw(path, results, prompt),
+            },
+        )
     console.print(_table(results, report))
     console.print(f"Expected: {expected}", highlight=False, markup=False)
     console.print(f"Report:   {output / 'report.json'}", highlight=False, markup=False, soft_wrap=True)
@@ -250,16 +240,3 @@ def _table(results: list[Result], report: dict[str, Any]) -> Table:
             f"{result.decode_tokens_per_second:.1f}",
         )
     return table
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        write(scratch)
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

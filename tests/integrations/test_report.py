@@ -18,6 +18,7 @@ from graphkv.integrations.transformers import (
     evicting,
     fates,
     observing,
+    scored,
 )
 from tests.integrations.tiny import FAMILIES, tiny_llama
 
@@ -181,15 +182,17 @@ def test_suppressions_of_later_evictions_are_at_true_positions(model, prompts, p
 
 
 @each_policy
-def test_padding_is_never_suppressed(model, prompts, policy):
+# With 45, the budget is larger than what is no padding.
+@pytest.mark.parametrize("padding", [15, 45])
+def test_padding_is_never_suppressed(model, prompts, policy, padding):
     mask = torch.ones_like(prompts)
-    mask[0, :15] = 0
+    mask[0, :padding] = 0
     cache = read(model, prompts, policy, mask=mask, record=True)
 
     check_suppressions(cache)
     for layer, stats in zip(cache.layers, cache.stats(), strict=True):
-        assert (fates(layer)[0, :, :15] == Fate.DROPPED).all()
-        assert not (stats.suppressions.token[stats.suppressions.row == 0] < 15).any()
+        assert (fates(layer)[0, :, :padding] == Fate.DROPPED).all()
+        assert not (stats.suppressions.token[stats.suppressions.row == 0] < padding).any()
         assert (stats.num_kept == (fates(layer) >= Fate.KEPT).sum(axis=-1)).all()
 
 
@@ -274,6 +277,38 @@ def test_every_token_has_a_fate(model, prompts, policy):
         assert (found[:, :, N:] == Fate.KEPT).all()
 
 
+def test_only_kept_tokens_are_protected(model, prompts):
+    cache = read(model, prompts, SnapKV(budget=4, window=6), record=True)
+
+    for layer in cache.layers:
+        assert (fates(layer) == Fate.PROTECTED).sum(axis=-1).tolist() == [[4, 4]] * 2
+        assert (fates(layer) == Fate.DROPPED).sum(axis=-1).tolist() == [[N - 4, N - 4]] * 2
+
+
+@each_policy
+def test_scores_stand_at_true_positions(model, prompts, policy):
+    mask = torch.ones_like(prompts)
+    mask[0, :9] = 0
+    cache = read(model, prompts, policy, mask=mask, chunks=(40, 12, 8), record=True, every=4)
+
+    for layer in cache.layers:
+        importance, scores = scored(layer)
+        positions, valid = layer.record.positions, layer.record.valid
+        assert importance.shape == scores.shape == (2, 2, N)
+        expected = np.full((2, 2, 2, N), np.nan)
+        first = 0
+        for decision in layer.record.decisions:
+            for row in range(len(decision.kept)):
+                for head, slot in np.ndindex(2, decision.num_tokens):
+                    if valid is None or valid[first + row, head, slot]:
+                        position = int(positions[first + row, head, slot])
+                        expected[0, first + row, head, position] = decision.importance[row, head, slot]
+                        expected[1, first + row, head, position] = decision.scores[row, head, slot]
+            first += len(decision.kept)
+        np.testing.assert_array_equal([importance, scores], expected)
+        assert np.isfinite(importance).any()
+
+
 def test_without_a_record_nothing_is_made_up(model, prompts):
     cache = read(model, prompts, POLICIES["snapkv+graphkv"])
 
@@ -281,6 +316,7 @@ def test_without_a_record_nothing_is_made_up(model, prompts):
         assert stats.suppressions is stats.num_suppressed is stats.redundancy_before is stats.redundancy_after is None
         assert set(np.unique(fates(layer))) == {Fate.DROPPED, Fate.KEPT}
         assert (fates(layer) == Fate.KEPT).sum() == 2 * 2 * 24
+        assert np.isnan(scored(layer)).all()
     assert "suppressed" not in cache.report()
 
 

@@ -15,7 +15,7 @@ All state lives in the cache, so requests that share a model never touch each ot
 from .cache import EvictingCache
 from .layer import EvictingLayer, EvictionRecord
 from .models import evicting, observing
-from .report import Fate, LayerStats, Suppressions, fates
+from .report import Fate, LayerStats, Suppressions, fates, scored
 
 __all__ = [
     "EvictingCache",
@@ -27,4 +27,5 @@ __all__ = [
     "evicting",
     "fates",
     "observing",
+    "scored",
 ]

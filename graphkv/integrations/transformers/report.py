@@ -18,7 +18,7 @@ from .layer import EvictingLayer, EvictionRecord
 if TYPE_CHECKING:
     from .cache import EvictingCache
 
-__all__ = ["Fate", "LayerStats", "Suppressions", "describe", "fates", "layer_stats"]
+__all__ = ["Fate", "LayerStats", "Suppressions", "describe", "fates", "layer_stats", "scored"]
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
 COLUMNS = ("layer", "seen", "stored", "kept per head", "evicted", "MB", "MB freed", "ms")
@@ -164,6 +164,32 @@ def fates(layer: EvictingLayer) -> HostArray:
         _mark(found, positions, Fate.SUPPRESSED, _suppressed(layer.record))
         _mark(found, positions, Fate.PROTECTED, _protected(layer.record))
     return found
+
+
+def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
+    """Give the importance and the scores of the last eviction at true positions.
+
+    Parameters
+    ----------
+    layer : EvictingLayer
+
+    Returns
+    -------
+    importance, scores : numpy.ndarray, shape (batch, kv_heads, num_seen), float64
+        Before and after the graph; NaN where nothing was scored: without a record, for padding, and for tokens that
+        went earlier or came later.
+    """
+    shape = (*layer.keys.shape[:2], layer.num_seen)
+    importance, scores = np.full(shape, np.nan), np.full(shape, np.nan)
+    if layer.record is not None:
+        positions, valid = _host(layer.record.positions), _valid(layer.record)
+        for decision, rows in _parts(layer.record):
+            if decision.importance is not None and decision.scores is not None:
+                give, slots = decision.backend.to_numpy, np.nonzero(valid[rows])
+                where = (*slots[:2], positions[rows][slots])
+                importance[rows][where] = give(decision.importance)[slots]
+                scores[rows][where] = give(decision.scores)[slots]
+    return importance, scores
 
 
 def describe(cache: EvictingCache) -> str:
