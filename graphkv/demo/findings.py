@@ -100,17 +100,18 @@ def find(
     Raises
     ------
     ArgumentError
-        If the cache is empty, has no such layer or head, or there is not one word per token.
+        If the cache is empty, has no such layer, head or row, or there is not one word per token.
     """
     stats = cache.stats()
     if not stats or not stats[0].num_seen:
         raise ArgumentError("cache must have read a prompt; it is empty")
     if len(words) != stats[0].num_seen:
         raise ArgumentError(f"words must be one for each of {stats[0].num_seen} tokens; got {len(words)}")
-    found = np.stack([fates(each)[row] for each in cache.layers])
-    for name, index, size in (("layer", layer, found.shape[0]), ("head", head, found.shape[1])):
+    num_rows, num_heads = cache.layers[0].keys.shape[:2]
+    for name, index, size in (("layer", layer, len(stats)), ("head", head, num_heads), ("row", row, num_rows)):
         if index is not None and not 0 <= index < size:
             raise ArgumentError(f"{name} must lie in [0, {size - 1}]; got {index}")
+    found = np.stack([fates(each)[row] for each in cache.layers])
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     heads = slice(None) if head is None else slice(head, head + 1)
     counts = (found[layers, heads] == Fate.SUPPRESSED).sum(axis=-1)
