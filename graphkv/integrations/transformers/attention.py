@@ -85,6 +85,7 @@ def _visibility(
 def _attention(implementation: str) -> Callable[..., Any]:
     """Wrap one attention function of transformers, see AttentionInterface."""
 
+    @torch.compiler.disable
     def attend(
         module: torch.nn.Module,
         query: torch.Tensor,
