@@ -68,7 +68,9 @@ def reference_logits(model, ids, prompt_length, policy):
             num_layers=len(inner.layers),
         ).kept[0]
         kept_by_layer.append(torch.as_tensor(kept))
-        left = torch.zeros(kv_heads, count, dtype=torch.bool).scatter(1, torch.as_tensor(kept), True)
+        # A head that keeps less than the widest is filled up with -1.
+        index = torch.as_tensor(kept).where(torch.as_tensor(kept) >= 0, count)
+        left = torch.zeros(kv_heads, count + 1, dtype=torch.bool).scatter(1, index, True)[:, :count]
         left[:, prompt_length:] = True
         is_later = (positions >= prompt_length)[None, :, None]
         visible = (positions[None, :] <= positions[:, None])[None] & (left[:, None, :] | ~is_later)
