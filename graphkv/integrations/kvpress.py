@@ -43,6 +43,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
     ArgumentTypeError
         If `policy` is no Policy.
     ArgumentError
+        If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`.
         While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
         heads different budgets, or the cache does not hold exactly the tokens of the prompt.
 
@@ -65,6 +66,11 @@ class PolicyPress(BasePress):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         checks.instance("policy", self.policy, Policy)
+        if self.policy.needs().preferences:
+            raise ArgumentError(
+                "policy must know each layer's budget beforehand: kvpress evicts a layer before the next one has read "
+                f"anything; {type(self.policy).__name__} does not, so wrap it in LayerBudgets"
+            )
         self._evicted: dict[int, float] = {}
 
     @property

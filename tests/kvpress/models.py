@@ -15,37 +15,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.integrations.tiny import tiny_llama
+from tests.integrations.tiny import SIZES, tiny, tiny_llama
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
-
-
-def make(kind, config, **changes):
-    torch.manual_seed(0)
-    return kind(config(**SIZES | changes)).eval()
-
-
+FOUR = SIZES | {"num_hidden_layers": 4}
 MODELS = {
     "llama": lambda: tiny_llama(num_hidden_layers=4),
-    "mistral": lambda: make(MistralForCausalLM, MistralConfig, sliding_window=None),
+    "mistral": lambda: tiny(MistralForCausalLM, MistralConfig, **FOUR, sliding_window=None),
     # One matrix for queries, keys and values; half of each head is rotated.
-    "phi3": lambda: make(Phi3ForCausalLM, Phi3Config, rope_parameters=PARTIAL_ROPE),
+    "phi3": lambda: tiny(Phi3ForCausalLM, Phi3Config, **FOUR, rope_parameters=PARTIAL_ROPE),
     # A bias on the projections.
-    "qwen2": lambda: make(Qwen2ForCausalLM, Qwen2Config),
+    "qwen2": lambda: tiny(Qwen2ForCausalLM, Qwen2Config, **FOUR),
     # Normalised queries and keys, heads wider than hidden_size / heads.
-    "qwen3": lambda: make(Qwen3ForCausalLM, Qwen3Config, head_dim=16),
+    "qwen3": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, **FOUR, head_dim=16),
 }
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
@@ -75,9 +56,7 @@ def same(cache, keys_and_values):
 
 
 def generate(model, ids, num_new=6, **options):
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, do_sample=False, **options
-    )
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, do_sample=False, **options)
 
 
 def num_hooks(model):

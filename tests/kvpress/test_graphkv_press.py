@@ -41,7 +41,8 @@ from kvpress import (
 
 from graphkv import ArgumentError, ArgumentTypeError, Policy, build_graph, propagate, select
 from graphkv.integrations.kvpress import GraphKVPress, PolicyPress
-from tests.integrations.tiny import reference_generate, tiny_llama
+from tests.integrations.reference import reference_generate
+from tests.integrations.tiny import tiny_llama
 from tests.kvpress.models import MODELS, generate, lengths, num_hooks, prefill, prompts, same
 
 N = 40
@@ -341,6 +342,17 @@ def test_the_ratio_is_that_of_the_base(model):
     assert press != GraphKVPress(SnapKVPress(0.75))
     assert press == GraphKVPress(SnapKVPress(0.75, window_size=6, kernel_size=3))
     assert "SnapKVPress(compression_ratio=0.75, window_size=6, kernel_size=3)" in repr(press)
+
+
+def test_the_base_is_shown_the_model(model):
+    seen = []
+
+    class Curious(KnormPress):
+        def post_init_from_model(self, model):
+            seen.append(model)
+
+    prefill(model, prompts(), GraphKVPress(Curious(0.5)))
+    assert seen == [model]
 
 
 def test_padding_is_refused(model):

@@ -9,9 +9,10 @@ from kvpress import ComposedPress, KnormPress, KVPressTextGenerationPipeline, Pr
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from graphkv import (
+    CAKE,
     H2O,
     AdaKV,
     ArgumentError,
@@ -27,13 +28,14 @@ from graphkv import (
 )
 from graphkv.integrations.kvpress import PolicyPress
 from graphkv.integrations.transformers import evicting
-from tests.integrations.tiny import reference_generate, reference_logits, tiny_llama
-from tests.kvpress.models import MODELS, generate, lengths, make, num_hooks, prefill, prompts, same
+from tests.integrations.reference import reference_generate, reference_logits
+from tests.integrations.tiny import FAMILIES, tiny_llama
+from tests.kvpress.models import MODELS, generate, lengths, num_hooks, prefill, prompts, same
 from tests.policies import every_policy
 
 BUDGET = 14
 HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm"}
-POLICIES = every_policy(BUDGET)
+POLICIES = {name: policy for name, policy in every_policy(BUDGET).items() if not policy.needs().preferences}
 SNAPKV = SnapKV(budget=BUDGET, window=4, kernel_size=3)
 PYRAMID = PyramidKV(budget=BUDGET, window=4, kernel_size=3)
 
@@ -92,7 +94,14 @@ def test_another_scaling_of_the_logits_reaches_the_policy():
 
 @pytest.mark.parametrize(
     "policy",
-    [SNAPKV, GraphKV(SNAPKV, neighbors=4), PYRAMID, H2O(budget=0.3), AdaKV(SNAPKV), AdaKV(GraphKV(SNAPKV, neighbors=4))],
+    [
+        SNAPKV,
+        GraphKV(SNAPKV, neighbors=4),
+        PYRAMID,
+        H2O(budget=0.3),
+        AdaKV(SNAPKV),
+        AdaKV(GraphKV(SNAPKV, neighbors=4)),
+    ],
     ids=["snapkv", "snapkv+graphkv", "pyramidkv", "h2o", "adakv", "adakv+graphkv"],
 )
 def test_generation_equals_a_reference_without_a_cache(model, policy):
@@ -112,14 +121,14 @@ def test_head_budgets_mask_what_the_policy_evicts(model, name):
     cache = prefill(model, ids, PolicyPress(policy))
 
     assert lengths(cache) == [40] * 4
-    kept = [reference_logits(model, row, 40, policy)[1] for row in ids]
+    kept = [reference_logits(model, row, policy, [40])[1] for row in ids]
     for number, layer in enumerate(model.model.layers):
         masked = set(zip(*(axis.tolist() for axis in layer.self_attn.masked_key_indices), strict=True))
         expected = {
             (row, head, token)
             for row in range(2)
             for head in range(2)
-            for token in set(range(40)) - set(kept[row][number][head].tolist())
+            for token in set(range(40)) - set(kept[row][number][head])
         }
         assert masked == expected
         assert len(masked) == 2 * 2 * (40 - BUDGET)
@@ -192,7 +201,7 @@ def test_presses_compose(model):
 
 def test_a_press_that_comes_after_another_is_refused(model):
     press = ComposedPress([KnormPress(0.5), PolicyPress(SNAPKV)])
-    with pytest.raises(ArgumentError, match="exactly the 40 tokens of the prompt .* it holds 20"):
+    with pytest.raises(ArgumentError, match=r"exactly the 40 tokens of the prompt .* it holds 20"):
         prefill(model, prompts(), press)
 
 
@@ -213,7 +222,7 @@ def test_the_pipeline_of_kvpress_takes_it(model):
     assert lengths(cache) == [BUDGET] * 4
     whole = [0, *ids]
     for _ in range(5):
-        logits, _ = reference_logits(model, torch.tensor(whole), 40, SNAPKV)
+        logits, _ = reference_logits(model, torch.tensor(whole), SNAPKV, [40] + [1] * (len(whole) - 40))
         whole.append(int(logits[-1].argmax()))
     assert answers["answer"].split() == [f"w{i}" for i in whole[41:]]
 
@@ -237,16 +246,18 @@ def test_a_mask_that_hides_nothing_is_fine(implementation):
 
 
 def test_sliding_windows_are_refused():
-    model = make(MistralForCausalLM, MistralConfig, sliding_window=8)
+    model = FAMILIES["mistral-sliding"]()
     with pytest.raises(ArgumentError, match="sliding windows"):
         prefill(model, prompts(), PolicyPress(SNAPKV))
 
 
 def test_eager_attention_allows_one_budget_only():
     model = tiny_llama(attn_implementation="eager")
-    with pytest.raises(ArgumentError, match="in every layer under attn_implementation 'eager', .* PyramidKV keeps 4 to"):
+    with pytest.raises(
+        ArgumentError, match=r"in every layer under attn_implementation 'eager', .* PyramidKV keeps 4 to"
+    ):
         prefill(model, prompts(), PolicyPress(PYRAMID))
-    with pytest.raises(ArgumentError, match="in every head under attn_implementation 'eager', .* AdaKV does not"):
+    with pytest.raises(ArgumentError, match=r"in every head under attn_implementation 'eager', .* AdaKV does not"):
         prefill(model, prompts(), PolicyPress(AdaKV(SNAPKV)))
 
 
@@ -262,6 +273,18 @@ def test_the_model_is_as_it_was_after_an_error(model):
 
     assert num_hooks(model) == hooks
     assert generate(model, prompts()).tolist() == plain.tolist()
+
+
+def test_budgets_that_depend_on_all_layers_are_refused(model):
+    """kvpress evicts a layer before the next one has read anything."""
+    policy = GraphKV(CAKE(budget=BUDGET, window=4))
+    with pytest.raises(ArgumentError, match="GraphKV does not, so wrap it in LayerBudgets"):
+        PolicyPress(policy)
+
+    settled = LayerBudgets(policy, budgets=[20, 16, 12, 8])
+    cache = prefill(model, prompts(), PolicyPress(settled))
+    assert lengths(cache) == [20, 16, 12, 8]
+    assert same(cache, evicted(model, prompts(), settled))
 
 
 @pytest.mark.parametrize("policy", ["snapkv", None, KnormPress(0.5)])
