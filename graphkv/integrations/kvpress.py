@@ -291,7 +291,7 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
 
     def _num_kept(self, module: Any, num_tokens: int) -> int:
         ratio = self.compression_ratio
-        if ratio and isinstance(self.base_press, PyramidKVPress):
+        if isinstance(self.base_press, PyramidKVPress):
             return int(self.base_press.get_layer_budget(module, num_tokens))
         # kvpress multiplies floats, which may lose a token; it is never one too many.
         exact = floor((1 - Fraction(repr(ratio))) * num_tokens)

@@ -376,6 +376,13 @@ def test_the_model_is_as_it_was_after_an_error(model):
     assert generate(model, prompts()).tolist() == plain.tolist()
 
 
+def test_without_a_ratio_the_press_is_not_asked(model):
+    full = prefill(model, prompts())
+    cache = prefill(model, prompts(), GraphKVPress(Broken(0.0)))
+
+    assert same(cache, [(layer.keys, layer.values) for layer in full.layers])
+
+
 class OwnCompress(KnormPress):
     def compress(self, module, hidden_states, keys, values, attentions, kwargs):
         return keys[:, :, ::2], values[:, :, ::2]

@@ -6,10 +6,11 @@ import torch
 pytest.importorskip("kvpress", reason="kvpress lives in an environment of its own: make test-kvpress")
 
 from kvpress import ComposedPress, KnormPress, KVPressTextGenerationPipeline, PrefillDecodingPress, ThinKPress
+from kvpress.attention_patch import attention_patch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerFast
 
 from graphkv import (
     CAKE,
@@ -285,6 +286,23 @@ def test_budgets_that_depend_on_all_layers_are_refused(model):
     cache = prefill(model, prompts(), PolicyPress(settled))
     assert lengths(cache) == [20, 16, 12, 8]
     assert same(cache, evicted(model, prompts(), settled))
+
+
+def test_evicting_works_when_kvpress_is_imported_after_it(model):
+    """kvpress wraps every attention function that is registered at that moment."""
+    expected = evicted(model, prompts(), SNAPKV)
+    ours = AttentionInterface()["graphkv_sdpa"]
+    AttentionInterface.register("graphkv_sdpa", attention_patch(ours))
+    try:
+        found = evicted(model, prompts(), SNAPKV)
+    finally:
+        AttentionInterface.register("graphkv_sdpa", ours)
+
+    assert all(
+        torch.equal(*pair)
+        for mine, other in zip(found, expected, strict=True)
+        for pair in zip(mine, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("policy", ["snapkv", None, KnormPress(0.5)])
