@@ -11,8 +11,9 @@ KVPRESS_BIN := .venv-kvpress/bin
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
 
+# Two processes of one thread each: two of two would wait for each other.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # In its own environment: kvpress holds transformers back at 5.2, the oldest that we support.
 test-kvpress: .venv-kvpress/installed
