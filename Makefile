@@ -17,7 +17,7 @@ test: .venv/installed-test
 
 # In its own environment: kvpress holds transformers back at 5.2, the oldest that we support.
 test-kvpress: .venv-kvpress/installed
-	$(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/integrations tests/kvpress \
+	OMP_NUM_THREADS=1 $(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/integrations tests/kvpress \
 		'tests/test_docs.py::test_python_blocks_run_in_order[kvpress]' $(ARGS)
 
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
