@@ -92,6 +92,8 @@ def _attention(implementation: str) -> Callable[..., Any]:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: Any,
+        # The sixth by position, because kvpress passes it so to every function that it finds registered.
+        dropout: float = 0.0,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -114,7 +116,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
                 mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
         else:
             attend_as_before = AttentionInterface()[implementation]
-        result = attend_as_before(module, query, key, value, mask, scaling=scaling, **kwargs)
+        result = attend_as_before(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         if cache is not None and layer is not None:
             config: Any = module.config
             source = Source(kind=type(module), config=config, index=int(module.layer_idx))  # type: ignore[arg-type]
