@@ -80,7 +80,7 @@ class TOVA(Policy):
     """
 
     requirements: ClassVar[Requirements] = Requirements(
-        queries="window", flops=attention.window_flops, bytes=attention.window_bytes
+        queries="window", couples_heads=True, flops=attention.window_flops, bytes=attention.window_bytes
     )
 
     protect_newest: bool = True

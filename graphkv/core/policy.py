@@ -135,6 +135,9 @@ class Requirements:
         Works with an attention kernel that hands out no attention rows.
     preferences : bool
         Shares the layers' budgets out by `Policy.preference`, so that all layers must be read before one is evicted.
+    couples_heads : bool
+        What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
+        otherwise where some of the heads are in another process.
     flops : callable
         ``flops(policy, shape)``, floating-point operations per layer to leading order, as a plain function of the
         policy's fields and a `LayerShape`. Default: none to speak of.
@@ -147,6 +150,7 @@ class Requirements:
     state: bool = False
     fused_attention: bool = True
     preferences: bool = False
+    couples_heads: bool = False
     flops: Callable[[Any, LayerShape], int] = _no_cost
     bytes: Callable[[Any, LayerShape], int] = _no_cost
 
@@ -160,6 +164,7 @@ class Requirements:
             state=self.state or base.state,
             fused_attention=self.fused_attention and base.fused_attention,
             preferences=self.preferences or base.preferences,
+            couples_heads=self.couples_heads or base.couples_heads,
         )
 
 
