@@ -32,7 +32,9 @@ from .core import (
     GraphKVError,
     Policy,
     build_graph,
+    degree,
     evict,
+    fuse,
     propagate,
     select,
 )
@@ -66,7 +68,9 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test asks
     "StreamingLLM",
     "TOVA",
     "build_graph",
+    "degree",
     "evict",
+    "fuse",
     "propagate",
     "select",
 ]
