@@ -11,9 +11,9 @@ from .types import Array, Namespace
 
 __all__ = ["EXPONENT", "FUSIONS", "degree", "fuse"]
 
-# No base of a power is smaller, so tokens in a row of duplicates keep their places by importance.
-SMALLEST_BASE = 1e-6
-EXPONENT = 8
+# No power is smaller, so duplicates of everything else keep their places by importance.
+SMALLEST_POWER = 1e-24
+EXPONENT = 16
 
 
 def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str | None = None) -> Array:
@@ -106,9 +106,9 @@ def fuse(
     r"""Score tokens by their importance and by their distance from the others, :math:`d_j = 1 - c_j`.
 
     ``"power"``
-        :math:`s_j^{\prime} = (s_j - \min(0, \min_i s_i))\; d_j^{\,p}`. Importance that is nowhere negative is taken as
-        it is; otherwise the least one of the row becomes 0. The minimum is over finite importance, and :math:`d_j` is
-        at least 1e-6.
+        :math:`s_j^{\prime} = (s_j - \min(0, \min_i s_i))\, d_j^p`. Importance that is nowhere negative is taken as it
+        is; otherwise the least one of the row becomes 0. The minimum is over finite importance, and the power is at
+        least 1e-24.
     ``"max_rank"``
         the higher of two ranks: of the importance, and of :math:`d`. So the best by either stay.
     ``"mean_rank"``
@@ -151,8 +151,8 @@ def fuse(
 
     Notes
     -----
-    The power is worked out first, by repeated multiplication; a power that underflows gives 0. In float32 ranks and
-    their means are exact for rows of up to 8 million tokens. This step is not in GraphKV's paper.
+    The power is worked out first, by repeated multiplication. In float32 ranks and their means are exact for rows of up
+    to 8 million tokens. This step is not in GraphKV's paper.
 
     Examples
     --------
@@ -203,17 +203,14 @@ def _fuse(
 def power(importance: Array, distance: Array, valid: Array, /, *, exponent: int, backend: Backend) -> Array:
     """Multiply by a power of the distance."""
     xp = backend.xp
-    distance = xp.maximum(distance, xp.full_like(distance, SMALLEST_BASE))
     factor = distance
     for _ in range(exponent - 1):
         factor = factor * distance
-    # What is not finite stands aside, because infinity times a factor that underflows is NaN.
-    is_finite = xp.isfinite(importance)
-    number = xp.where(valid & is_finite, importance, xp.zeros_like(importance))
-    # The zeros that stand in for the others are the bound anyway.
+    factor = xp.maximum(factor, xp.full_like(factor, SMALLEST_POWER))
+    # Zeros may stand in for the others, because the minimum is with 0 anyway.
+    number = xp.where(valid & xp.isfinite(importance), importance, xp.zeros_like(importance))
     lowest = xp.min(number, axis=-1, keepdims=True) if number.shape[-1] else number
-    above = number - xp.minimum(lowest, xp.zeros_like(lowest))
-    return xp.where(is_finite, above * factor, importance)
+    return (importance - xp.minimum(lowest, xp.zeros_like(lowest))) * factor
 
 
 def max_rank(importance: Array, distance: Array, valid: Array, /, *, exponent: int, backend: Backend) -> Array:

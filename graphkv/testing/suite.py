@@ -589,8 +589,8 @@ def test_powers_of_general_numbers_are_close_to_the_oracle(backend: Backend, dat
     x, found = _fused(backend, importance, degrees, None, exponent=exponent)
 
     wanted = _oracle_fusion(importance, degrees, None, exponent=exponent).astype(np.float32)
-    # Half of the bits of a factor near 0 are lost in 1 - c: what counts is the size of the scores.
-    asserts.close(found, wanted, backend=backend, like=x, scale=np.abs(importance))
+    # Bits of a small factor are lost in 1 - c: what counts is the size of the scores.
+    asserts.close(found, wanted, backend=backend, like=x, scale=np.max(np.abs(importance), axis=-1, keepdims=True))
 
 
 @unhurried
@@ -609,14 +609,14 @@ def test_fusion_is_scale_invariant(backend: Backend, data: Any, fusion: str, exp
 
 
 @unhurried
-@given(data=DRAWS, num_tokens=st.integers(1, 9), exponent=st.integers(1, 4))
+@given(data=DRAWS, num_tokens=st.integers(1, 9), exponent=st.integers(1, 64))
 def test_among_duplicates_the_importance_decides(
     backend: Backend, data: Any, num_tokens: int, exponent: int
 ) -> None:
     """Powers of one distance keep the order of the base, also of the distance 0."""
     importance = data.draw(strategies.distinct_scores((num_tokens,)))
     importance = np.abs(importance) if data.draw(st.booleans()) else importance
-    degrees = np.full((num_tokens,), data.draw(st.sampled_from([1.0, 0.5, 0.0, -1.0])))
+    degrees = np.full((num_tokens,), data.draw(st.sampled_from([1.0, 0.5, 0.0, -0.5])))
     budget = data.draw(strategies.budgets(num_tokens))
 
     x, found = _fused(backend, importance, degrees, None, exponent=exponent)
@@ -763,8 +763,9 @@ def test_rows_follow_a_permutation_of_batch_and_heads(backend: Backend, layer: L
 @unhurried
 @given(layer=strategies.layers(leading=st.sampled_from([(2, 2), (3,)]), min_tokens=1))
 def test_a_batch_is_the_stack_of_its_rows(backend: Backend, layer: Layer) -> None:
-    """All three steps."""
+    """All steps."""
     keys, graph, scores, kept = _three_steps(backend, layer)
+    degrees = asserts.values(backend, _degree(backend, layer)[1])
 
     for row in np.ndindex(*layer.leading):
         one_keys, one, one_scores, one_kept = _three_steps(backend, layer.take(row))
@@ -773,6 +774,8 @@ def test_a_batch_is_the_stack_of_its_rows(backend: Backend, layer: Layer) -> Non
             asserts.equal(getattr(one, name), wanted, backend=backend, like=one_keys)
         asserts.equal(one_scores, asserts.values(backend, scores)[row], backend=backend, like=keys)
         asserts.equal(one_kept, asserts.values(backend, kept)[row], backend=backend, like=keys)
+        _, one_degrees = _degree(backend, layer.take(row))
+        asserts.close(one_degrees, degrees[row], backend=backend, like=keys, scale=1.0)
 
 
 @unhurried
@@ -795,8 +798,12 @@ def test_inputs_are_not_written_to(backend: Backend, data: Any, signal: str, acc
         backend=backend,
     )
     propagate(importance, graph, signal=signal, accumulation=accumulation, backend=backend)
+    degrees = degree(keys, valid=masks["valid"], backend=backend)
+    before = np.array(asserts.values(backend, degrees))
+    fuse(importance, degrees, fusion=data.draw(FUSIONS), valid=masks["valid"], backend=backend)
     select(importance, layer.budget, **masks, backend=backend)
 
+    asserts.identical(degrees, before, backend=backend, like=keys)
     asserts.equal(keys, layer.keys.astype(dtype), backend=backend, like=keys)
     asserts.identical(importance, layer.importance.astype(dtype), backend=backend, like=keys)
     for name, mask in masks.items():
@@ -827,6 +834,9 @@ def test_every_dtype_is_computed_in_float32_or_wider(backend: Backend, layer: La
             asserts.equal(scores, wide_scores, backend=backend, like=keys)
             asserts.equal(kept, wide_kept, backend=backend, like=keys)
             assert graph.weights.dtype == getattr(backend.xp, wide[0])
+            found = _degree_and_fuse(backend, layer, keys_dtype, dtype)
+            for actual, wanted in zip(found, _degree_and_fuse(backend, layer, *wide), strict=True):
+                asserts.equal(actual, wanted, backend=backend, like=keys)
 
 
 # -------------------------------------------------------------------------------------------------------- whole layers
@@ -1108,6 +1118,12 @@ def _degree(backend: Backend, layer: Layer, dtype: str = "float32") -> tuple[Arr
     """Give a layer's degrees. Gives the keys too, on whose device they must be."""
     keys = asserts.make(backend, layer.keys, dtype)
     return keys, degree(keys, valid=_mask(backend, layer.valid), backend=backend)
+
+
+def _degree_and_fuse(backend: Backend, layer: Layer, keys_dtype: str, dtype: str) -> tuple[Array, Array]:
+    _, degrees = _degree(backend, layer, keys_dtype)
+    importance = asserts.make(backend, layer.importance, dtype)
+    return degrees, fuse(importance, degrees, valid=_mask(backend, layer.valid), backend=backend)
 
 
 def _oracle_degree(layer: Layer) -> NDArray[Any]:

@@ -235,6 +235,43 @@ def test_the_papers_preset_is_apart_from_the_default():
             "rounds must be 1 with accumulation 'sum'",
         ),
         (lambda: GraphKV(SNAPKV, recompute_sources=1), ArgumentTypeError, "recompute_sources must be True or False"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", neighbors=2),
+            ArgumentError,
+            "neighbors must be left out with signal 'degree'; got 2",
+        ),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", neighbors=1.0),
+            ArgumentError,
+            "neighbors must be left out with signal 'degree'; got 1.0",
+        ),
+        (lambda: GraphKV(SNAPKV, signal="degree", source_ratio=0.1), ArgumentError, "source_ratio must be left out"),
+        (lambda: GraphKV(SNAPKV, signal="degree", rounds=2), ArgumentError, "rounds must be left out"),
+        (lambda: GraphKV(SNAPKV, signal="degree", accumulation="sum"), ArgumentError, "accumulation must be left out"),
+        (lambda: GraphKV(SNAPKV, signal="degree", strength=0.5), ArgumentError, "strength must be left out"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", recompute_sources=True),
+            ArgumentError,
+            "recompute_sources must be left out with signal 'degree'; got True",
+        ),
+        (
+            lambda: GraphKV(SNAPKV, fusion="max_rank"),
+            ArgumentError,
+            "fusion must be left out with signal 'decay'; got 'max_rank'",
+        ),
+        (lambda: GraphKV(SNAPKV, signal="evict", exponent=2), ArgumentError, "exponent must be left out with signal"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", fusion="mean_rank", exponent=2),
+            ArgumentError,
+            "exponent must be left out with fusion 'mean_rank'; got 2",
+        ),
+        (lambda: GraphKV(SNAPKV, signal="degree", fusion="sum"), ArgumentError, "fusion must be one of"),
+        (lambda: GraphKV(SNAPKV, signal="degree", exponent=0), ArgumentError, "exponent must be at least 1; got 0"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", exponent=0.5),
+            ArgumentTypeError,
+            "exponent must be an integer; got 0.5",
+        ),
     ],
 )
 def test_a_bad_policy_says_what_is_wrong(make_policy, error, message):
