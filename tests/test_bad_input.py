@@ -201,9 +201,7 @@ STEP_TABLE = {
     "exponent 0": value(lambda c: c.fuse(exponent=0), "exponent must be at least 1; got 0"),
     "float exponent": kind(lambda c: c.fuse(exponent=2.0), "exponent must be an integer; got 2.0"),
     # the degree signal
-    "keys of one axis in degree": value(
-        lambda c: c.degree(c.array(4)), "keys must have shape (..., N, D); got (4,)"
-    ),
+    "keys of one axis in degree": value(lambda c: c.degree(c.array(4)), "keys must have shape (..., N, D); got (4,)"),
     "complex keys in degree": kind(lambda c: c.degree(c.complex(2, 4, 3)), "keys must be real; got dtype complex64"),
     "valid of another shape in degree": value(
         lambda c: c.degree(valid=c.mask(2, 5)), "valid must have the shape (2, 4) of the tokens of keys; got (2, 5)"

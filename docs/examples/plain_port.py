@@ -254,9 +254,7 @@ def run_degree(keys, valid):
 def run_fuse(importance, degree, valid, **options):
     """The fused scores."""
     *lead, num_tokens = importance["shape"]
-    inputs = zip(
-        rows(importance, lead, numbers=True), rows(degree, lead, numbers=True), rows(valid, lead), strict=True
-    )
+    inputs = zip(rows(importance, lead, numbers=True), rows(degree, lead, numbers=True), rows(valid, lead), strict=True)
     found = [fuse(score, degrees, valid=ok, **options) for score, degrees, ok in inputs]
     return {"scores": pack(found, lead, num_tokens)}
 

@@ -188,9 +188,7 @@ def fuse(
     )
 
 
-def _fuse(
-    importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
-) -> Array:
+def _fuse(importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend) -> Array:
     """The specification of `fuse`: arguments checked and widened."""
     xp = backend.xp
     dtype = xp.result_type(importance.dtype, degree.dtype)

@@ -474,9 +474,7 @@ class GraphKV(Wrapper):
         if self.signal != "degree":
             self._refuse("signal", "fusion", "exponent")
             return
-        self._refuse(
-            "signal", "source_ratio", "neighbors", "rounds", "accumulation", "strength", "recompute_sources"
-        )
+        self._refuse("signal", "source_ratio", "neighbors", "rounds", "accumulation", "strength", "recompute_sources")
         if self.fusion != "power":
             self._refuse("fusion", "exponent")
 

@@ -463,9 +463,7 @@ def test_a_duplicate_of_a_source_decays_to_the_bottom(
 
 
 @unhurried
-@given(
-    layer=strategies.layers() | strategies.layers(keys=strategies.general_keys), dtype=st.sampled_from(FLOATS)
-)
+@given(layer=strategies.layers() | strategies.layers(keys=strategies.general_keys), dtype=st.sampled_from(FLOATS))
 def test_degree_agrees_with_the_oracle(backend: Backend, layer: Layer, dtype: str) -> None:
     """The mean cosine of all pairs, padding left out: zero keys, duplicates, opposites and empty batches."""
     keys, found = _degree(backend, layer, dtype)
@@ -610,9 +608,7 @@ def test_fusion_is_scale_invariant(backend: Backend, data: Any, fusion: str, exp
 
 @unhurried
 @given(data=DRAWS, num_tokens=st.integers(1, 9), exponent=st.integers(1, 64))
-def test_among_duplicates_the_importance_decides(
-    backend: Backend, data: Any, num_tokens: int, exponent: int
-) -> None:
+def test_among_duplicates_the_importance_decides(backend: Backend, data: Any, num_tokens: int, exponent: int) -> None:
     """Powers of one distance keep the order of the base, also of the distance 0."""
     importance = data.draw(strategies.distinct_scores((num_tokens,)))
     importance = np.abs(importance) if data.draw(st.booleans()) else importance
