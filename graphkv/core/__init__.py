@@ -23,8 +23,15 @@ Arithmetic is float32 or wider, inputs are never written to, and values are neve
 """
 
 from .backend import Backend
-from .errors import ArgumentError, ArgumentTypeError, BackendError, BackendUnavailableError, GraphKVError
-from .eviction import Eviction, evict
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    BackendUnavailableError,
+    GraphKVError,
+    GraphKVWarning,
+)
+from .eviction import Eviction, evict, preference
 from .fusion import degree, fuse
 from .graph import build_graph
 from .policy import Assessment, GraphKV, LayerInputs, LayerShape, Policy, Requirements, Wrapper
@@ -43,6 +50,7 @@ __all__ = [
     "Graph",
     "GraphKV",
     "GraphKVError",
+    "GraphKVWarning",
     "LayerInputs",
     "LayerShape",
     "Policy",
@@ -52,6 +60,7 @@ __all__ = [
     "degree",
     "evict",
     "fuse",
+    "preference",
     "propagate",
     "select",
 ]
