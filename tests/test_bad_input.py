@@ -272,6 +272,14 @@ STEP_TABLE = {
     "valid of another batch": value(
         lambda c: c.evict(valid=c.mask(2, 6)), "valid must have the shape (1, 6) of (batch, N); got (2, 6)"
     ),
+    "unrotated keys of another head size": value(
+        lambda c: c.evict(unrotated_keys=c.array(1, 2, 6, 4)),
+        "unrotated_keys must have shape (1, 2, 6, 3) like keys; got (1, 2, 6, 4)",
+    ),
+    "missing unrotated keys": value(
+        lambda c: c.evict(GraphKV(StreamingLLM(budget=3), unrotated=True), c.array(1, 2, 6, 3)),
+        "unrotated_keys must be given for GraphKV with unrotated=True; got None",
+    ),
     "layer out of range": value(lambda c: c.evict(layer=2, num_layers=2), "layer must be below num_layers=2; got 2"),
     "no layers": value(lambda c: c.evict(num_layers=0), "num_layers must be at least 1; got 0"),
     "missing queries": value(
@@ -348,6 +356,9 @@ POLICY_TABLE = {
     ),
     "flag that is none": kind(
         lambda: GraphKV(Random(budget=4), recompute_sources=1), "recompute_sources must be True or False; got 1"
+    ),
+    "unrotated that is no flag": kind(
+        lambda: GraphKV(Random(budget=4), unrotated="yes"), "unrotated must be True or False; got 'yes'"
     ),
     "even kernel": value(lambda: SnapKV(budget=4, kernel_size=4), "kernel_size must be odd; got 4"),
     "unknown pooling": value(

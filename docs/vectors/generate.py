@@ -700,6 +700,20 @@ def policy_cases() -> list[dict[str, Any]]:
             apart | {"base": decay | {"neighbors": 1, "source_ratio": 0.5}},
             eight,
         ),
+        evict(
+            "graphkv_degree_unrotated",
+            "unrotated keys are compared where the policy says so",
+            apart | {"unrotated": True},
+            recent,
+            unrotated_keys=eight,
+        ),
+        evict(
+            "graphkv_unrotated",
+            "unrotated keys are compared where the policy says so",
+            decay | {"unrotated": True},
+            eight,
+            unrotated_keys=recent,
+        ),
         evict("graphkv_degree_fits", fits, apart | {"base": streaming | {"budget": 8}}, eight),
         evict("graphkv_fits", fits, decay | {"base": streaming | {"budget": 8}}, recent),
     ]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from . import budgets, checks
 from .backend import Backend
+from .errors import ArgumentError
 from .fusion import EXPONENT, FUSIONS, degree, fuse
 from .graph import build_graph
 from .propagation import SIGNALS, propagate
@@ -41,6 +42,8 @@ class LayerInputs:
         The policy's running sums per token, new tokens at zero. None at the first call.
     num_seen : int
         S, the first tokens that the state covers already; the N - S tokens after them are new. 0 at the first call.
+    unrotated_keys : array, shape (batch, kv_heads, N, D), or None
+        The keys before the rotary embedding.
     """
 
     keys: Array
@@ -54,6 +57,7 @@ class LayerInputs:
     backend: Backend
     state: Mapping[str, Array] | None = None
     num_seen: int = 0
+    unrotated_keys: Array | None = None
 
     @property
     def xp(self) -> Namespace:
@@ -134,6 +138,8 @@ class Requirements:
         Carries running sums per token from call to call.
     fused_attention : bool
         Works with an attention kernel that hands out no attention rows.
+    unrotated_keys : bool
+        Looks at the keys before the rotary embedding.
     preferences : bool
         Shares the layers' budgets out by `Policy.preference`, so that all layers must be read before one is evicted.
     flops : callable
@@ -147,6 +153,7 @@ class Requirements:
     queries: str = "none"
     state: bool = False
     fused_attention: bool = True
+    unrotated_keys: bool = False
     preferences: bool = False
     flops: Callable[[Any, LayerShape], int] = _no_cost
     bytes: Callable[[Any, LayerShape], int] = _no_cost
@@ -160,6 +167,7 @@ class Requirements:
             queries=max(self.queries, base.queries, key=kinds.index),
             state=self.state or base.state,
             fused_attention=self.fused_attention and base.fused_attention,
+            unrotated_keys=self.unrotated_keys or base.unrotated_keys,
             preferences=self.preferences or base.preferences,
         )
 
@@ -467,11 +475,15 @@ class GraphKV(Wrapper):
         hand knows none of the options above but `signal`.
     exponent : int
         p, at least 1, for ``fusion="power"`` only.
+    unrotated : bool
+        Compare the keys as they were before the rotary embedding, which `evict` must be given: then the distance
+        between two tokens in the text does not make them less alike. For every signal.
 
     Raises
     ------
     ArgumentError
-        If an option is unknown or out of range, or belongs to another signal or fusion.
+        If an option is unknown or out of range, or belongs to another signal or fusion; when evicting, if there are no
+        keys to compare.
     ArgumentTypeError
         If an option has the wrong type.
 
@@ -502,6 +514,7 @@ class GraphKV(Wrapper):
     recompute_sources: bool = False
     fusion: str = "power"
     exponent: int = EXPONENT
+    unrotated: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -515,6 +528,7 @@ class GraphKV(Wrapper):
         checks.flag("recompute_sources", self.recompute_sources)
         checks.choice("fusion", self.fusion, FUSIONS)
         checks.count("exponent", self.exponent, minimum=1)
+        checks.flag("unrotated", self.unrotated)
         if self.signal != "degree":
             self._refuse("signal", "fusion", "exponent")
             return
@@ -551,14 +565,22 @@ class GraphKV(Wrapper):
         """
         return cls(base, source_ratio=0.3, neighbors=2, rounds=1, signal="decay", accumulation="product")
 
+    def needs(self) -> Requirements:
+        """Need what the base needs, and the keys that are compared."""
+        needs = super().needs()
+        return replace(needs, unrotated_keys=self.unrotated or needs.unrotated_keys)
+
     def assess(self, inputs: LayerInputs, /) -> Assessment:
         """Let the base score, then propagate or fuse."""
+        keys = inputs.unrotated_keys if self.unrotated else inputs.keys
+        if keys is None:
+            raise ArgumentError("unrotated_keys must be given for GraphKV with unrotated=True; got None")
         found = self.base.assess(inputs)
         candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
         if self.signal == "degree":
             scores = fuse(
                 found.scores,
-                degree(inputs.keys, valid=inputs.valid, backend=inputs.backend),
+                degree(keys, valid=inputs.valid, backend=inputs.backend),
                 fusion=self.fusion,
                 exponent=self.exponent,
                 valid=candidates,
@@ -572,7 +594,7 @@ class GraphKV(Wrapper):
         passes, rounds = (self.rounds, 1) if self.recompute_sources else (1, self.rounds)
         for _ in range(passes):
             graph = build_graph(
-                inputs.keys,
+                keys,
                 scores,
                 num_sources=num_sources,
                 num_neighbors=num_neighbors,

@@ -203,6 +203,25 @@ def test_policies_are_immutable_values():
         SnapKV(budget=5).window = 3
 
 
+@each_backend
+@pytest.mark.parametrize("options", [{"neighbors": 3}, {"signal": "degree"}], ids=["decay", "degree"])
+def test_unrotated_keys_are_compared_in_place_of_the_cached_ones(backend, options):
+    # Scores by position, so keys are for comparison only.
+    base, cached, unrotated = StreamingLLM(budget=20), make(backend, KEYS), make(backend, KEYS[..., ::-1] ** 3)
+
+    found = evict(GraphKV(base, unrotated=True, **options), cached, unrotated_keys=unrotated, backend=backend)
+
+    wanted = evict(GraphKV(base, **options), unrotated, backend=backend)
+    other = evict(GraphKV(base, **options), cached, backend=backend)
+    assert backend.to_numpy(found.scores).tolist() == backend.to_numpy(wanted.scores).tolist()
+    assert backend.to_numpy(found.scores).tolist() != backend.to_numpy(other.scores).tolist()
+
+
+def test_a_policy_says_that_it_needs_unrotated_keys():
+    assert GraphKV(GraphKV(SNAPKV, unrotated=True)).needs().unrotated_keys
+    assert not GraphKV(SNAPKV).needs().unrotated_keys
+
+
 def test_the_papers_preset_is_apart_from_the_default():
     paper = GraphKV.paper(SNAPKV)
 
