@@ -185,6 +185,32 @@ def test_protected_tokens_are_counted_as_they_are_marked(name):
     assert marked.tolist() == [[policy.num_protected(15)] * 3] * 2
 
 
+WRAPPED = {
+    "alone": lambda base: base,
+    "decay": GraphKV,
+    "power": lambda base: GraphKV(base, signal="degree"),
+    "max_rank": lambda base: GraphKV(base, signal="degree", fusion="max_rank"),
+    "adakv": lambda base: AdaKV(GraphKV(base, signal="degree")),
+    "under adakv": lambda base: GraphKV(AdaKV(base), signal="degree"),
+    "layer budgets": lambda base: GraphKV(LayerBudgets(base, budgets=[9]), signal="degree"),
+}
+
+
+@each_base
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_every_base_protects_the_same_sinks_whatever_is_on_top(name, wrap):
+    windowed = WINDOWED if OPTIONS.get(name) is WINDOWED else {}
+    base = getattr(graphkv, name)(budget=9, **windowed | {"num_sinks": 3})
+    # Nobody would keep the first tokens for their scores.
+    keys, queries = KEYS.copy(), np.zeros_like(QUERIES)
+    keys[:, :, :3] = 100 * KEYS[:, :, 20:21]
+
+    done = evict(wrap(base), keys, values=VALUES, queries=queries)
+
+    assert done.protected[:, :, :3].all()
+    assert (done.kept[:, :, :3] == [0, 1, 2]).all()
+
+
 @each_base
 def test_half_precision_is_widened_and_inputs_are_left_alone(name):
     arrays = [x.astype(np.float16) for x in (KEYS, VALUES, QUERIES)]

@@ -28,6 +28,14 @@ def test_a_graph_adds_its_cost_to_that_of_the_base():
     assert GraphKV(Random(budget=20)).bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
 
 
+def test_the_degree_signal_costs_six_operations_an_entry_of_the_keys():
+    policy = GraphKV(Random(budget=20), signal="degree")
+
+    assert policy.flops(SHAPE) == 3 * 2 * 100 * 8 * 6
+    assert policy.bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
+    assert policy.needs() == GraphKV(Random(budget=20)).needs()
+
+
 def test_needs_join_those_of_the_base():
     @dataclass(frozen=True)
     class Valued(Wrapper):

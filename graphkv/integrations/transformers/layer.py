@@ -258,6 +258,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 num_layers=self.num_layers,
                 tokens_seen=self.num_seen,
                 state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
+                unrotated_keys=_give(self._unrotated_keys(rows, self.source), backend)
+                if each.needs().unrotated_keys
+                else None,
                 **self._inputs(each, rows, valid, backend),
             )
             for each, rows in self._by_rows(policy)
@@ -338,6 +341,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             "valid": None if valid is None else _give(valid[rows], backend),
             "backend": backend,
         }
+
+    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
+        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
+        stand = self.true_positions if self.places is None else self.places
+        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
 
     def _visible_from_now_on(self) -> torch.Tensor | None:
         """Give `valid` without what has left the sliding window."""
