@@ -15,8 +15,8 @@ from graphkv.__main__ import main
 from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.demo import model as demo_model
-from graphkv.demo.app import BASES
+from graphkv.evaluation import model as demo_model
+from graphkv.evaluation.policies import BASES
 from tests.integrations.tiny import tiny_llama
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -1,0 +1,183 @@
+"""The command ``graphkv eval``: configuration, progress and tables around `evaluate`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers.utils import logging
+
+from .. import __version__
+from ..core.errors import ArgumentError
+from . import statistics
+from .config import Config
+from .model import DEFAULT_MODEL, load_model
+from .records import Record, Run, read_records
+from .runner import evaluate, missing
+from .tasks import Prompt, PromptMaker, seeds_of
+from .text import default_text, read_text
+
+__all__ = ["main"]
+
+PACKAGES = ("numpy", "scipy", "tokenizers", "torch", "transformers")
+
+
+def main(config: Config, *, output: Path, threads: int | None) -> None:
+    """Run an evaluation, or what is left of it, and print its tables.
+
+    Parameters
+    ----------
+    config : Config
+    output : pathlib.Path
+        Folder of the run.
+    threads : int or None
+        Threads of PyTorch, which the last bits of all numbers depend on. None: PyTorch's choice.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    errors = Console(stderr=True)
+    text = default_text() if config.text is None else read_text(Path(config.text))
+    model, tokenizer = load_model(config.model, lambda step: errors.print(step, highlight=False))
+    run = Run(output, _identity(config, model, text.name, text.sha256()), _session())
+    maker = PromptMaker(tokenizer, text)
+    seeds = seeds_of(config.split, config.seed, config.prompts)
+    # All lengths of a seed before the next one, so that a run that is broken off is balanced.
+    prompts = [
+        maker.make(tasks, length, config.split, seed)
+        for seed in seeds
+        for tasks in config.tasks
+        for length in config.lengths
+    ]
+    _check_lengths(model, prompts, config)
+    _work(model, tokenizer, prompts, config, run, errors)
+    for table in _tables(read_records(output)):
+        Console().print(table)
+    print(f"Records: {run.path}")
+
+
+def _check_lengths(model: Any, prompts: list[Prompt], config: Config) -> None:
+    most = int(model.config.max_position_embeddings)
+    for prompt in prompts:
+        for question in prompt.questions:
+            answer = max(len(question.answer), question.max_new_tokens if config.generate else 0)
+            total = len(prompt.ids) + len(question.ids) + answer
+            if total > most:
+                raise ArgumentError(f"--length must fit into the model's {most} positions; {prompt.name} needs {total}")
+
+
+def _work(model: Any, tokenizer: Any, prompts: list[Prompt], config: Config, run: Run, errors: Console) -> None:
+    """Evaluate what is missing, and show how long that will take."""
+    pending = [prompt for prompt in prompts if missing(prompt, config, run.done)]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]} of " + f"{len(pending)} prompts"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    # Prompts take minutes, so the estimate looks back on all of them.
+    with Progress(*columns, console=errors, speed_estimate_period=86_400) as progress:
+        bar = progress.add_task("Evaluating", total=sum(len(prompt.ids) for prompt in pending), count=0)
+
+        def tell(prompt: Prompt) -> None:
+            progress.update(bar, advance=len(prompt.ids), count=progress.tasks[bar].fields["count"] + 1)
+            if not errors.is_terminal:
+                task = progress.tasks[bar]
+                left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min"
+                errors.print(f"{task.fields['count']} of {len(pending)} prompts, left: {left}", highlight=False)
+
+        evaluate(model, tokenizer, pending, config, run, tell)
+
+
+def _tables(records: list[Record]) -> Iterable[Table]:
+    """One table per task, mode and length: policies x budgets."""
+    summary = statistics.summarise(records, "nll")
+    kinds = dict.fromkeys((cell.task, cell.mode, cell.length, cell.sinks) for cell in summary)
+    for task, mode, length, sinks in kinds:
+        cells = [
+            cell for cell in summary if (cell.task, cell.mode, cell.length, cell.sinks) == (task, mode, length, sinks)
+        ]
+        table = Table(
+            title=f"{task}, {mode}, {length or 'any'} tokens, {sinks} sinks: NLL per answer token with 95 % intervals",
+            title_justify="left",
+        )
+        table.add_column("policy", no_wrap=True)
+        for cell in cells:
+            table.add_column(str(cell.budget), justify="right")
+        for policy in summary[cells[0]]:
+            table.add_row(policy, *(_shown(summary[cell].get(policy)) for cell in cells))
+        yield table
+
+
+def _shown(found: statistics.Interval | None) -> str:
+    return "" if found is None else f"{found.mean:.3f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _identity(config: Config, model: Any, text: str, text_sha256: str) -> dict[str, Any]:
+    """Everything that the numbers depend on and that stays the same in every session of a run."""
+    return {
+        "config": config.as_json(),
+        "model": {"name": config.model or DEFAULT_MODEL, "sha256": _hash_of(model), "dtype": str(model.dtype)},
+        "text": {"name": text, "sha256": text_sha256},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _hash_of(model: Any) -> str:
+    """Give the SHA-256 of all parameters, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _session() -> dict[str, Any]:
+    """What this session works with."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"graphkv": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+            if sys.platform != "win32"
+            else None,
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """Give the commit of a checkout, with a mark where files differ from it; None for an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    # An installed package may lie inside the checkout of something else.
+    if _git(package, "rev-parse", "--show-toplevel") != str(package.parent):
+        return None
+    return _git(package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
