@@ -104,7 +104,13 @@ def evaluate(
         Path | None, typer.Option(help="File or folder of text for the prompts. Default: Python's language reference.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, each with a model. Default: one per core for the default model, else 1."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch per process. Default: the cores shared out.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run; a run that is there is continued.")] = Path(
         "graphkv-eval"
     ),
@@ -134,7 +140,7 @@ def evaluate(
     except ImportError as error:
         raise BackendUnavailableError(f"graphkv eval needs: pip install 'graphkv[eval]' ({error})") from error
     settings = load_config(suite, config, {name: value for name, value in given.items() if value is not None})
-    main(settings, output=output, threads=threads)
+    main(settings, output=output, workers=workers, threads=threads)
 
 
 def parse_budget(text: str) -> int | float:

@@ -17,16 +17,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers.utils import logging
 
 from .. import __version__
 from ..core.errors import ArgumentError
 from . import statistics
 from .config import Config
-from .model import DEFAULT_MODEL, load_model
+from .model import DEFAULT_MODEL
 from .records import Record, Run, read_records
-from .runner import evaluate, missing
+from .runner import missing
 from .tasks import Prompt, PromptMaker, seeds_of
+from .team import Team, load
 from .text import default_text, read_text
 
 __all__ = ["main"]
@@ -34,7 +34,7 @@ __all__ = ["main"]
 PACKAGES = ("numpy", "scipy", "tokenizers", "torch", "transformers")
 
 
-def main(config: Config, *, output: Path, threads: int | None) -> None:
+def main(config: Config, *, output: Path, workers: int | None = None, threads: int | None = None) -> None:
     """Run an evaluation, or what is left of it, and print its tables.
 
     Parameters
@@ -42,16 +42,17 @@ def main(config: Config, *, output: Path, threads: int | None) -> None:
     config : Config
     output : pathlib.Path
         Folder of the run.
+    workers : int or None
+        Processes that answer prompts, each with a model of its own. None: one per core for the default model, else 1.
     threads : int or None
-        Threads of PyTorch, which the last bits of all numbers depend on. None: PyTorch's choice.
+        Threads of PyTorch in each worker, which the last bits of all numbers depend on. None: the cores shared out.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    cores = os.cpu_count() or 1
+    workers = workers or (cores if config.model is None else 1)
+    threads = threads or max(1, cores // workers)
     errors = Console(stderr=True)
     text = default_text() if config.text is None else read_text(Path(config.text))
-    model, tokenizer = load_model(config.model, lambda step: errors.print(step, highlight=False))
+    model, tokenizer = load(config, threads)
     run = Run(output, _identity(config, model, text.name, text.sha256()), _session())
     maker = PromptMaker(tokenizer, text)
     seeds = seeds_of(config.split, config.seed, config.prompts)
@@ -63,7 +64,10 @@ def main(config: Config, *, output: Path, threads: int | None) -> None:
         for length in config.lengths
     ]
     _check_lengths(model, prompts, config)
-    _work(model, tokenizer, prompts, config, run, errors)
+    pending = [prompt for prompt in prompts if missing(prompt, config, run.done)]
+    with Team(model, tokenizer, config, min(workers, len(pending)), threads) as team:
+        del model
+        _show_progress(pending, team.answer(pending, run), errors)
     for table in _tables(read_records(output)):
         Console().print(table)
     print(f"Records: {run.path}")
@@ -79,29 +83,24 @@ def _check_lengths(model: Any, prompts: list[Prompt], config: Config) -> None:
                 raise ArgumentError(f"--length must fit into the model's {most} positions; {prompt.name} needs {total}")
 
 
-def _work(model: Any, tokenizer: Any, prompts: list[Prompt], config: Config, run: Run, errors: Console) -> None:
-    """Evaluate what is missing, and show how long that will take."""
-    pending = [prompt for prompt in prompts if missing(prompt, config, run.done)]
+def _show_progress(pending: list[Prompt], done: Iterable[Prompt], errors: Console) -> None:
+    """Show how much is done and how long the rest will take."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
         TextColumn("{task.fields[count]} of " + f"{len(pending)} prompts"),
+        BarColumn(),
         TimeElapsedColumn(),
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
     # Prompts take minutes, so the estimate looks back on all of them.
     with Progress(*columns, console=errors, speed_estimate_period=86_400) as progress:
-        bar = progress.add_task("Evaluating", total=sum(len(prompt.ids) for prompt in pending), count=0)
-
-        def tell(prompt: Prompt) -> None:
-            progress.update(bar, advance=len(prompt.ids), count=progress.tasks[bar].fields["count"] + 1)
+        bar = progress.add_task("", total=sum(len(prompt.ids) for prompt in pending), count=0)
+        for count, prompt in enumerate(done, start=1):
+            progress.update(bar, advance=len(prompt.ids), count=count)
             if not errors.is_terminal:
-                task = progress.tasks[bar]
-                left = "?" if task.time_remaining is None else f"{task.time_remaining / 60:.0f} min"
-                errors.print(f"{task.fields['count']} of {len(pending)} prompts, left: {left}", highlight=False)
-
-        evaluate(model, tokenizer, pending, config, run, tell)
+                left = progress.tasks[bar].time_remaining
+                rest = "" if left is None else f", about {left / 60:.0f} min left"
+                errors.print(f"{count} of {len(pending)} prompts{rest}", highlight=False)
 
 
 def _tables(records: list[Record]) -> Iterable[Table]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..integrations.transformers import EvictingCache, observing
 from . import metrics
 from .config import Config
 from .policies import Remembered, base_of, make_policy, running_states, share_among_layers, with_base
-from .records import Record, Run, record_key
+from .records import Record, record_key
 from .tasks import Prompt, Question
 
 __all__ = ["evaluate", "extend", "stack"]
@@ -26,30 +26,26 @@ FULL = "full"
 States = dict[Policy, list[Mapping[str, Array]]]
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Iterable[Prompt],
-    config: Config,
-    run: Run,
-    tell: Callable[[Prompt], None] = lambda prompt: None,
-) -> None:
-    """Fill a run with the records that are missing.
+def evaluate(model: Any, tokenizer: Any, prompt: Prompt, config: Config, done: Set[str] = frozenset()) -> list[Record]:
+    """Read a prompt once and ask every question from every evicted cache.
 
     Parameters
     ----------
     model, tokenizer
         Of transformers; the model as `observing` wants it.
-    prompts : iterable of Prompt
+    prompt : Prompt
     config : Config
-    run : Run
-    tell : callable
-        Called with every prompt that is done.
+    done : set of str
+        Keys of records that are there already and need not be made again.
+
+    Returns
+    -------
+    list of Record
+        What was missing. The numbers do not depend on `done`.
     """
+    reading = Reading(model=model, tokenizer=tokenizer, prompt=prompt, config=config, done=done)
     with observing(model), torch.inference_mode():
-        for prompt in prompts:
-            Reading(model=model, tokenizer=tokenizer, prompt=prompt, config=config, run=run).answer_all()
-            tell(prompt)
+        return [record for record in reading.answer_all() if record.key not in done]
 
 
 def cells(prompt: Prompt, config: Config) -> list[tuple[int, int]]:
@@ -130,18 +126,18 @@ class Reading:
     tokenizer: Any
     prompt: Prompt
     config: Config
-    run: Run
+    done: Set[str]
 
-    def answer_all(self) -> None:
-        """Append what is missing."""
-        wanted = missing(self.prompt, self.config, self.run.done)
+    def answer_all(self) -> Iterator[Record]:
+        """Give at least what is missing: batches are answered whole, because numbers depend on who is in them."""
+        wanted = missing(self.prompt, self.config, self.done)
         if not wanted:
             return
         for site in self._sites(sorted({(mode, index) for mode, index, _, _ in wanted})):
-            self._answer_from_full(site)
+            yield from self._answer_from_full(site)
             for cell in cells(self.prompt, self.config):
                 if any((site.mode, index, *cell) in wanted for index in site.questions):
-                    self._answer_cell(site, *cell)
+                    yield from self._answer_cell(site, *cell)
 
     def _policies(self, budget: int, sinks: int) -> dict[str, Policy]:
         seed = self.prompt.seed or 0
@@ -191,15 +187,15 @@ class Reading:
 
     # Answering.
 
-    def _answer_from_full(self, site: Site) -> None:
+    def _answer_from_full(self, site: Site) -> Iterator[Record]:
         for index, ids in site.questions.items():
             question = self.prompt.questions[index]
             logits = self._tell(site.cache.copy(), ids, question)
             site.logits[index] = logits[0].float().log_softmax(-1)
             texts = self._generate(site.cache, ids, question, 1)
-            self.run.append([self._record(site, index, FULL, None, None, site.cache, logits[0], texts[0])])
+            yield self._record(site, index, FULL, None, None, site.cache, logits[0], texts[0])
 
-    def _answer_cell(self, site: Site, budget: int, sinks: int) -> None:
+    def _answer_cell(self, site: Site, budget: int, sinks: int) -> list[Record]:
         """Evict by every policy, and answer as few batches."""
         batches: dict[tuple[int, ...], list[tuple[str, EvictingCache]]] = {}
         for name, policy in self._policies(budget, sinks).items():
@@ -210,7 +206,7 @@ class Reading:
             for start in range(0, len(group), self.config.batch):
                 records += self._answer_batch(site, budget, sinks, group[start : start + self.config.batch])
         order = {name: place for place, name in enumerate(self.config.policies)}
-        self.run.append(sorted(records, key=lambda record: (record.question, order[record.policy])))
+        return sorted(records, key=lambda record: (record.question, order[record.policy]))
 
     def _evict(self, site: Site, name: str, policy: Policy, budget: int) -> EvictingCache:
         cache = site.cache.copy()
