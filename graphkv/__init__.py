@@ -30,9 +30,11 @@ from .core import (
     Graph,
     GraphKV,
     GraphKVError,
+    GraphKVWarning,
     Policy,
     build_graph,
     evict,
+    preference,
     propagate,
     select,
 )
@@ -53,6 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test asks
     "Graph",
     "GraphKV",
     "GraphKVError",
+    "GraphKVWarning",
     "H2O",
     "KNorm",
     "KeyDiff",
@@ -67,6 +70,7 @@ __all__ = [  # noqa: RUF022 - in the order of sorted(), as a test asks
     "TOVA",
     "build_graph",
     "evict",
+    "preference",
     "propagate",
     "select",
 ]

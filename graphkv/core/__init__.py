@@ -22,8 +22,15 @@ Arithmetic is float32 or wider, inputs are never written to, and values are neve
 """
 
 from .backend import Backend
-from .errors import ArgumentError, ArgumentTypeError, BackendError, BackendUnavailableError, GraphKVError
-from .eviction import Eviction, evict
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    BackendUnavailableError,
+    GraphKVError,
+    GraphKVWarning,
+)
+from .eviction import Eviction, evict, preference
 from .graph import build_graph
 from .policy import Assessment, GraphKV, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from .propagation import propagate
@@ -41,6 +48,7 @@ __all__ = [
     "Graph",
     "GraphKV",
     "GraphKVError",
+    "GraphKVWarning",
     "LayerInputs",
     "LayerShape",
     "Policy",
@@ -48,6 +56,7 @@ __all__ = [
     "Wrapper",
     "build_graph",
     "evict",
+    "preference",
     "propagate",
     "select",
 ]

@@ -12,7 +12,7 @@ from .policy import LayerInputs, Policy
 from .selection import select, select_per_head
 from .types import Array, Graph
 
-__all__ = ["Eviction", "evict"]
+__all__ = ["Eviction", "evict", "preference"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -101,6 +101,7 @@ def evict(
     num_layers: int = 1,
     valid: Array | None = None,
     state: Mapping[str, Array] | None = None,
+    tokens_seen: int | None = None,
     backend: Backend | str | None = None,
 ) -> Eviction:
     """Decide which tokens of one layer's cache stay.
@@ -127,6 +128,8 @@ def evict(
     state : mapping of str to array, shape (batch, kv_heads, S, ...), optional
         The `Eviction.state` of the last call, for policies that score by what they have seen so far. The N - S tokens
         after them are new. Then `queries` or `attention` hold the new positions.
+    tokens_seen : int, optional
+        Tokens that came so far, those included that earlier calls evicted: what budgets are shares of. Default: N.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -151,6 +154,134 @@ def evict(
     >>> evict(StreamingLLM(budget=4, num_sinks=1), np.ones((1, 1, 9, 2))).kept
     array([[[0, 6, 7, 8]]])
     """
+    inputs = _inputs(
+        policy,
+        keys,
+        values=values,
+        queries=queries,
+        attention=attention,
+        layer=layer,
+        num_layers=num_layers,
+        valid=valid,
+        state=state,
+        tokens_seen=tokens_seen,
+        backend=backend,
+    )
+    backend, xp, budget, rows = inputs.backend, inputs.xp, inputs.budget, tuple(inputs.valid.shape)
+    kv_heads, num_tokens = rows[1:]
+    if queries is not None or attention is not None:
+        inputs = replace(inputs, state=policy.observe(inputs))
+    if num_tokens <= budget:
+        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(keys)), rows)
+        return Eviction(
+            kept=xp.asarray(everything, copy=True),
+            budget=budget,
+            num_tokens=num_tokens,
+            importance=None,
+            scores=None,
+            protected=None,
+            graph=None,
+            backend=backend,
+            state=inputs.state,
+        )
+    found = policy.assess(inputs)
+    if found.head_budgets is None:
+        kept = select(found.scores, budget, protected=found.protected, valid=inputs.valid, backend=backend)
+    else:
+        width = policy.widest_head(budget, num_tokens, kv_heads)
+        kept = select_per_head(found.scores, found.head_budgets, width, found.protected, inputs.valid, backend=backend)
+    decision = Eviction(
+        kept=kept,
+        budget=budget,
+        num_tokens=num_tokens,
+        importance=found.importance,
+        scores=found.scores,
+        protected=found.protected,
+        graph=found.graph,
+        backend=backend,
+        head_budgets=found.head_budgets,
+    )
+    if inputs.state is None:
+        return decision
+    return replace(decision, state={name: decision.apply(sums) for name, sums in inputs.state.items()})
+
+
+def preference(
+    policy: Policy,
+    keys: Array,
+    /,
+    *,
+    values: Array | None = None,
+    queries: Array | None = None,
+    attention: Array | None = None,
+    layer: int = 0,
+    num_layers: int = 1,
+    valid: Array | None = None,
+    backend: Backend | str | None = None,
+) -> Array | None:
+    """Ask a policy how much one layer wants of the common budget.
+
+    With the answers of all layers, `Policy.layer_budgets` gives each layer its budget, and `LayerBudgets` applies them.
+
+    Parameters
+    ----------
+    policy : Policy
+        For example ``CAKE(budget=512)``.
+    keys, values, queries, attention, layer, num_layers, valid, backend
+        As for `evict`.
+
+    Returns
+    -------
+    array, shape (batch,), float32 or wider, or None
+        None for policies whose budgets do not depend on what is in the layers.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, BackendError
+        As `evict`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import CAKE, preference
+    >>> rows = np.asarray([[[[0.2, 0.0, 0.8, 0.0], [0.2, 0.3, 0.3, 0.2]]]])
+    >>> policy = CAKE(budget=3, window=2, kernel_size=1)
+    >>> preference(policy, np.ones((1, 1, 4, 2)), attention=rows).round(4)
+    array([0.0452])
+    """
+    return policy.preference(
+        _inputs(
+            policy,
+            keys,
+            values=values,
+            queries=queries,
+            attention=attention,
+            layer=layer,
+            num_layers=num_layers,
+            valid=valid,
+            state=None,
+            tokens_seen=None,
+            backend=backend,
+        )
+    )
+
+
+def _inputs(
+    policy: Policy,
+    keys: Array,
+    /,
+    *,
+    values: Array | None,
+    queries: Array | None,
+    attention: Array | None,
+    layer: int,
+    num_layers: int,
+    valid: Array | None,
+    state: Mapping[str, Array] | None,
+    tokens_seen: int | None,
+    backend: Backend | str | None,
+) -> LayerInputs:
+    """Check the arguments of `evict` and put them in order."""
     checks.instance("policy", policy, Policy)
     backend = resolve(backend, keys=keys, values=values, queries=queries, attention=attention, valid=valid)
     xp = backend.xp
@@ -174,9 +305,12 @@ def evict(
     rows = (batch, kv_heads, num_tokens)
     valid = _per_head(valid, keys, rows, backend)
 
-    budget = checks.count("the layer's budget", policy.layer_budget(num_tokens, layer, num_layers))
+    seen = num_tokens if tokens_seen is None else checks.count("tokens_seen", tokens_seen)
+    if seen < num_tokens:
+        raise ArgumentError(f"tokens_seen must be at least N={num_tokens}; got {seen}")
+    budget = checks.count("the layer's budget", policy.layer_budget(seen, layer, num_layers))
     state, num_seen = (None, 0) if state is None else _with_new_tokens(state, rows, backend)
-    inputs = LayerInputs(
+    return LayerInputs(
         keys=primitives.widen(keys, xp=xp),
         values=None if values is None else primitives.widen(values, xp=xp),
         queries=None if queries is None else primitives.widen(queries, xp=xp),
@@ -189,41 +323,6 @@ def evict(
         state=state,
         num_seen=num_seen,
     )
-    if queries is not None or attention is not None:
-        inputs = replace(inputs, state=policy.observe(inputs))
-    if num_tokens <= budget:
-        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(keys)), rows)
-        return Eviction(
-            kept=xp.asarray(everything, copy=True),
-            budget=budget,
-            num_tokens=num_tokens,
-            importance=None,
-            scores=None,
-            protected=None,
-            graph=None,
-            backend=backend,
-            state=inputs.state,
-        )
-    found = policy.assess(inputs)
-    if found.head_budgets is None:
-        kept = select(found.scores, budget, protected=found.protected, valid=valid, backend=backend)
-    else:
-        width = policy.widest_head(budget, num_tokens, kv_heads)
-        kept = select_per_head(found.scores, found.head_budgets, width, found.protected, valid, backend=backend)
-    decision = Eviction(
-        kept=kept,
-        budget=budget,
-        num_tokens=num_tokens,
-        importance=found.importance,
-        scores=found.scores,
-        protected=found.protected,
-        graph=found.graph,
-        backend=backend,
-        head_budgets=found.head_budgets,
-    )
-    if inputs.state is None:
-        return decision
-    return replace(decision, state={name: decision.apply(sums) for name, sums in inputs.state.items()})
 
 
 def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: Backend, /) -> Array:

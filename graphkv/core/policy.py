@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -133,6 +133,8 @@ class Requirements:
         Carries running sums per token from call to call.
     fused_attention : bool
         Works with an attention kernel that hands out no attention rows.
+    preferences : bool
+        Shares the layers' budgets out by `Policy.preference`, so that all layers must be read before one is evicted.
     flops : callable
         ``flops(policy, shape)``, floating-point operations per layer to leading order, as a plain function of the
         policy's fields and a `LayerShape`. Default: none to speak of.
@@ -144,6 +146,7 @@ class Requirements:
     queries: str = "none"
     state: bool = False
     fused_attention: bool = True
+    preferences: bool = False
     flops: Callable[[Any, LayerShape], int] = _no_cost
     bytes: Callable[[Any, LayerShape], int] = _no_cost
 
@@ -156,6 +159,7 @@ class Requirements:
             queries=max(self.queries, base.queries, key=kinds.index),
             state=self.state or base.state,
             fused_attention=self.fused_attention and base.fused_attention,
+            preferences=self.preferences or base.preferences,
         )
 
 
@@ -257,6 +261,38 @@ class Policy(ABC):
         """
         return budgets.tokens_of(self.budget, num_tokens)
 
+    def preference(self, inputs: LayerInputs, /) -> Array | None:
+        """Say how much one layer wants of the common budget.
+
+        Parameters
+        ----------
+        inputs : LayerInputs
+            One layer.
+
+        Returns
+        -------
+        array, shape (batch,), or None
+            Default: None, for policies whose budgets do not depend on what is in the layers.
+        """
+        return None
+
+    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Share the budgets of all layers out by their preferences.
+
+        Parameters
+        ----------
+        preferences : sequence of float
+            One per layer, of one row of the batch.
+        num_tokens : int
+            N, tokens in the cache.
+
+        Returns
+        -------
+        list of int
+            Default: `layer_budget` of every layer.
+        """
+        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]
+
     def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
         """Say how many tokens a single head may keep at most, at a layer budget."""
         return min(budget, num_tokens)
@@ -334,6 +370,14 @@ class Wrapper(Policy):
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Give the base's budget of the layer."""
         return self.base.layer_budget(num_tokens, layer, num_layers)
+
+    def preference(self, inputs: LayerInputs, /) -> Array | None:
+        """Give the base's preference."""
+        return self.base.preference(inputs)
+
+    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Give the base's budgets."""
+        return self.base.layer_budgets(preferences, num_tokens)
 
     def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
         """Give the base's widest head."""

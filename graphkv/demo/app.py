@@ -128,7 +128,8 @@ class Reader:
         Gives the cache, with the queries that the policies will ask for, and the seconds that it took.
         """
         cached = self.prompt.token_ids[:, :-1]
-        cache = EvictingCache(num_queries=max((policy.num_queries(cached.shape[1]) for policy in policies), default=0))
+        wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
+        cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
         self.model(cached, past_key_values=cache, logits_to_keep=1)
         return cache, time.perf_counter() - start
@@ -192,14 +193,16 @@ def _fates(cache: EvictingCache) -> tuple[Any, Any]:
     kept, suppressed = [], []
     for layer in cache.layers:
         everything = torch.zeros((*layer.keys.shape[:2], layer.num_seen), dtype=torch.bool)[0]
-        decision = layer.eviction
-        if decision is None:
+        if layer.record is None:
             kept.append(~everything)
             suppressed.append(everything)
             continue
-        mask = everything.scatter(-1, _host(decision, decision.kept), True)
+        # An unused slot of a head with a smaller budget is at -1: a column more takes it.
+        wider = torch.cat([everything, everything[:, :1]], dim=-1)
+        mask = wider.scatter(-1, layer.true_positions[0] % wider.shape[-1], True)[:, :-1]
         kept.append(mask)
-        if decision.graph is None:
+        (decision,) = layer.record.decisions
+        if decision.graph is None or decision.head_budgets is not None:
             suppressed.append(everything)
             continue
         alone = select(decision.importance, decision.budget, protected=decision.protected, backend=decision.backend)
