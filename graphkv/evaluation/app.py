@@ -68,8 +68,10 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     with Team(model, tokenizer, config, min(workers, len(pending)), threads) as team:
         del model
         _show_progress(pending, team.answer(pending, run), errors)
+    # A file has no width; a table needs one.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for table in _tables(read_records(output)):
-        Console().print(table)
+        console.print(table)
     print(f"Records: {run.path}")
 
 
@@ -117,14 +119,16 @@ def _tables(records: list[Record]) -> Iterable[Table]:
         )
         table.add_column("policy", no_wrap=True)
         for cell in cells:
-            table.add_column(str(cell.budget), justify="right")
+            table.add_column(str(cell.budget), justify="right", no_wrap=True)
         for policy in summary[cells[0]]:
             table.add_row(policy, *(_shown(summary[cell].get(policy)) for cell in cells))
         yield table
 
 
 def _shown(found: statistics.Interval | None) -> str:
-    return "" if found is None else f"{found.mean:.3f} ({found.low:.2f} to {found.high:.2f})"
+    if found is None:
+        return ""
+    return f"{found.mean:.3f}" if found.count < 2 else f"{found.mean:.3f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _identity(config: Config, model: Any, text: str, text_sha256: str) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
-
 from ..adapters import (
     CAKE,
     H2O,
@@ -18,7 +16,6 @@ from ..adapters import (
     ExpectedAttention,
     KeyDiff,
     KNorm,
-    LayerBudgets,
     PyramidKV,
     Random,
     RoCo,
@@ -26,7 +23,6 @@ from ..adapters import (
     StreamingLLM,
 )
 from ..adapters.attention import first_tokens
-from ..core.backend import load
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.eviction import evict
 from ..core.policy import GraphKV, LayerInputs, Policy, Wrapper
@@ -78,24 +74,6 @@ class Sinks(Wrapper):
     def assess(self, inputs: LayerInputs, /) -> Any:
         """Let the base score."""
         return replace(self.base.assess(inputs), protected=self.protect(inputs))
-
-
-@dataclass(frozen=True)
-class Remembered(Wrapper):
-    """A policy whose running sums over the prompt were worked out before, by `running_states`.
-
-    Parameters
-    ----------
-    base : Policy
-    states : sequence of mapping
-        One per layer.
-    """
-
-    states: Sequence[Mapping[str, Array]]
-
-    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array]:
-        """Give what is known."""
-        return self.states[inputs.layer]
 
 
 def make_policy(name: str, budget: int | float, *, sinks: int | None = None, seed: int = 0) -> Policy | None:
@@ -191,14 +169,6 @@ def base_of(policy: Policy) -> Policy:
     return policy
 
 
-def with_base(policy: Policy, base: Policy) -> Policy:
-    """Give the same wrappers over another base."""
-    if not isinstance(policy, Wrapper):
-        return base
-    changed = with_base(policy.base, base)
-    return replace(policy, base=changed)
-
-
 def running_states(
     base: Policy, cache: EvictingCache, before: Sequence[Mapping[str, Array]] | None = None
 ) -> list[Mapping[str, Array]]:
@@ -232,29 +202,3 @@ def running_states(
         )
         states.append(everything.state or {})
     return states
-
-
-def share_among_layers(policy: Policy, cache: EvictingCache) -> Policy:
-    """Give CAKE the layer budgets that follow from all layers' attention; any other policy stays."""
-    base = base_of(policy)
-    if not isinstance(base, CAKE):
-        return policy
-    backend = load("torch")
-    preferences = []
-    for number, layer in enumerate(cache.layers):
-        window = base.num_queries(layer.num_seen)
-        if layer.queries is None:
-            raise ArgumentError("the cache must have kept queries for CAKE; got none")
-        inputs = LayerInputs(
-            keys=layer.keys.float(),
-            values=None,
-            queries=layer.queries[:, :, -window:].float(),
-            attention=None,
-            valid=torch.ones(layer.keys.shape[:3], dtype=torch.bool, device=layer.keys.device),
-            budget=policy.layer_budget(layer.num_seen, number, len(cache.layers)),
-            layer=number,
-            num_layers=len(cache.layers),
-            backend=backend,
-        )
-        preferences.append(float(base.preference(inputs)[0]))
-    return with_base(policy, LayerBudgets(base, base.layer_budgets(preferences, cache.layers[0].num_seen)))

@@ -15,15 +15,15 @@ from ..core.types import Array
 from ..integrations.transformers import EvictingCache, observing
 from . import metrics
 from .config import Config
-from .policies import Remembered, base_of, make_policy, running_states, share_among_layers, with_base
+from .policies import base_of, make_policy, running_states
 from .records import Record, record_key
 from .tasks import Prompt, Question
 
-__all__ = ["evaluate", "extend", "stack"]
+__all__ = ["evaluate", "missing", "stack"]
 
 FULL = "full"
 # What policies with running sums know, per base policy and layer.
-States = dict[Policy, list[Mapping[str, Array]]]
+States = dict[Policy | None, list[Mapping[str, Array]]]
 
 
 def evaluate(model: Any, tokenizer: Any, prompt: Prompt, config: Config, done: Set[str] = frozenset()) -> list[Record]:
@@ -67,20 +67,6 @@ def missing(prompt: Prompt, config: Config, done: Set[str]) -> list[tuple[str, i
     ]
 
 
-def extend(model: Any, cache: EvictingCache, ids: torch.Tensor) -> EvictingCache:
-    """Give a copy of an unevicted cache that has read further tokens, with the queries of all of them."""
-    longer = cache.copy()
-    before = [layer.queries for layer in longer.layers]
-    for layer in longer.layers:
-        layer.is_prefilled = False
-        layer.num_queries = ids.shape[1]
-    model(ids, past_key_values=longer, logits_to_keep=1)
-    for layer, queries in zip(longer.layers, before, strict=True):
-        if queries is not None and layer.queries is not None:
-            layer.queries = torch.cat([queries, layer.queries], dim=2)
-    return longer
-
-
 def stack(caches: Sequence[EvictingCache]) -> EvictingCache:
     """Put caches of one prompt that store equally many tokens in every layer into one batch.
 
@@ -92,15 +78,16 @@ def stack(caches: Sequence[EvictingCache]) -> EvictingCache:
     Returns
     -------
     EvictingCache
-        Row i goes on as `caches` [i] would.
+        Row i goes on as `caches` [i] would. It cannot be evicted.
     """
     result = caches[0].copy()
     for layer, rows in zip(result.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
         layer.keys = torch.cat([row.keys for row in rows])
         layer.values = torch.cat([row.values for row in rows])
-        if layer.positions is not None:
-            layer.positions = torch.cat([row.positions for row in rows])
-        layer.queries = None
+        layer.positions = torch.cat([row.true_positions for row in rows])
+        if any(row.valid is not None for row in rows):
+            layer.valid = layer.positions >= 0
+        layer.queries, layer.state = None, {}
     return result
 
 
@@ -171,7 +158,8 @@ class Reading:
         for index in (index for mode, index in asked if mode == "aware"):
             # The last token stays out, so that even the answer's first token is told from the evicted cache.
             *inside, last = self.prompt.questions[index].ids
-            cache = extend(self.model, context, self._tokens(inside))
+            cache = context.copy()
+            self.model(self._tokens(inside), past_key_values=cache, logits_to_keep=1)
             yield Site(
                 mode="aware", cache=cache, questions={index: (last,)}, states=self._states(cache, agnostic.states)
             )
@@ -180,8 +168,8 @@ class Reading:
         """Work out the running sums of the policies that have some, once for all budgets."""
         states: States = {}
         for policy in self._all_policies():
-            base = replace(base_of(policy), budget=1)
-            if base.needs().state and base not in states:
+            base = _stateful_base(policy)
+            if base is not None and base not in states:
                 states[base] = running_states(base, cache, before.get(base))
         return states
 
@@ -210,14 +198,16 @@ class Reading:
 
     def _evict(self, site: Site, name: str, policy: Policy, budget: int) -> EvictingCache:
         cache = site.cache.copy()
-        base = base_of(policy)
-        states = site.states.get(replace(base, budget=1))
-        if states is not None:
-            policy = with_base(policy, Remembered(base, states))
-        cache.evict(share_among_layers(policy, cache))
-        stored = [layer.num_stored for layer in cache.layers]
-        if sum(stored) != budget * len(stored):
-            raise GraphKVError(f"{name} must keep {budget} tokens per layer on average; it kept {stored}")
+        states = site.states.get(_stateful_base(policy))
+        for layer, state in zip(cache.layers, states or (), strict=False):
+            layer.state = state
+        cache.evict(policy)
+        kept = [int((layer.true_positions >= 0).sum()) for layer in cache.layers]
+        kv_heads = cache.layers[0].keys.shape[1]
+        if sum(kept) != budget * len(kept) * kv_heads:
+            raise GraphKVError(
+                f"{name} must keep {budget} tokens per head on average; it kept {kept} in {kv_heads} heads"
+            )
         return cache
 
     def _answer_batch(
@@ -296,6 +286,11 @@ class Reading:
             score=None if text is None else metrics.score(question.metric, text, question.references),
             text=text,
         )
+
+
+def _stateful_base(policy: Policy) -> Policy | None:
+    """Give the base whose running sums a policy needs, whatever its budget; None where there are no sums."""
+    return replace(base_of(policy), budget=1) if policy.needs().state else None
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -183,13 +183,16 @@ def interval(values: Sequence[float], /, *, level: float = 0.95, seed: int = 0) 
     Parameters
     ----------
     values : sequence of float
-        One per prompt. Of a single one, or of equal ones, the interval is the mean.
+        One per prompt. A single one says nothing about others: the interval is infinite. Equal ones have an interval of
+        no width.
     level : float
     seed : int
         Of the resampling, so that equal values give equal intervals.
     """
     array = np.asarray(values, dtype=float)
     mean = float(array.mean())
+    if len(array) == 1:
+        return Interval(mean=mean, low=-np.inf, high=np.inf, count=1)
     if np.ptp(array) == 0:
         return Interval(mean=mean, low=mean, high=mean, count=len(array))
     found = stats.bootstrap(

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
 from types import TracebackType
 from typing import Any
 
@@ -73,7 +72,9 @@ class Team:
         done = [frozenset(key for key in run.done if key.startswith(f"{prompt.name}|")) for prompt in prompts]
         if self.pool is None:
             model, tokenizer, config = self.here
-            answered = (evaluate(model, tokenizer, *work) for work in zip(prompts, repeat(config), done, strict=False))
+            answered: Iterator[list[Record]] = (
+                evaluate(model, tokenizer, prompt, config, there) for prompt, there in zip(prompts, done, strict=True)
+            )
         else:
             answered = self.pool.map(_answer, prompts, done)
         for prompt, records in zip(prompts, answered, strict=True):
