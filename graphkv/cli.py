@@ -103,6 +103,14 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="File or folder of text for the prompts. Default: Python's language reference.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File of rows with context, question and answers, one JSON object per line, to ask instead."),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of rows that name none, such as f1 or rouge_l.")] = None,
+    closeness: Annotated[
+        bool | None, typer.Option("--closeness/--no-closeness", help="Compare attention with the full cache's.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time.")] = None,
     workers: Annotated[
         int | None,
@@ -131,7 +139,10 @@ def evaluate(
         "split": split,
         "seed": seed,
         "generate": generate,
+        "closeness": closeness,
         "text": None if text is None else str(text),
+        "data": None if data is None else str(data),
+        "metric": metric,
         "batch": batch,
     }
     try:

@@ -22,12 +22,13 @@ from .. import __version__
 from ..core.errors import ArgumentError
 from . import statistics
 from .config import Config
+from .data import Row, data_prompts, read_rows
 from .model import DEFAULT_MODEL
 from .records import Record, Run, read_records
 from .runner import missing
 from .tasks import Prompt, PromptMaker, seeds_of
 from .team import Team, load
-from .text import default_text, read_text
+from .text import Text, default_text, read_text
 
 __all__ = ["main"]
 
@@ -51,19 +52,11 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     workers = workers or (cores if config.model is None else 1)
     threads = threads or max(1, cores // workers)
     errors = Console(stderr=True)
+    rows = None if config.data is None else read_rows(Path(config.data), config.metric)
     text = default_text() if config.text is None else read_text(Path(config.text))
     model, tokenizer = load(config, threads)
-    run = Run(output, _identity(config, model, text.name, text.sha256()), _session())
-    maker = PromptMaker(tokenizer, text)
-    seeds = seeds_of(config.split, config.seed, config.prompts)
-    # All lengths of a seed before the next one, so that a run that is broken off is balanced.
-    prompts = [
-        maker.make(tasks, length, config.split, seed)
-        for seed in seeds
-        for tasks in config.tasks
-        for length in config.lengths
-    ]
-    _check_lengths(model, prompts, config)
+    prompts = _written(model, tokenizer, text, config) if rows is None else _read(model, tokenizer, rows, errors)
+    run = Run(output, _identity(config, model, text), _session())
     pending = [prompt for prompt in prompts if missing(prompt, config, run.done)]
     with Team(model, tokenizer, config, min(workers, len(pending)), threads) as team:
         del model
@@ -75,7 +68,15 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     print(f"Records: {run.path}")
 
 
-def _check_lengths(model: Any, prompts: list[Prompt], config: Config) -> None:
+def _written(model: Any, tokenizer: Any, text: Text, config: Config) -> list[Prompt]:
+    """Make the prompts of tasks: all lengths of a seed before the next one, so that a broken-off run is balanced."""
+    maker = PromptMaker(tokenizer, text)
+    prompts = [
+        maker.make(tasks, length, config.split, seed)
+        for seed in seeds_of(config.split, config.seed, config.prompts)
+        for tasks in config.tasks
+        for length in config.lengths
+    ]
     most = int(model.config.max_position_embeddings)
     for prompt in prompts:
         for question in prompt.questions:
@@ -83,6 +84,15 @@ def _check_lengths(model: Any, prompts: list[Prompt], config: Config) -> None:
             total = len(prompt.ids) + len(question.ids) + answer
             if total > most:
                 raise ArgumentError(f"--length must fit into the model's {most} positions; {prompt.name} needs {total}")
+    return prompts
+
+
+def _read(model: Any, tokenizer: Any, rows: list[Row], errors: Console) -> list[Prompt]:
+    """Make the prompts of rows, and say which of them did not come whole."""
+    prompts, cut = data_prompts(rows, tokenizer, int(model.config.max_position_embeddings))
+    if cut:
+        errors.print(f"{cut} of {len(prompts)} contexts did not fit and lost their middle", highlight=False)
+    return prompts
 
 
 def _show_progress(pending: list[Prompt], done: Iterable[Prompt], errors: Console) -> None:
@@ -131,12 +141,14 @@ def _shown(found: statistics.Interval | None) -> str:
     return f"{found.mean:.3f}" if found.count < 2 else f"{found.mean:.3f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def _identity(config: Config, model: Any, text: str, text_sha256: str) -> dict[str, Any]:
+def _identity(config: Config, model: Any, text: Text) -> dict[str, Any]:
     """Everything that the numbers depend on and that stays the same in every session of a run."""
+    data = None if config.data is None else hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     return {
         "config": config.as_json(),
         "model": {"name": config.model or DEFAULT_MODEL, "sha256": _hash_of(model), "dtype": str(model.dtype)},
-        "text": {"name": text, "sha256": text_sha256},
+        "text": {"name": text.name, "sha256": text.sha256()},
+        "data": {"sha256": data},
         "threads": torch.get_num_threads(),
     }
 

@@ -56,7 +56,9 @@ class Config:
     text : str or None
         File or folder. None: CPython's language reference.
     data : str or None
-        File of rows to ask about instead of `tasks`.
+        File of rows to ask about instead of `tasks`, see `read_rows`.
+    metric : str or None
+        For rows that name none.
     batch : int
         Most caches that answer as one batch.
     """
@@ -75,6 +77,7 @@ class Config:
     model: str | None = None
     text: str | None = None
     data: str | None = None
+    metric: str | None = None
     batch: int = 16
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class Config:
         seeds_of(self.split, checks.count("seed", self.seed), self.prompts)
         for policy in self.policies:
             make_policy(policy, self.budgets[0], sinks=self.sinks[0])
-        for name in ("model", "text", "data"):
+        for name in ("model", "text", "data", "metric"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ArgumentError(f"{name} must be a string; got {value!r}")
@@ -164,4 +167,8 @@ def load_config(suite: str | None, path: Path | None, changes: dict[str, Any]) -
         raise ArgumentError(
             f"--config {path} has unknown settings: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
         )
-    return Config(**(values | changes))
+    values |= changes
+    if "data" in values:
+        # The metrics of a data set are about what the model says.
+        values.setdefault("generate", True)
+    return Config(**values)

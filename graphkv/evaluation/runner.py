@@ -14,6 +14,7 @@ from ..core.policy import Policy
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache, observing
 from . import metrics
+from .closeness import MOST_QUERIES, Probe, make_probe
 from .config import Config
 from .policies import base_of, make_policy, running_states
 from .records import Record, record_key
@@ -103,6 +104,7 @@ class Site:
     questions: dict[int, tuple[int, ...]]
     states: States
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    probes: dict[int, Probe] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,10 @@ class Reading:
         """Give the prompt with all its questions to come, then the prompt with each question in it."""
         num_tokens = len(self.prompt.ids)
         policies = self._all_policies()
-        context = EvictingCache(num_queries=max((policy.num_queries(num_tokens) for policy in policies), default=0))
+        wanted = [policy.num_queries(num_tokens) for policy in policies]
+        if self.config.closeness:
+            wanted.append(MOST_QUERIES)
+        context = EvictingCache(num_queries=max(wanted, default=0))
         self.model(self._tokens(self.prompt.ids), past_key_values=context, logits_to_keep=1)
         later = {index: self.prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
         agnostic = Site(mode="agnostic", cache=context, questions=later, states=self._states(context, {}))
@@ -178,7 +183,10 @@ class Reading:
     def _answer_from_full(self, site: Site) -> Iterator[Record]:
         for index, ids in site.questions.items():
             question = self.prompt.questions[index]
-            logits = self._tell(site.cache.copy(), ids, question)
+            cache = site.cache.copy()
+            logits = self._tell(cache, ids, question)
+            if self.config.closeness:
+                site.probes[index] = make_probe(cache, site.cache.layers[0].num_seen, len(question.answer))
             site.logits[index] = logits[0].float().log_softmax(-1)
             texts = self._generate(site.cache, ids, question, 1)
             yield self._record(site, index, FULL, None, None, site.cache, logits[0], texts[0])
@@ -264,6 +272,7 @@ class Reading:
         prompt, question = self.prompt, self.prompt.questions[index]
         told, full = logits.float().log_softmax(-1), site.logits[index]
         answer = torch.tensor(question.answer, device=told.device)
+        error, mass = site.probes[index].compare(cache) if index in site.probes else (None, None)
         return Record(
             prompt=prompt.name,
             task=question.task,
@@ -285,6 +294,8 @@ class Reading:
             metric=question.metric,
             score=None if text is None else metrics.score(question.metric, text, question.references),
             text=text,
+            output_error=error,
+            attention_mass=mass,
         )
 
 

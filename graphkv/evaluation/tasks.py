@@ -7,21 +7,26 @@ the prompt ends with, so that the likelihood of an answer is about the answer an
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import pi
 from random import Random
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from ..core.errors import ArgumentError
-from .text import SPLITS, Haystack, Text
+from .text import SPLITS, Haystack, Text, default_code
 
 __all__ = ["TASKS", "Prompt", "PromptMaker", "Question", "Task", "encode_question"]
 
 KINDS = ("number", "word", "uuid")
 DEPTHS = tuple((2 * step + 1) / 20 for step in range(10))
 CONTINUATION_TOKENS = 64
+# Below that, common words are hardly more common than others.
+FEWEST_ENTRIES = 60
 MARKER = "<<document>>"
 
 
@@ -127,13 +132,16 @@ class Task:
     Attributes
     ----------
     haystack : str
-        ``text``, or ``code``.
+        ``text``, ``code``, or ``words``: a document that the task writes itself.
     riddle : callable or None
         ``riddle(random, seed)`` gives a `Riddle`. None: nothing is hidden, the text itself is to be continued.
+    write : callable or None
+        ``write(random, words, size)`` gives a document of `size` entries, and the `Riddle` about it.
     """
 
     haystack: str = "text"
     riddle: Callable[[Random, int], Riddle] | None = None
+    write: Callable[[Random, list[str], int], tuple[str, Riddle]] | None = None
 
 
 def needle(random: Random, seed: int, kind: str | None = None) -> Riddle:
@@ -173,9 +181,133 @@ def _hidden(kind: str, key: str, value: str) -> str:
     return f"The secret {kind} of the {key} is {value}."
 
 
+def multi_key(random: Random, seed: int) -> Riddle:
+    """Hide numbers under 4 keys and ask for one of them."""
+    keys, values = _keys(random, 4), _values(random, "number", 4)
+    return Riddle(
+        inserts=_spread(random, [_hidden("number", key, value) for key, value in zip(keys, values, strict=True)]),
+        question=f"What is the secret number of the {keys[0]}?",
+        prefix=f"The secret number of the {keys[0]} is",
+        answer=values[0],
+        references=(values[0],),
+    )
+
+
+def multi_value(random: Random, seed: int) -> Riddle:
+    """Hide 4 numbers under one key and ask for all."""
+    (key,), values = _keys(random, 1), _values(random, "number", 4)
+    return Riddle(
+        inserts=_spread(random, [f"One of the secret numbers of the {key} is {value}." for value in values]),
+        question=f"What are all the secret numbers of the {key}?",
+        prefix=f"The secret numbers of the {key} are",
+        answer=_listed(values),
+        references=tuple(values),
+        max_new_tokens=64,
+    )
+
+
+def multi_query(random: Random, seed: int) -> Riddle:
+    """Hide numbers under 4 keys and ask for all of them."""
+    keys, values = _keys(random, 4), _values(random, "number", 4)
+    named = _listed([f"the {key}" for key in keys])
+    return Riddle(
+        inserts=_spread(random, [_hidden("number", key, value) for key, value in zip(keys, values, strict=True)]),
+        question=f"What are the secret numbers of {named}, in this order?",
+        prefix=f"The secret numbers of {named} are",
+        answer=_listed(values),
+        references=tuple(values),
+        max_new_tokens=64,
+    )
+
+
+def variable_tracking(random: Random, seed: int) -> Riddle:
+    """Assign a number to a variable, that to a next one and so on, over 4 hops; ask who holds the number."""
+    names = ["".join(random.choices(ascii_uppercase, k=5)) for _ in range(5)]
+    value = str(random.randrange(10_000, 100_000))
+    steps = [
+        f"VAR {name} = {source}" for name, source in zip(names, [value, *(f"VAR {x}" for x in names)], strict=False)
+    ]
+    return Riddle(
+        inserts=_spread(random, steps),
+        question=f"Variables were assigned in the text above. Which variables hold the value {value} in the end?",
+        prefix=f"The variables that hold the value {value} are",
+        answer=_listed(names),
+        references=tuple(names),
+    )
+
+
+def code(random: Random, seed: int) -> Riddle:
+    """Hide a function among others and ask for the default of one of its parameters."""
+    (key,), (value,) = _keys(random, 1), random.sample(range(1000, 10_000), 1)
+    name, parameter = key.replace(" ", "_"), random.choice(("timeout", "limit", "offset", "width"))
+    body = f"    return min(value, {parameter})"
+    return Riddle(
+        inserts=((DEPTHS[seed % len(DEPTHS)], f"def visit_{name}(value, {parameter}={value}):\n{body}"),),
+        question=f"What is the default value of the parameter `{parameter}` of the function `visit_{name}`?",
+        prefix=f"The default value of `{parameter}` in `visit_{name}` is",
+        answer=str(value),
+        references=(str(value),),
+    )
+
+
+def common_words(random: Random, words: list[str], size: int) -> tuple[str, Riddle]:
+    """List 10 words 30 times each among words that come 3 times, less often in short lists; ask for the 10."""
+    often = max(2, min(30, size // 20))
+    seldom = max(1, often // 10)
+    drawn = random.sample(words, min(len(words), 10 + size))
+    common = drawn[:10]
+    rest = [word for word in drawn[10:] for _ in range(seldom)]
+    entries = (common * often + rest)[:size]
+    if len(entries) < size:
+        raise ArgumentError(f"--text must have more different words for common-words; it has {len(words)}")
+    random.shuffle(entries)
+    return "\n".join(f"{number}. {word}" for number, word in enumerate(entries, start=1)), Riddle(
+        inserts=(),
+        question="Some words come more often than others in the list above. Which are the 10 most frequent words?",
+        prefix="The 10 most frequent words of the list are",
+        answer=_listed(common),
+        references=tuple(common),
+        max_new_tokens=96,
+    )
+
+
+def frequent_words(random: Random, words: list[str], size: int) -> tuple[str, Riddle]:
+    """Mix made-up words, the k-th as often as k to the power of -2 says; ask for the first three that are words.
+
+    The most frequent one of all is three dots, which is noise.
+    """
+    made_up = ["...", *("".join(random.choices(ascii_lowercase, k=6)) for _ in range(size))]
+    entries = [word for rank, word in enumerate(made_up, start=1) for _ in range(round(size * 6 / (pi * rank) ** 2))]
+    random.shuffle(entries)
+    return " ".join(entries), Riddle(
+        inserts=(),
+        question="The text above is made of code words; dots mean nothing. Which are the 3 most frequent code words?",
+        prefix="The 3 most frequent code words are",
+        answer=_listed(made_up[1:4]),
+        references=tuple(made_up[1:4]),
+    )
+
+
+def _spread(random: Random, paragraphs: list[str]) -> tuple[tuple[float, str], ...]:
+    """Give paragraphs different depths, in their order."""
+    return tuple(zip(sorted(random.sample(DEPTHS, len(paragraphs))), paragraphs, strict=True))
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Write a list as people do: a, b and c."""
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 TASKS: dict[str, Task] = {
     "needle": Task(riddle=needle),
     **{f"needle-{kind}": Task(riddle=_of_kind(kind)) for kind in KINDS},
+    "multi-key": Task(riddle=multi_key),
+    "multi-value": Task(riddle=multi_value),
+    "multi-query": Task(riddle=multi_query),
+    "variable-tracking": Task(riddle=variable_tracking),
+    "code": Task(haystack="code", riddle=code),
+    "common-words": Task(haystack="words", write=common_words),
+    "frequent-words": Task(haystack="words", write=frequent_words),
     "continuation": Task(),
 }
 
@@ -194,6 +326,7 @@ class PromptMaker:
         self.tokenizer = tokenizer
         self.text = text
         self._haystacks: dict[tuple[str, str], Haystack] = {}
+        self._vocabulary: dict[str, list[str]] = {}
 
     @cached_property
     def template(self) -> tuple[str, str]:
@@ -224,6 +357,25 @@ class PromptMaker:
             If a task is unknown, tasks cannot share a prompt, or text or length is too short.
         """
         names = task_names(tasks)
+        header = self._encode(self.template[0])
+        write = TASKS[names[0]].write
+        if write is not None:
+            ids, questions = self._write(write, names[0], length - len(header), split, seed)
+        else:
+            ids, questions = self._hide(names, length, len(header), split, seed)
+        return Prompt(
+            name=f"{tasks}/{length}/{seed}",
+            length=length,
+            seed=seed,
+            split=split,
+            ids=(*header, *ids),
+            questions=questions,
+        )
+
+    def _hide(
+        self, names: list[str], length: int, header: int, split: str, seed: int
+    ) -> tuple[list[int], tuple[Question, ...]]:
+        """Put riddles into running text; give the tokens after the header, and the questions."""
         haystack = self._haystack(TASKS[names[0]].haystack, split)
         riddles = {
             name: riddle(Random(f"{seed}/{name}"), seed) for name in names if (riddle := TASKS[name].riddle) is not None
@@ -233,25 +385,46 @@ class PromptMaker:
             for name, riddle in riddles.items()
             for depth, paragraph in riddle.inserts
         ]
-        header = self._encode(self.template[0])
-        room = length - len(header) - sum(len(ids) for _, _, ids in inserts)
+        room = length - header - sum(len(ids) for _, _, ids in inserts)
         if room < length // 2:
-            raise ArgumentError(
-                f"--length must leave at least half of the prompt to the text for {tasks}; got {length}"
-            )
+            raise ArgumentError(f"--length must leave half of the prompt to the text, here {names}; got {length}")
         piece, starts = haystack.cut(seed, room + CONTINUATION_TOKENS + 1)
-        ids, depths = _insert(header, piece[:room], [start for start in starts if start < room], inserts, length)
-        questions = tuple(
+        ids, places = _insert(piece[:room], [start for start in starts if start < room], inserts)
+        depths = {name: [round((header + place) / length, 4) for place in found] for name, found in places.items()}
+        return ids, tuple(
             self._ask(name, riddles[name], depths[name]) if name in riddles else _continue(name, piece[room:])
             for name in names
         )
-        return Prompt(
-            name=f"{tasks}/{length}/{seed}", length=length, seed=seed, split=split, ids=tuple(ids), questions=questions
-        )
+
+    def _write(
+        self, write: Callable[..., tuple[str, Riddle]], name: str, room: int, split: str, seed: int
+    ) -> tuple[list[int], tuple[Question, ...]]:
+        """Let a task write the longest document that fits; it may fall short by less than an entry."""
+
+        def written(size: int) -> tuple[list[int], Riddle]:
+            document, riddle = write(Random(f"{seed}/{name}"), self._words(split), size)
+            return self._encode(document), riddle
+
+        least, most = 1, room
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (middle, most) if len(written(middle)[0]) <= room else (least, middle)
+        ids, riddle = written(least)
+        if least < FEWEST_ENTRIES:
+            raise ArgumentError(f"--length must have room for {FEWEST_ENTRIES} entries of {name}; got {least}")
+        return ids, (self._ask(name, riddle, []),)
+
+    def _words(self, split: str) -> list[str]:
+        """Give the text's own words of 4 to 9 letters."""
+        if split not in self._vocabulary:
+            found = re.findall(r"\b[a-z]{4,9}\b", "\n".join(self.text.of_split(split)))
+            self._vocabulary[split] = sorted(set(found))
+        return self._vocabulary[split]
 
     def _haystack(self, source: str, split: str) -> Haystack:
         if (source, split) not in self._haystacks:
-            self._haystacks[source, split] = Haystack(self.text.of_split(split), self.tokenizer)
+            text = default_code() if source == "code" else self.text
+            self._haystacks[source, split] = Haystack(text.of_split(split), self.tokenizer)
         return self._haystacks[source, split]
 
     def _ask(self, name: str, riddle: Riddle, depths: list[float]) -> Question:
@@ -277,8 +450,9 @@ def task_names(tasks: str) -> list[str]:
     for name in names:
         if name not in TASKS:
             raise ArgumentError(f"--task must be one of {', '.join(TASKS)}, or some of them joined by +; got {name!r}")
-    if len(set(names)) < len(names) or len({TASKS[name].haystack for name in names}) > 1:
-        raise ArgumentError(f"--task can join different tasks over the same kind of text only; got {tasks!r}")
+    kinds = {TASKS[name].haystack for name in names}
+    if len(set(names)) < len(names) or len(kinds) > 1 or (len(names) > 1 and kinds == {"words"}):
+        raise ArgumentError(f"--task can join different tasks over the same text only; got {tasks!r}")
     return names
 
 
@@ -305,26 +479,23 @@ def encode_question(
 
 
 def _insert(
-    header: list[int],
-    piece: list[int],
-    starts: list[int],
-    inserts: list[tuple[float, str, list[int]]],
-    length: int,
-) -> tuple[list[int], dict[str, list[float]]]:
+    piece: list[int], starts: list[int], inserts: list[tuple[float, str, list[int]]]
+) -> tuple[list[int], dict[str, list[int]]]:
     """Put paragraphs where a paragraph begins nearest to their depth; say where they came to lie."""
     placed = sorted(
         (min(starts, key=lambda start: abs(start - depth * len(piece))), number)
         for number, (depth, _, _) in enumerate(inserts)
     )
-    ids, begin = list(header), 0
-    depths: dict[str, list[float]] = {}
+    ids: list[int] = []
+    begin = 0
+    places: dict[str, list[int]] = {}
     for place, number in placed:
         _, name, paragraph = inserts[number]
         ids += piece[begin:place]
-        depths.setdefault(name, []).append(round(len(ids) / length, 4))
+        places.setdefault(name, []).append(len(ids))
         ids += paragraph
         begin = place
-    return ids + piece[begin:], depths
+    return ids + piece[begin:], places
 
 
 def _continue(name: str, following: list[int]) -> Question:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import configparser
+import difflib
 import hashlib
+import inspect
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +17,7 @@ from typing import Any
 
 from ..core.errors import ArgumentError
 
-__all__ = ["SPLITS", "Haystack", "Text", "default_text", "read_text"]
+__all__ = ["SPLITS", "Haystack", "Text", "default_code", "default_text", "read_text"]
 
 # Seeds of the prompts. Whatever is tuned is tuned on the first, and reported on the second.
 SPLITS = {"tuning": range(10_000), "held-out": range(10_000, 20_000)}
@@ -19,6 +25,7 @@ SPLITS = {"tuning": range(10_000), "held-out": range(10_000, 20_000)}
 TUNING_SHARE = 1 / 3
 # Longer paragraphs are cut at line ends, so that there is a place for a needle near every depth.
 LONGEST = 400
+MODULES = (argparse, ast, configparser, difflib, inspect, textwrap)
 GOLDEN = 0.6180339887498949
 
 
@@ -54,6 +61,11 @@ def default_text() -> Text:
     # The longest chapters first: the short ones are mostly parts of them.
     chapters = sorted(topics.topics, key=lambda name: (-len(topics.topics[name]), name))
     return Text(name="pydoc_data.topics", documents=_documents(topics.topics[name] for name in chapters))
+
+
+def default_code() -> Text:
+    """Give modules of the standard library that are written in Python."""
+    return Text(name="standard library", documents=_documents(inspect.getsource(module) for module in MODULES))
 
 
 def read_text(path: Path, /) -> Text:
