@@ -10,8 +10,9 @@ BIN := .venv/bin
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
 
+# Two processes of one thread each: two of two would wait for each other.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
 thorough: .venv/installed-test
