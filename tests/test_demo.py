@@ -13,14 +13,15 @@ from graphkv.__main__ import main
 from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.demo import model as demo_model
-from graphkv.demo.app import BASES
-from tests.integrations.tiny import save_tiny
+from graphkv.evaluation import model as demo_model
+from graphkv.evaluation.policies import BASES
+from tests.integrations.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
+    """A saved model of 512 positions, with a tokenizer that knows bytes only."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

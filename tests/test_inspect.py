@@ -20,7 +20,7 @@ from graphkv.demo.findings import Findings, find
 from graphkv.demo.page import write_page
 from graphkv.demo.picture import draw_findings
 from graphkv.integrations.transformers import EvictingCache, Fate, LayerStats, Suppressions, fates, observing
-from tests.integrations.tiny import FAMILIES, save_tiny, tiny_llama
+from tests.integrations.tiny import FAMILIES, save_tiny_llama, tiny_llama
 
 N = 61  # no multiple of 4: the last byte of the fates is not full
 POLICIES = {
@@ -38,7 +38,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

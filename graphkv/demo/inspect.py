@@ -9,11 +9,11 @@ from rich.console import Console
 
 from ..core.backend import load
 from ..core.errors import ArgumentError
+from ..evaluation.model import DEFAULT_MODEL, load_model
+from ..evaluation.policies import make_policy
 from ..integrations.transformers import EvictingCache, observing
-from .app import make_policy
 from .files import check_folder, write_files
 from .findings import find
-from .model import DEFAULT_MODEL, load_model
 from .page import write_page
 from .picture import draw_findings
 from .progress import progress
@@ -36,7 +36,7 @@ def main(
     output: Path,
 ) -> None:
     """Run the inspection, print the cache's report and write picture and page; see `graphkv.cli.inspect`."""
-    chosen = make_policy(policy, budget, seed)
+    chosen = make_policy(policy, budget, seed=seed)
     if chosen is None:
         raise ArgumentError(f"--policy must evict something; got {policy!r}")
     decider = load(backend)

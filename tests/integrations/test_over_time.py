@@ -149,34 +149,30 @@ def test_a_chunked_prefill_of_generate_stores_no_more_than_budget_and_chunk(mode
     assert max(most) == 14 + 8
 
 
-class Counting(Policy):
-    """Keeps the newest; counts what it was given."""
-
-    def score(self, inputs, /):
-        position = inputs.xp.arange(inputs.num_tokens, dtype=inputs.keys.dtype)
-        return inputs.xp.broadcast_to(position, inputs.valid.shape)
-
-
 def bytes_alive():
     gc.collect()
     return sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
 
 
-@pytest.mark.parametrize("policy", [GraphKV(SNAPKV), H2O(budget=12), AdaKV(SNAPKV)], ids=["snapkv", "h2o", "adakv"])
-def test_ten_thousand_steps_take_constant_memory(policy):
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [(GraphKV(H2O(budget=12)), 10_000), (SNAPKV, 1_000), (AdaKV(SNAPKV), 1_000), (CAKE(budget=14, window=6), 1_000)],
+    ids=["h2o+graphkv", "snapkv", "adakv", "cake"],
+)
+def test_ten_thousand_steps_take_constant_memory(policy, steps):
     model = tiny_llama(num_hidden_layers=1, hidden_size=12, num_attention_heads=2, num_key_value_heads=1, vocab_size=11)
     sizes, stored = [], []
     with observing(model), torch.inference_mode():
         cache = EvictingCache(policy, every=50)
         token = model(torch.arange(1, 10)[None], past_key_values=cache).logits[:, -1:].argmax(-1)
-        for step in range(1, 10_001):
+        for step in range(1, steps + 1):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            if step % 2_000 == 0:
+            if step % (steps // 5) == 0:
                 # A multiple of `every`: eviction has just run.
                 sizes.append(bytes_alive())
                 stored.append(cache.layers[0].num_stored)
 
-    assert cache.get_seq_length() == 10_009
+    assert cache.get_seq_length() == 9 + steps
     assert stored == [stored[0]] * 5
     assert stored[0] <= policy.budget
     assert sizes == [sizes[0]] * 5
@@ -475,6 +471,24 @@ def test_a_model_may_run_under_our_attention_for_good(ids):
     assert greedy(model, ids[None, :N], 12, past_key_values=cache).tolist() == expected.tolist()
     assert cache.layers[0].num_evictions == 3
     assert greedy(model, ids[None, :N], 12).tolist() != expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_gives_what_it_gives_uncompiled(ids):
+    """The model is cut at the cache; a graph without cuts is refused, and says where."""
+    model = tiny_llama()
+    with observing(model):
+        expected_cache, cache = EvictingCache(SNAPKV, every=4), EvictingCache(SNAPKV, every=4)
+        calls = [N] + [1] * 10
+        expected = read(model, expected_cache, ids[: N + 10], calls)
+        compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+        assert_close(read(compiled, cache, ids[: N + 10], calls), expected)
+        assert [layer.num_evictions for layer in cache.layers] == [3] * 3
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"EvictingCache\.update"):
+            read(whole, EvictingCache(SNAPKV), ids[:N], [N])
+    torch._dynamo.reset()
 
 
 # Misuse.

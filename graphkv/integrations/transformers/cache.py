@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers.cache_utils import Cache
@@ -16,7 +17,16 @@ from ...core.policy import Policy
 from .layer import EvictingLayer, Settings
 from .report import LayerStats, describe, layer_stats
 
-__all__ = ["EvictingCache", "met_by"]
+__all__ = ["EvictingCache", "met_by", "not_compiled"]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: Function) -> Function:
+    """Cut a model here under torch.compile: what a cache keeps is not to be traced."""
+    disable: Any = torch.compiler.disable
+    return cast("Function", disable(function))
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
@@ -94,6 +104,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         layer.record_past = self._records_past
         return layer
 
+    @not_compiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

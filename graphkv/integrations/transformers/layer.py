@@ -26,11 +26,18 @@ class Source:
     """The attention module that a layer's keys come from: its class, its configuration and which layer it is.
 
     The module itself would make a copy of the cache a copy of the model.
+
+    Attributes
+    ----------
+    has_all_heads, has_whole_groups : bool
+        Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
     """
 
     kind: type
     config: Any
     index: int
+    has_all_heads: bool = True
+    has_whole_groups: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +237,15 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Raises
         ------
         ArgumentError
-            If the layer has seen nothing, lacks the queries that the policy needs, or has dropped tokens that a larger
-            budget would want back.
+            If the layer has seen nothing, lacks the queries that the policy needs, has dropped tokens that a larger
+            budget would want back, or holds some of the heads only and the policy needs all.
         """
         started = perf_counter()
         if self.source is None:
             raise ArgumentError("the cache must hold a prompt before it is evicted; a layer has seen nothing")
         if not self.evicts:
             return ()
+        self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
         before = self.true_positions
         valid = self._visible_from_now_on()
@@ -250,6 +258,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 num_layers=self.num_layers,
                 tokens_seen=self.num_seen,
                 state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
+                unrotated_keys=_give(self._unrotated_keys(rows, self.source), backend)
+                if each.needs().unrotated_keys
+                else None,
                 **self._inputs(each, rows, valid, backend),
             )
             for each, rows in self._by_rows(policy)
@@ -281,6 +292,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def preference(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
+        self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
         wants = preference(
             policy,
@@ -293,6 +305,22 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if wants is None:
             raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
         return [float(x) for x in backend.to_numpy(wants)]
+
+    def _check_heads(self, policy: Policy) -> None:
+        """Refuse a policy that would decide otherwise if all heads were in this process."""
+        needs, source = policy.needs(), self.source
+        if source is None or source.has_all_heads:
+            return
+        if needs.couples_heads or needs.preferences:
+            raise ArgumentError(
+                "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
+                f"got {policy}"
+            )
+        if not source.has_whole_groups and policy.num_queries(self.num_stored):
+            raise ArgumentError(
+                "policy must do without queries when tensor parallelism parts the query heads of a KV head; "
+                f"got {policy}"
+            )
 
     def _by_rows(self, policy: Policy) -> Sequence[tuple[Policy, slice]]:
         """Give the policy for the whole batch, or one for every row where rows have budgets of their own."""
@@ -313,6 +341,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             "valid": None if valid is None else _give(valid[rows], backend),
             "backend": backend,
         }
+
+    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
+        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
+        stand = self.true_positions if self.places is None else self.places
+        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
 
     def _visible_from_now_on(self) -> torch.Tensor | None:
         """Give `valid` without what has left the sliding window."""
