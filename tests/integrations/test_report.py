@@ -33,6 +33,7 @@ POLICIES = {
     "cake+graphkv": GraphKV(CAKE(budget=24, window=6), **GRAPH),
     "h2o+graphkv": GraphKV(H2O(budget=24), **GRAPH),
     "keydiff+graphkv+evict": GraphKV(KeyDiff(budget=24), signal="evict", **GRAPH),
+    "snapkv+graphkv+degree": GraphKV(SnapKV(budget=24, window=6), signal="degree"),
     "snapkv+graphkv+enhance": GraphKV(SnapKV(budget=24, window=6), signal="enhance", neighbors=8),
 }
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
@@ -163,7 +164,7 @@ def test_suppressions_equal_loops(model, prompts, policy, backend):
     num_tokens, without_source = check_suppressions(cache)
     assert bool(num_tokens) == isinstance(policy, GraphKV)
     # Who was overtaken has no culprit; who was lowered has.
-    assert without_source == (num_tokens if getattr(policy, "signal", None) == "enhance" else 0)
+    assert without_source == (num_tokens if getattr(policy, "signal", None) in ("enhance", "degree") else 0)
 
 
 @each_policy

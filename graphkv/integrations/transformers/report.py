@@ -53,7 +53,7 @@ class Suppressions:
     token, source : numpy.ndarray, shape (S,), int64
         True positions, counted from the first token that the cache has seen.
     weight : numpy.ndarray, shape (S,), float32 or wider
-        Cosine of the two keys; 0 where there is no source.
+        Cosine of the two keys that the graph compared; 0 where there is no source.
     """
 
     row: HostArray
@@ -90,7 +90,8 @@ class LayerStats:
     seconds : float
         Time that the evictions took on the host.
     redundancy_before, redundancy_after : numpy.ndarray, shape (batch, kv_heads), float32, or None
-        Mean cosine of two different keys before and after the last eviction. None in a cache without ``record=True``.
+        Mean cosine of two different cached keys before and after the last eviction. None in a cache without
+        ``record=True``.
     num_suppressed : numpy.ndarray, shape (batch, kv_heads), int64, or None
         Tokens that the last eviction suppressed. None likewise.
     suppressions : Suppressions or None
