@@ -126,7 +126,7 @@ class TestedRole(SphinxRole):
         file = Path(__file__).parents[1] / "tests" / path
         if not file.is_file() or f"\ndef {name}(" not in file.read_text(encoding="utf-8"):
             logging.getLogger(__name__).warning("no such test: %s", self.text, location=self.get_location())
-        return [nodes.literal(self.rawtext, name)], []
+        return [nodes.literal(self.rawtext, name, classes=["property"])], []
 
 
 class PropertyRole(_Link):
