@@ -476,6 +476,24 @@ def test_a_model_may_run_under_our_attention_for_good(ids):
     assert greedy(model, ids[None, :N], 12).tolist() != expected.tolist()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_gives_what_it_gives_uncompiled(ids):
+    """The model is cut at the cache; a graph without cuts is refused, and says where."""
+    model = tiny_llama()
+    with observing(model):
+        expected_cache, cache = EvictingCache(SNAPKV, every=4), EvictingCache(SNAPKV, every=4)
+        calls = [N] + [1] * 10
+        expected = read(model, expected_cache, ids[: N + 10], calls)
+        compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+        assert_close(read(compiled, cache, ids[: N + 10], calls), expected)
+        assert [layer.num_evictions for layer in cache.layers] == [3] * 3
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"EvictingCache\.update"):
+            read(whole, EvictingCache(SNAPKV), ids[:N], [N])
+    torch._dynamo.reset()
+
+
 # Misuse.
 
 
