@@ -7,8 +7,8 @@ import torch
 
 from graphkv import GraphKV, Random, SnapKV, StreamingLLM
 from graphkv.__main__ import main
-from graphkv.demo.model import load_model
 from graphkv.demo.prompt import make_prompt
+from graphkv.evaluation.model import load_model
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 
 pytestmark = pytest.mark.slow

@@ -83,7 +83,7 @@ class TOVA(SinkPolicy):
     """
 
     requirements: ClassVar[Requirements] = Requirements(
-        queries="window", flops=attention.window_flops, bytes=attention.window_bytes
+        queries="window", couples_heads=True, flops=attention.window_flops, bytes=attention.window_bytes
     )
 
     protect_newest: bool = True

@@ -142,6 +142,9 @@ class Requirements:
         Looks at the keys before the rotary embedding.
     preferences : bool
         Shares the layers' budgets out by `Policy.preference`, so that all layers must be read before one is evicted.
+    couples_heads : bool
+        What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
+        otherwise where some of the heads are in another process.
     flops : callable
         ``flops(policy, shape)``, floating-point operations per layer to leading order, as a plain function of the
         policy's fields and a `LayerShape`. Default: none to speak of.
@@ -155,6 +158,7 @@ class Requirements:
     fused_attention: bool = True
     unrotated_keys: bool = False
     preferences: bool = False
+    couples_heads: bool = False
     flops: Callable[[Any, LayerShape], int] = _no_cost
     bytes: Callable[[Any, LayerShape], int] = _no_cost
 
@@ -169,6 +173,7 @@ class Requirements:
             fused_attention=self.fused_attention and base.fused_attention,
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
             preferences=self.preferences or base.preferences,
+            couples_heads=self.couples_heads or base.couples_heads,
         )
 
 

@@ -11,6 +11,7 @@ import graphkv
 from graphkv import AdaKV, Backend, GraphKV, LayerBudgets, Policy, SnapKV, evict
 from graphkv.core import Wrapper
 from tests.arrays import BACKENDS, each_backend, make
+from tests.policies import every_policy
 
 RNG = np.random.default_rng(11)
 KEYS = RNG.normal(size=(2, 3, 40, 8))
@@ -222,17 +223,47 @@ def test_half_precision_is_widened_and_inputs_are_left_alone(name):
         assert np.array_equal(array, copy)
 
 
-@each_base
-def test_kv_heads_are_independent_or_say_so(name):
-    if name in {"TOVA", "Random"}:
-        pytest.skip("TOVA shares one set between heads; Random draws by the head's number")
-    policy, order = policy_of(name, 15), [2, 0, 1]
-    queries = QUERIES.reshape(2, 3, 2, 40, 8)
+@pytest.mark.parametrize("policy", every_policy(15).values(), ids=every_policy(15).keys())
+def test_each_kv_head_keeps_what_it_keeps_alone_unless_the_policy_says_that_it_couples_heads(policy):
+    def kept_by(heads):
+        """What each head keeps, at the prompt and then with ten tokens more."""
+        rows = slice(2 * heads.start, 2 * heads.stop)
+        first = evict(
+            policy,
+            KEYS[:, heads, :30],
+            values=VALUES[:, heads, :30],
+            queries=QUERIES[:, rows, :30],
+            layer=1,
+            num_layers=4,
+        )
+        keys, values = (
+            np.concatenate([first.apply(x[:, heads, :30]), x[:, heads, 30:]], axis=2) for x in (KEYS, VALUES)
+        )
+        then = evict(
+            policy,
+            keys,
+            values=values,
+            queries=QUERIES[:, rows, 30:],
+            state=first.state,
+            layer=1,
+            num_layers=4,
+        )
+        return [[sorted(set(row) - {-1}) for row in done.kept.tolist()[1]] for done in (first, then)]
 
-    straight = evict(policy, KEYS, values=VALUES, queries=QUERIES).kept
-    turned = evict(policy, KEYS[:, order], values=VALUES[:, order], queries=queries[:, order].reshape(2, 6, 40, 8)).kept
+    together = kept_by(slice(0, 3))
+    alone = [kept_by(slice(head, head + 1)) for head in range(3)]
+    is_same = together == [[row for head in alone for row in head[call]] for call in range(2)]
+    assert is_same is not policy.needs().couples_heads
 
-    assert turned.tolist() == straight[:, order].tolist()
+
+def test_preferences_speak_of_all_heads_of_a_layer():
+    policy = graphkv.CAKE(budget=15, **WINDOWED)
+
+    whole = graphkv.preference(policy, KEYS, queries=QUERIES)
+    one = graphkv.preference(policy, KEYS[:, :1], queries=QUERIES[:, :2])
+
+    assert policy.needs().preferences
+    assert (whole > one).all()
 
 
 @each_base

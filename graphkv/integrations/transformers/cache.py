@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers.cache_utils import Cache
@@ -15,7 +16,16 @@ from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from .layer import EvictingLayer, Settings
 
-__all__ = ["EvictingCache", "met_by"]
+__all__ = ["EvictingCache", "met_by", "not_compiled"]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: Function) -> Function:
+    """Cut a model here under torch.compile: what a cache keeps is not to be traced."""
+    disable: Any = torch.compiler.disable
+    return cast("Function", disable(function))
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
@@ -93,6 +103,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         layer.record_past = self._records_past
         return layer
 
+    @not_compiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
