@@ -15,6 +15,7 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from .layer import EvictingLayer, Settings
+from .report import LayerStats, describe, layer_stats
 
 __all__ = ["EvictingCache", "met_by", "not_compiled"]
 
@@ -224,6 +225,26 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin.layer_class_to_replicate = twin._new_layer
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
+
+    def stats(self) -> tuple[LayerStats, ...]:
+        """Say what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.
+
+        Returns
+        -------
+        tuple of LayerStats
+            One per layer. Arrays are on the host, so this waits for an accelerator.
+        """
+        return tuple(layer_stats(index, layer) for index, layer in enumerate(self.layers))
+
+    def report(self) -> str:
+        """Put `stats` into plain text: whether anything was dropped, why not if not, totals and a line per layer.
+
+        Returns
+        -------
+        str
+            In lines without a newline at the end.
+        """
+        return describe(self)
 
     @property
     def nbytes(self) -> int:
