@@ -2,7 +2,7 @@
 
 import pytest
 
-from graphkv import CAKE, H2O, ArgumentError, GraphKV, KNorm, Random, SnapKV
+from graphkv import CAKE, TOVA, ArgumentError, GraphKV, KNorm, Random, SnapKV
 from graphkv.evaluation.policies import BASES, Sinks, make_policy
 
 
@@ -25,8 +25,8 @@ def test_a_name_is_a_policy(name, expected):
 
 def test_sinks_are_the_base_s_own_where_it_has_some():
     assert make_policy("snapkv", 64, sinks=3) == SnapKV(budget=64, num_sinks=3)
-    assert make_policy("h2o", 64, sinks=3) == Sinks(H2O(budget=64), 3)
-    assert make_policy("h2o", 64, sinks=0) == H2O(budget=64)
+    assert make_policy("tova", 64, sinks=3) == Sinks(TOVA(budget=64), 3)
+    assert make_policy("tova", 64, sinks=0) == TOVA(budget=64)
     assert make_policy("tova+graphkv", 64, sinks=3).num_protected(64) == 4
 
 
