@@ -69,6 +69,9 @@ class Record:
         Relative error of the attention outputs, averaged over layers and heads. None where not asked for.
     attention_mass : float or None
         Share of the full cache's attention that falls on kept tokens, likewise.
+    redundancy : float or None
+        Mean cosine of two different kept keys of a head, averaged over layers and heads: the lower, the more diverse.
+        None in runs that did not measure it.
     """
 
     prompt: str
@@ -93,6 +96,7 @@ class Record:
     text: str | None = None
     output_error: float | None = None
     attention_mass: float | None = None
+    redundancy: float | None = None
 
     @property
     def key(self) -> str:
