@@ -63,8 +63,10 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
         _show_progress(pending, team.answer(pending, run), errors)
     # A file has no width; a table needs one.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in _tables(read_records(output)):
-        console.print(table)
+    records = read_records(output)
+    for metric, title in (("nll", "NLL per answer token"), ("score", "score")):
+        for table in _tables(records, metric, title):
+            console.print(table)
     print(f"Records: {run.path}")
 
 
@@ -115,16 +117,16 @@ def _show_progress(pending: list[Prompt], done: Iterable[Prompt], errors: Consol
                 errors.print(f"{count} of {len(pending)} prompts{rest}", highlight=False)
 
 
-def _tables(records: list[Record]) -> Iterable[Table]:
+def _tables(records: list[Record], metric: str, title: str) -> Iterable[Table]:
     """One table per task, mode and length: policies x budgets."""
-    summary = statistics.summarise(records, "nll")
+    summary = statistics.summarise(records, metric)
     kinds = dict.fromkeys((cell.task, cell.mode, cell.length, cell.sinks) for cell in summary)
     for task, mode, length, sinks in kinds:
         cells = [
             cell for cell in summary if (cell.task, cell.mode, cell.length, cell.sinks) == (task, mode, length, sinks)
         ]
         table = Table(
-            title=f"{task}, {mode}, {length or 'any'} tokens, {sinks} sinks: NLL per answer token with 95 % intervals",
+            title=f"{task}, {mode}, {length or 'any'} tokens, {sinks} sinks: {title} with 95 % intervals",
             title_justify="left",
         )
         table.add_column("policy", no_wrap=True)

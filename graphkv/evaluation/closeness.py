@@ -26,7 +26,7 @@ class Probe:
     Attributes
     ----------
     weights : list of torch.Tensor, shape (kv_heads, groups, Q, N + T)
-        One per layer: probabilities over N cached tokens and T that came after the eviction.
+        One per layer that can be evicted: probabilities over N cached tokens and T that came after the eviction.
     values : list of torch.Tensor, shape (kv_heads, N + T, Dv)
     num_cached : int
         N.
@@ -52,7 +52,8 @@ class Probe:
             Mean share of the attention that falls on tokens that are still there.
         """
         errors, masses = [], []
-        for weights, values, layer in zip(self.weights, self.values, cache.layers, strict=True):
+        layers = [layer for layer in cache.layers if layer.evicts]
+        for weights, values, layer in zip(self.weights, self.values, layers, strict=True):
             there = self._still_there(layer, weights.shape[-1])
             kept = weights * there[:, None, None, :]
             mass = kept.sum(-1, keepdim=True)
@@ -86,6 +87,8 @@ def make_probe(cache: EvictingCache, num_cached: int, num_queries: int) -> Probe
     xp = load("torch").xp
     weights, values = [], []
     for layer in cache.layers:
+        if not layer.evicts:
+            continue
         if layer.queries is None:
             raise RuntimeError("the cache must keep queries to be compared with")
         queries = layer.queries[:, :, -min(num_queries, MOST_QUERIES) :].float()

@@ -85,9 +85,10 @@ def stack(caches: Sequence[EvictingCache]) -> EvictingCache:
     for layer, rows in zip(result.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
         layer.keys = torch.cat([row.keys for row in rows])
         layer.values = torch.cat([row.values for row in rows])
-        layer.positions = torch.cat([row.true_positions for row in rows])
+        if layer.positions is not None:
+            layer.positions = torch.cat([row.true_positions for row in rows])
         if any(row.valid is not None for row in rows):
-            layer.valid = layer.positions >= 0
+            layer.valid = layer.true_positions >= 0
         layer.queries, layer.state = None, {}
     return result
 
@@ -210,7 +211,8 @@ class Reading:
         for layer, state in zip(cache.layers, states or (), strict=False):
             layer.state = state
         cache.evict(policy)
-        kept = [int((layer.true_positions >= 0).sum()) for layer in cache.layers]
+        # Sliding layers of a model that has others too are left alone by every policy.
+        kept = [int((layer.true_positions >= 0).sum()) for layer in cache.layers if layer.evicts]
         kv_heads = cache.layers[0].keys.shape[1]
         if sum(kept) != budget * len(kept) * kv_heads:
             raise GraphKVError(

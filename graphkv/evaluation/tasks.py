@@ -405,13 +405,16 @@ class PromptMaker:
             document, riddle = write(Random(f"{seed}/{name}"), self._words(split), size)
             return self._encode(document), riddle
 
-        least, most = 1, room
+        least, most = FEWEST_ENTRIES, 2 * FEWEST_ENTRIES
+        ids, riddle = written(least)
+        if len(ids) > room:
+            raise ArgumentError(f"--length must have room for {least} entries of {name}; got {room} tokens")
+        while len(written(most)[0]) <= room:
+            least, most = most, 2 * most
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (middle, most) if len(written(middle)[0]) <= room else (least, middle)
         ids, riddle = written(least)
-        if least < FEWEST_ENTRIES:
-            raise ArgumentError(f"--length must have room for {FEWEST_ENTRIES} entries of {name}; got {least}")
         return ids, (self._ask(name, riddle, []),)
 
     def _words(self, split: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Tiny random models, made from configurations."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -16,6 +17,7 @@ from transformers import (
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -36,6 +38,7 @@ SIZES = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 # Multi-head: every query head has keys of its own.
 UNGROUPED = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 
@@ -43,6 +46,24 @@ UNGROUPED = {name: value for name, value in SIZES.items() if name != "num_key_va
 def tiny_llama(seed=0, **changes):
     """Float32, with grouped query heads."""
     return tiny(LlamaForCausalLM, LlamaConfig, seed, **SIZES | changes)
+
+
+def byte_tokenizer():
+    """A tokenizer that knows bytes only, with a chat template of one line per message."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def save_tiny_llama(folder, **changes):
+    """Save a tiny Llama with its byte tokenizer; give the folder."""
+    byte_tokenizer().save_pretrained(folder)
+    tiny_llama(vocab_size=256, **changes).save_pretrained(folder)
+    return folder
 
 
 def tiny(kind, config, seed=0, **options):
