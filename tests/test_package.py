@@ -43,7 +43,7 @@ def test_all_names_are_public_and_sorted():
     assert names - rooms == set(graphkv.__all__)
 
 
-@pytest.mark.parametrize("name", ["build_graph", "evict", "propagate", "select"])
+@pytest.mark.parametrize("name", ["build_graph", "degree", "evict", "fuse", "propagate", "select"])
 def test_steps_say_shapes_and_errors(name):
     text = inspect.getdoc(getattr(graphkv, name))
     for section in ("Parameters", "Returns", "Raises", "Examples"):

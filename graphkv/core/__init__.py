@@ -1,7 +1,8 @@
 """The specification: three steps over tokens, written once in the array API standard.
 
 ``build_graph`` links the most important tokens to those that resemble them, ``propagate`` lowers those, ``select``
-fills the budget. Nothing here names an array library; a call learns its namespace from the `Backend` of its arrays.
+fills the budget. ``degree`` and ``fuse`` are another way to the scores, without edges. Nothing here names an array
+library; a call learns its namespace from the `Backend` of its arrays.
 
 One letter per axis, with the same length everywhere:
 
@@ -31,6 +32,7 @@ from .errors import (
     GraphKVWarning,
 )
 from .eviction import Eviction, evict, preference
+from .fusion import degree, fuse
 from .graph import build_graph
 from .policy import Assessment, GraphKV, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from .propagation import propagate
@@ -55,7 +57,9 @@ __all__ = [
     "Requirements",
     "Wrapper",
     "build_graph",
+    "degree",
     "evict",
+    "fuse",
     "preference",
     "propagate",
     "select",

@@ -47,9 +47,9 @@ class Backend:
         ``segment_product(values, index, num_segments, *, xp)``, see `graphkv.core.primitives.segment_product`.
     segment_sum : callable, optional
         As `segment_product`, with sums.
-    build_graph, propagate, select : callable, optional
+    build_graph, propagate, degree, fuse, select : callable, optional
         Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
-        `_propagate`, `_select`) and must give the same result.
+        `_propagate`, and so on) and must give the same result.
     """
 
     name: str
@@ -61,6 +61,8 @@ class Backend:
     segment_sum: Callable[..., Any] | None = None
     build_graph: Callable[..., Any] | None = None
     propagate: Callable[..., Any] | None = None
+    degree: Callable[..., Any] | None = None
+    fuse: Callable[..., Any] | None = None
     select: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:

@@ -101,6 +101,7 @@ def evict(
     num_layers: int = 1,
     valid: Array | None = None,
     state: Mapping[str, Array] | None = None,
+    unrotated_keys: Array | None = None,
     tokens_seen: int | None = None,
     backend: Backend | str | None = None,
 ) -> Eviction:
@@ -128,6 +129,9 @@ def evict(
     state : mapping of str to array, shape (batch, kv_heads, S, ...), optional
         The `Eviction.state` of the last call, for policies that score by what they have seen so far. The N - S tokens
         after them are new. Then `queries` or `attention` hold the new positions.
+    unrotated_keys : array, shape (batch, kv_heads, N, D), optional
+        The keys before the rotary embedding, for ``GraphKV(base, unrotated=True)``. Rotating all keys of a row by one
+        and the same angle changes nothing.
     tokens_seen : int, optional
         Tokens that came so far, those included that earlier calls evicted: what budgets are shares of. Default: N.
     backend : Backend or str, optional
@@ -164,6 +168,7 @@ def evict(
         num_layers=num_layers,
         valid=valid,
         state=state,
+        unrotated_keys=unrotated_keys,
         tokens_seen=tokens_seen,
         backend=backend,
     )
@@ -260,6 +265,7 @@ def preference(
             num_layers=num_layers,
             valid=valid,
             state=None,
+            unrotated_keys=None,
             tokens_seen=None,
             backend=backend,
         )
@@ -278,12 +284,21 @@ def _inputs(
     num_layers: int,
     valid: Array | None,
     state: Mapping[str, Array] | None,
+    unrotated_keys: Array | None,
     tokens_seen: int | None,
     backend: Backend | str | None,
 ) -> LayerInputs:
     """Check the arguments of `evict` and put them in order."""
     checks.instance("policy", policy, Policy)
-    backend = resolve(backend, keys=keys, values=values, queries=queries, attention=attention, valid=valid)
+    backend = resolve(
+        backend,
+        keys=keys,
+        values=values,
+        queries=queries,
+        attention=attention,
+        valid=valid,
+        unrotated_keys=unrotated_keys,
+    )
     xp = backend.xp
     batch, kv_heads, num_tokens, head_size = checks.numeric(
         "keys", keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend
@@ -298,6 +313,9 @@ def _inputs(
         if array is not None:
             shape = checks.numeric(name, array, axes, ndim=4, backend=backend)
             checks.grouped_rows(name, shape, axes, batch, kv_heads, num_tokens, last)
+    if unrotated_keys is not None:
+        shape = checks.numeric("unrotated_keys", unrotated_keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend)
+        checks.same_leading("unrotated_keys", shape, (batch, kv_heads, num_tokens, head_size), "keys")
     layer = checks.count("layer", layer)
     num_layers = checks.count("num_layers", num_layers, minimum=1)
     if layer >= num_layers:
@@ -322,6 +340,7 @@ def _inputs(
         backend=backend,
         state=state,
         num_seen=num_seen,
+        unrotated_keys=None if unrotated_keys is None else primitives.widen(unrotated_keys, xp=xp),
     )
 
 

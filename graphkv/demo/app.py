@@ -189,7 +189,7 @@ def _try_policy(
 
 
 def _fates(cache: EvictingCache) -> tuple[Any, Any]:
-    """Say of every layer, head and token whether it was kept, and whether the graph suppressed it."""
+    """Say of every layer, head and token whether it was kept, and whether the signal suppressed it."""
     kept, suppressed = [], []
     for layer in cache.layers:
         everything = torch.zeros((*layer.keys.shape[:2], layer.num_seen), dtype=torch.bool)[0]
@@ -202,7 +202,7 @@ def _fates(cache: EvictingCache) -> tuple[Any, Any]:
         mask = wider.scatter(-1, layer.true_positions[0] % wider.shape[-1], True)[:, :-1]
         kept.append(mask)
         (decision,) = layer.record.decisions
-        if decision.graph is None or decision.head_budgets is not None:
+        if decision.scores is decision.importance or decision.head_budgets is not None:
             suppressed.append(everything)
             continue
         alone = select(decision.importance, decision.budget, protected=decision.protected, backend=decision.backend)

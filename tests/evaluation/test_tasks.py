@@ -94,7 +94,7 @@ def test_a_continuation_is_what_the_text_goes_on_with(maker, tokenizer):
 
     source = "\n\n".join(maker.text.of_split("held-out"))
     assert len(question.ids) == 1
-    assert len(question.answer) == 64
+    assert len(question.answer) == 32
     assert question.modes == ("agnostic",)
     assert text[-200:] + following in source
 

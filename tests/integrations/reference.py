@@ -7,6 +7,7 @@ float64 and head by head, to exactly the positions that were left for it.
 
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -109,7 +110,7 @@ class SlowReference:
         stored = [[] for _ in range(kv_heads)]
         stands = [[] for _ in range(kv_heads)]
         before, places, state = [], [], None
-        seen = since = 0
+        seen = since = carried = 0
         evicted = False
         for length in self.calls:
             before.append([list(row) for row in stored])
@@ -127,12 +128,13 @@ class SlowReference:
                 valid &= index > seen - sliding_window
             rows = torch.arange(kv_heads)[:, None]
             where = index.clamp(min=0)
-            wanted = min(policy.num_queries(width), seen, width)
-            if policy.needs().state and state is not None:
-                wanted = since
+            # Queries reach back across an eviction as far as tokens are kept for sure.
+            wanted = min(policy.num_queries(width), carried + since, width)
             keys = key[rows, where]
             if self.turned_keys is not None:
-                keys = torch.stack([self.turned_keys(layer, h, stored[h], stands[h]) for h in range(kv_heads)])
+                keys = torch.zeros_like(keys)
+                for head, row in enumerate(stored):
+                    keys[head, width - len(row) :] = self.turned_keys(layer, head, row, stands[head])
             decision = evict(
                 policy,
                 keys[None].float().numpy(),
@@ -144,8 +146,16 @@ class SlowReference:
                 state=state,
                 tokens_seen=seen,
             )
-            state, evicted, since = decision.state, True, 0
+            evicted, since = True, 0
+            protected = policy.num_protected(decision.budget)
+            carried = protected if protected <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
+            if decision.state is not None:
+                widest = max(map(len, kept))
+                state = {name: np.zeros_like(sums[:, :, :widest]) for name, sums in decision.state.items()}
+                for name, sums in decision.state.items():
+                    for head, row in enumerate(kept):
+                        state[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
             if any(len(row) < width for row in kept):
                 stored = [[int(index[h, i]) for i in row] for h, row in enumerate(kept)]
                 if self.turned_keys is not None:

@@ -82,15 +82,32 @@ def _visibility(
     return Visibility(mask_function=mask_function, padding=padding, arguments=arguments)
 
 
+def _source_of(module: Any, query: torch.Tensor, key: torch.Tensor) -> Source:
+    """Say where keys come from, and whether all heads are here."""
+    config, query_heads = module.config, query.shape[1]
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Source(
+        kind=type(module),
+        config=config,
+        index=int(module.layer_idx),
+        # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
+        has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
+        has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),
+    )
+
+
 def _attention(implementation: str) -> Callable[..., Any]:
     """Wrap one attention function of transformers, see AttentionInterface."""
 
+    @torch.compiler.disable
     def attend(
         module: torch.nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: Any,
+        # The sixth by position, because kvpress passes it so to every function that it finds registered.
+        dropout: float = 0.0,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -113,12 +130,10 @@ def _attention(implementation: str) -> Callable[..., Any]:
                 mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
         else:
             attend_as_before = AttentionInterface()[implementation]
-        result = attend_as_before(module, query, key, value, mask, scaling=scaling, **kwargs)
+        result = attend_as_before(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         if cache is not None and layer is not None:
-            config: Any = module.config
-            source = Source(kind=type(module), config=config, index=int(module.layer_idx))  # type: ignore[arg-type]
-            kinds = set(getattr(config, "layer_types", None) or ())
-            layer.observe(source, query, scaling, kwargs.get("sliding_window"), len(kinds) > 1)
+            kinds = set(getattr(module.config, "layer_types", None) or ())
+            layer.observe(_source_of(module, query, key), query, scaling, kwargs.get("sliding_window"), len(kinds) > 1)
             cache.after_layer(layer)
         return result
 

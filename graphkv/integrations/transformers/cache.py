@@ -93,6 +93,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         layer.record_past = self._records_past
         return layer
 
+    # Under torch.compile the model is cut here: what a cache keeps is not to be traced.
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

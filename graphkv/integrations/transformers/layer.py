@@ -26,11 +26,18 @@ class Source:
     """The attention module that a layer's keys come from: its class, its configuration and which layer it is.
 
     The module itself would make a copy of the cache a copy of the model.
+
+    Attributes
+    ----------
+    has_all_heads, has_whole_groups : bool
+        Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
     """
 
     kind: type
     config: Any
     index: int
+    has_all_heads: bool = True
+    has_whole_groups: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +237,15 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Raises
         ------
         ArgumentError
-            If the layer has seen nothing, lacks the queries that the policy needs, or has dropped tokens that a larger
-            budget would want back.
+            If the layer has seen nothing, lacks the queries that the policy needs, has dropped tokens that a larger
+            budget would want back, or holds some of the heads only and the policy needs all.
         """
         started = perf_counter()
         if self.source is None:
             raise ArgumentError("the cache must hold a prompt before it is evicted; a layer has seen nothing")
         if not self.evicts:
             return ()
+        self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
         before = self.true_positions
         valid = self._visible_from_now_on()
@@ -250,6 +258,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 num_layers=self.num_layers,
                 tokens_seen=self.num_seen,
                 state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
+                unrotated_keys=_give(self._unrotated_keys(rows, self.source), backend)
+                if each.needs().unrotated_keys
+                else None,
                 **self._inputs(each, rows, valid, backend),
             )
             for each, rows in self._by_rows(policy)
@@ -263,7 +274,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         kept, state = _take(decisions, self.keys.device)
         record = self.settings.record
         redundancy_before = _redundancy(self.keys, valid) if record else None
-        self._keep(kept, before)
+        self._keep(kept, before, _are_ragged(decisions))
         self.state = state
         self.queries = self._carried_over(policy, budget)
         self.budget, self.num_new, self.is_due = budget, 0, False
@@ -281,6 +292,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def preference(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
+        self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
         wants = preference(
             policy,
@@ -293,6 +305,22 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if wants is None:
             raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
         return [float(x) for x in backend.to_numpy(wants)]
+
+    def _check_heads(self, policy: Policy) -> None:
+        """Refuse a policy that would decide otherwise if all heads were in this process."""
+        needs, source = policy.needs(), self.source
+        if source is None or source.has_all_heads:
+            return
+        if needs.couples_heads or needs.preferences:
+            raise ArgumentError(
+                "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
+                f"got {policy}"
+            )
+        if not source.has_whole_groups and policy.num_queries(self.num_stored):
+            raise ArgumentError(
+                "policy must do without queries when tensor parallelism parts the query heads of a KV head; "
+                f"got {policy}"
+            )
 
     def _by_rows(self, policy: Policy) -> Sequence[tuple[Policy, slice]]:
         """Give the policy for the whole batch, or one for every row where rows have budgets of their own."""
@@ -314,6 +342,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             "backend": backend,
         }
 
+    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
+        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
+        stand = self.true_positions if self.places is None else self.places
+        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
+
     def _visible_from_now_on(self) -> torch.Tensor | None:
         """Give `valid` without what has left the sliding window."""
         if self.sliding_window is None:
@@ -321,19 +354,22 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         in_window = self.true_positions > self.num_seen - self.sliding_window
         return in_window if self.valid is None else self.valid & in_window
 
-    def _keep(self, kept: torch.Tensor, before: torch.Tensor) -> None:
-        """Gather what is kept; `kept` has shape (batch, kv_heads, b), with -1 at the front of shorter rows."""
-        if kept.shape[-1] == self.num_stored:
+    def _keep(self, kept: torch.Tensor, before: torch.Tensor, is_ragged: bool) -> None:
+        """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
+        if kept.shape[-1] == self.num_stored and not is_ragged:
             return
-        freed = self.nbytes
-        self.num_dropped += self.num_stored - kept.shape[-1]
-        unused = kept < 0
+        freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
         index = kept.clamp(min=0)
         valid = None if self.valid is None else self.valid.gather(2, index)
-        if bool(unused.any()):
+        self.positions = before.gather(2, index)
+        if is_ragged:
+            # Reads numbers back from the device, which equal heads and rows never do.
+            unused = kept < 0
+            self.positions = self.positions.masked_fill(unused, -1)
             valid = ~unused if valid is None else valid & ~unused
+            num_dropped = int(((before >= 0).sum(dim=-1) - (self.positions >= 0).sum(dim=-1)).max())
         self.valid = valid
-        self.positions = before.gather(2, index).masked_fill(unused, -1)
+        self.num_dropped += num_dropped
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
         if self.settings.rerotate and self.source is not None:
@@ -384,7 +420,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Give the number of tokens that `crop` would remove, or say why it cannot."""
         surplus = min(versions.tokens_to_remove(argument, self.num_seen), self.num_seen)
         # Nothing dropped and nothing summed up: as if there had been no eviction.
-        is_whole = self.num_seen == self.num_stored and not self.state
+        is_whole = self.num_seen == self.num_stored and not self.num_dropped and not self.state
         at_hand = self.num_stored if is_whole else self.num_new if self.evicts else self.num_stored
         if surplus > at_hand:
             raise ArgumentError(
@@ -502,7 +538,7 @@ def _take(decisions: Sequence[Eviction], device: torch.device) -> tuple[torch.Te
     kept = joined([each.kept for each in decisions], -1).to(device=device, dtype=torch.int64)
     names = decisions[0].state or {}
     state = {name: joined([(each.state or {})[name] for each in decisions], 0).to(device) for name in names}
-    if len(decisions) == 1 and decisions[0].head_budgets is None:
+    if not _are_ragged(decisions):
         return kept, state
     kept, order = kept.sort(dim=-1, stable=True)
     widest = int((kept >= 0).sum(dim=-1).max())
@@ -511,6 +547,11 @@ def _take(decisions: Sequence[Eviction], device: torch.device) -> tuple[torch.Te
         where = order.reshape(*order.shape, *(1 for _ in sums.shape[3:])).expand(*order.shape, *sums.shape[3:])
         state[name] = sums.gather(2, where)
     return kept[..., kept.shape[-1] - widest :], state
+
+
+def _are_ragged(decisions: Sequence[Eviction]) -> bool:
+    """Say whether heads or rows may keep different numbers of tokens."""
+    return len(decisions) > 1 or decisions[0].head_budgets is not None
 
 
 def _redundancy(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

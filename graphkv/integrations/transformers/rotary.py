@@ -63,12 +63,12 @@ def _rotary(kind: type, config: Any, layer: int) -> tuple[Any, Any, str | None]:
     apply = names.get("apply_rotary_pos_emb")
     if len(kinds) != 1 or apply is None:
         raise ArgumentError(
-            f"rerotate needs a model with one rotary embedding; that of {kind.__name__} has {len(kinds)}"
+            f"turning keys needs a model with one rotary embedding; that of {kind.__name__} has {len(kinds)}"
         )
     rotary = kinds.pop()(config=config)
     takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
     layer_type = str(config.layer_types[layer]) if takes_type else None
     rope = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
     if rope in LENGTH_DEPENDENT:
-        raise ArgumentError(f"rerotate needs rotary frequencies that do not depend on the length; got {rope!r}")
+        raise ArgumentError(f"turning keys needs rotary frequencies that do not depend on the length; got {rope!r}")
     return rotary, apply, layer_type
