@@ -154,6 +154,26 @@ def evaluate(
     main(settings, output=output, workers=workers, threads=threads)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of graphkv eval, finished or not.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to report, such as nll, kl, match or score. Repeatable. Default: nll, and score or match."
+        ),
+    ] = None,
+    effect: Annotated[float, typer.Option(help="Difference for which the number of prompts needed is given.")] = 0.1,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report, in the run.")] = None,
+) -> None:
+    """Write what a run found as Markdown and as one HTML page with plots."""
+    try:
+        from .evaluation.report import main  # noqa: PLC0415 - matplotlib and scipy take seconds to import
+    except ImportError as error:
+        raise BackendUnavailableError(f"graphkv report needs: pip install 'graphkv[eval]' ({error})") from error
+    main(run, output=output, metrics=metric or [], effect=effect)
+
+
 def parse_budget(text: str) -> int | float:
     """Read ``512`` as tokens and ``25%`` as a share.
 
