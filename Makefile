@@ -55,4 +55,4 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-kvpress build dist docs/_build docs/generated graphkv-demo
+	rm -rf .venv .venv-kvpress build dist docs/_build docs/generated graphkv-demo graphkv-inspect

@@ -68,6 +68,45 @@ def demo(
     )
 
 
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Question about the document. Default: about a fact that is placed in it.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
+    policy: Annotated[
+        str, typer.Option(help="A method such as snapkv, h2o or keydiff; +graphkv puts the graph on top.")
+    ] = "snapkv+graphkv",
+    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer to look at first. Default: where most was suppressed.")
+    ] = None,
+    head: Annotated[int | None, typer.Option(min=0, help="KV head to look at first. Default: likewise.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for inspect.png and inspect.html.")] = Path("graphkv-inspect"),
+) -> None:
+    """Evict one prompt by one policy, and show token by token what was kept, dropped or suppressed, and by whom."""
+    tokens = parse_budget(budget)
+    from .demo.inspect import main  # noqa: PLC0415 - torch and transformers take seconds to import
+
+    main(
+        model=model,
+        text=text,
+        question=question,
+        budget=tokens,
+        policy=policy,
+        backend=backend,
+        seed=seed,
+        layer=layer,
+        head=head,
+        output=output,
+    )
+
+
 @app.command(name="eval")
 def evaluate(
     suite: Annotated[str | None, typer.Option(help="Settings that come with graphkv: quick or standard.")] = None,

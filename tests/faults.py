@@ -234,6 +234,8 @@ def fuse(importance, degrees, valid, /, *, fusion, exponent, backend, fault=""):
             power = distance**exponent
             if fault != "no smallest power":
                 power = np.maximum(power, 1e-24)
+            if fault != "no largest power":
+                power = np.minimum(power, 1e24)
             fused = (score - lowest) * power
         else:
             ranks = rank(score, valid, fault), rank(distance, valid, fault)
@@ -451,6 +453,7 @@ FAULTS = [
             "exponent ignored": "powers_of_general_numbers_are_close_to_the_oracle",
             "one factor too many": "fusion_agrees_with_the_oracle",
             "no smallest power": "among_duplicates_the_importance_decides",
+            "no largest power": "among_duplicates_the_importance_decides",
             "infinities in the minimum": "fusion_agrees_with_the_oracle",
         },
     ),

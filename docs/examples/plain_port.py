@@ -20,7 +20,7 @@ from pathlib import Path
 
 CORE = ("order", "build_graph", "propagate", "degree", "fuse", "select", "figure", "counts")
 SMALLEST_FACTOR = 1e-6
-SMALLEST_POWER = 1e-24
+SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 
 
 # The method, for one row.
@@ -140,7 +140,8 @@ def fuse(importance, degrees, fusion="power", exponent=16, valid=None):
     by_distance = ranks([distances[j] for j in tokens])
     for j, first, second in zip(tokens, by_importance, by_distance, strict=True):
         if fusion == "power":
-            scores[j] = (importance[j] - lowest) * max(SMALLEST_POWER, distances[j] ** exponent)
+            factor = min(LARGEST_POWER, max(SMALLEST_POWER, power(distances[j], exponent)))
+            scores[j] = (importance[j] - lowest) * factor
         else:
             scores[j] = float(max(first, second)) if fusion == "max_rank" else (first + second) / 2
     return scores

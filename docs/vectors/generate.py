@@ -445,6 +445,7 @@ def fuse_cases() -> list[dict[str, Any]]:
         join("wild_degrees", wild, up, [-2, -inf, nan, 0.5, -1.5, -1]),
         join("all_the_same", "a power is at least 1e-24", [3, 1, 2], [1.0, 1.0, 2.0], tolerance=TIGHT),
         join("all_the_same_16", "a power is at least 1e-24", [3, 1, 2], [1.0, 1.0, 0.99], exponent=16, tolerance=TIGHT),
+        join("opposite_100", "a power is at most 1e24", [3, 0, 2], [-1, -1, 0.5], exponent=100, tolerance=TIGHT),
         join("max_rank", best, up, apart, **ranks[0]),
         join("mean_rank", both, up, apart, **ranks[1]),
         join("max_rank_negative", best, down, apart, **ranks[0]),

@@ -11,8 +11,8 @@ from .types import Array, Namespace
 
 __all__ = ["EXPONENT", "FUSIONS", "degree", "fuse"]
 
-# No power is smaller, so duplicates of everything else keep their places by importance.
-SMALLEST_POWER = 1e-24
+# No power is smaller, so duplicates of everything else keep their places by importance; none is larger, so 0 stays 0.
+SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 EXPONENT = 16
 
 
@@ -107,8 +107,8 @@ def fuse(
 
     ``"power"``
         :math:`s_j^{\prime} = (s_j - \min(0, \min_i s_i))\, d_j^p`. Importance that is nowhere negative is taken as it
-        is; otherwise the least one of the row becomes 0. The minimum is over finite importance, and the power is at
-        least 1e-24.
+        is; otherwise the least one of the row becomes 0. The minimum is over finite importance, and the power is
+        bounded by 1e-24 and 1e24.
     ``"max_rank"``
         the higher of two ranks: of the importance, and of :math:`d`. So the best by either stay.
     ``"mean_rank"``
@@ -201,10 +201,11 @@ def _fuse(importance: Array, degree: Array, valid: Array, /, *, fusion: str, exp
 def power(importance: Array, distance: Array, valid: Array, /, *, exponent: int, backend: Backend) -> Array:
     """Multiply by a power of the distance."""
     xp = backend.xp
-    factor = distance
-    for _ in range(exponent - 1):
-        factor = factor * distance
-    factor = xp.maximum(factor, xp.full_like(factor, SMALLEST_POWER))
+    smallest, largest = xp.full_like(distance, SMALLEST_POWER), xp.full_like(distance, LARGEST_POWER)
+    factor = xp.ones_like(distance)
+    for _ in range(exponent):
+        # A power that has reached a bound stays there.
+        factor = xp.minimum(xp.maximum(factor * distance, smallest), largest)
     # Zeros may stand in for the others, because the minimum is with 0 anyway.
     number = xp.where(valid & xp.isfinite(importance), importance, xp.zeros_like(importance))
     lowest = xp.min(number, axis=-1, keepdims=True) if number.shape[-1] else number

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 from ..adapters import (
     CAKE,
@@ -22,14 +22,13 @@ from ..adapters import (
     SnapKV,
     StreamingLLM,
 )
-from ..adapters.attention import first_tokens
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.eviction import evict
-from ..core.policy import GraphKV, LayerInputs, Policy, Wrapper
+from ..core.policy import GraphKV, Policy, Wrapper
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache
 
-__all__ = ["BASES", "Sinks", "make_policy", "running_states"]
+__all__ = ["BASES", "base_of", "call", "make_policy", "parse", "running_states"]
 
 BASES: dict[str, Callable[..., Policy]] = {
     "random": Random,
@@ -46,34 +45,7 @@ BASES: dict[str, Callable[..., Policy]] = {
     "keydiff": KeyDiff,
 }
 GRAPHS: dict[str, Callable[..., GraphKV]] = {"graphkv": GraphKV, "graphkv-paper": GraphKV.paper}
-PART = re.compile(r"\s*([a-z0-9-]+)\s*(?:\((.*)\))?\s*")
-
-
-@dataclass(frozen=True)
-class Sinks(Wrapper):
-    """Any policy, with the first tokens kept as well: for bases that have no sinks of their own.
-
-    Parameters
-    ----------
-    base : Policy
-    num_sinks : int
-        First tokens, padding not counted, that are kept before all others.
-    """
-
-    num_sinks: int
-
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks too."""
-        return self.base.num_protected(budget) + self.num_sinks
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the sinks too."""
-        protected, sinks = self.base.protect(inputs), first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
-        return sinks if protected is None else protected | sinks
-
-    def assess(self, inputs: LayerInputs, /) -> Any:
-        """Let the base score."""
-        return replace(self.base.assess(inputs), protected=self.protect(inputs))
+PART = re.compile(r"\s*([A-Za-z0-9-]+)\s*(?:\((.*)\))?\s*")
 
 
 def make_policy(name: str, budget: int | float, *, sinks: int | None = None, seed: int = 0) -> Policy | None:
@@ -107,28 +79,26 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     made = _make_base(base, name, budget, sinks, seed)
     if not plus:
         return made
-    kind, options = _parse(graph, name)
+    kind, options = parse(graph, name)
     if kind not in GRAPHS:
         raise _unknown(name)
-    result: Policy = _call(GRAPHS[kind], name, made, **options)
+    result: Policy = call(GRAPHS[kind], name, made, **options)
     return result
 
 
 def _make_base(base: str, name: str, budget: int | float, sinks: int | None, seed: int) -> Policy:
-    kind, options = _parse(base, name)
+    kind, options = parse(base, name)
     if kind not in BASES:
         raise _unknown(name)
     if kind == "random":
         options = {"seed": seed} | options
-    made: Policy = _call(BASES[kind], name, budget=budget, **options)
-    if sinks is None:
-        return made
-    if hasattr(made, "num_sinks"):
-        return cast("Policy", replace(cast("Any", made), num_sinks=sinks))
-    return Sinks(made, sinks) if sinks else made
+    if sinks is not None:
+        options = {"num_sinks": sinks} | options
+    made: Policy = call(BASES[kind], name, budget=budget, **options)
+    return made
 
 
-def _parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
+def parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
     """Take ``snapkv(window=8, pooling=max)`` apart."""
     match = PART.fullmatch(part)
     if match is None:
@@ -145,7 +115,8 @@ def _parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
     return match[1], options
 
 
-def _call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+def call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+    """Make a policy, or say in an ArgumentError which of its options is wrong."""
     try:
         return make(*args, **options)
     except (ArgumentError, ArgumentTypeError) as error:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 SMALLEST_FACTOR = 1e-6
-SMALLEST_POWER = 1e-24
+SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 
 FREE = -1
 """Stands for a neighbor that the specification leaves open: an edge of weight 0 that fills a row."""
@@ -187,7 +187,8 @@ def fuse(
         lowest = min([0.0] + [importance[j] for j in tokens if isfinite(importance[j])])
         for j in tokens:
             if isfinite(importance[j]):
-                result[j] = (importance[j] - lowest) * max(distance[j] ** exponent, SMALLEST_POWER)
+                power = min(max(distance[j] ** exponent, SMALLEST_POWER), LARGEST_POWER)
+                result[j] = (importance[j] - lowest) * power
         return result
     # The best first, so a token that has k others behind it has the rank k + 1.
     by_importance = [tokens[place] for place in top_k([importance[j] for j in tokens], len(tokens))]

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ...core.errors import ArgumentError
 from . import versions
-from .cache import met_by
+from .cache import met_by, not_compiled
 from .layer import EvictingLayer, Source
 
 __all__ = ["IMPLEMENTATIONS", "PREFIX"]
@@ -99,7 +99,7 @@ def _source_of(module: Any, query: torch.Tensor, key: torch.Tensor) -> Source:
 def _attention(implementation: str) -> Callable[..., Any]:
     """Wrap one attention function of transformers, see AttentionInterface."""
 
-    @torch.compiler.disable
+    @not_compiled
     def attend(
         module: torch.nn.Module,
         query: torch.Tensor,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers.cache_utils import Cache
@@ -14,8 +15,18 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from .layer import EvictingLayer, Settings
+from .report import LayerStats, describe, layer_stats
 
-__all__ = ["EvictingCache", "met_by"]
+__all__ = ["EvictingCache", "met_by", "not_compiled"]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: Function) -> Function:
+    """Cut a model here under torch.compile: what a cache keeps is not to be traced."""
+    disable: Any = torch.compiler.disable
+    return cast("Function", disable(function))
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
@@ -93,8 +104,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         layer.record_past = self._records_past
         return layer
 
-    # Under torch.compile the model is cut here: what a cache keeps is not to be traced.
-    @torch.compiler.disable
+    @not_compiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,6 +225,26 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin.layer_class_to_replicate = twin._new_layer
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
+
+    def stats(self) -> tuple[LayerStats, ...]:
+        """Say what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.
+
+        Returns
+        -------
+        tuple of LayerStats
+            One per layer. Arrays are on the host, so this waits for an accelerator.
+        """
+        return tuple(layer_stats(index, layer) for index, layer in enumerate(self.layers))
+
+    def report(self) -> str:
+        """Put `stats` into plain text: whether anything was dropped, why not if not, totals and a line per layer.
+
+        Returns
+        -------
+        str
+            In lines without a newline at the end.
+        """
+        return describe(self)
 
     @property
     def nbytes(self) -> int:
