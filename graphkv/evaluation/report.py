@@ -298,10 +298,10 @@ class Document:
         """Add a paragraph."""
         self.lines += [text, ""]
 
-    def table(self, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Add a table; all columns but the first hold numbers."""
+    def table(self, names: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> None:
+        """Add a table whose first columns hold words, the others numbers."""
         self.lines.append(_row(names))
-        self.lines.append(_row(["---", *("---:" for _ in names[1:])]))
+        self.lines.append(_row([*("---" for _ in names[:words]), *("---:" for _ in names[words:])]))
         self.lines += [_row(row) for row in rows]
         self.lines.append("")
 
@@ -387,30 +387,19 @@ def _write_front(document: Document, study: Study) -> None:
         "explains. Of cells without any effect, about 5 % would show one; *adjusted* counts those with q < 0.05 "
         "(Benjamini-Hochberg over all comparisons of a split and metric)."
     )
-    rows = list(_summary(study))
-    if rows:
-        document.table(
-            [
-                "split",
-                "mode",
-                "task",
-                "metric",
-                "policy",
-                "better",
-                "open",
-                "worse",
-                "adjusted better",
-                "adjusted worse",
-            ],
-            rows,
-        )
-    else:
+    for split in dict.fromkeys(part.split for part in study.parts):
+        names = ["policy", "mode", "task", "metric", "better", "open", "worse", "adjusted better", "adjusted worse"]
+        rows = list(_summary(study, split))
+        if rows:
+            document.text(f"{_capital(split)} split:" if split else "All rows:")
+            document.table(names, rows, words=4)
+    if not any(part.pairs for part in study.parts):
         document.text("The run has no policy with a graph and its base.")
 
 
-def _summary(study: Study) -> Iterable[list[str]]:
+def _summary(study: Study, split: str | None) -> Iterable[list[str]]:
     """Count verdicts per part, metric and policy."""
-    for part in study.parts:
+    for part in (part for part in study.parts if part.split == split):
         for metric, comparisons in part.comparisons.items():
             for policy in part.pairs:
                 found = [comparison for (_, _, name), comparison in comparisons.items() if name == policy]
@@ -432,7 +421,7 @@ def _summary(study: Study) -> Iterable[list[str]]:
                     if len({other.sinks for other in study.parts}) == 1
                     else f"{part.task}, {part.sinks} sinks"
                 )
-                yield [part.split or "all", part.mode, task, metric, _code(policy), *map(str, counts)]
+                yield [_code(policy), part.mode, task, metric, *map(str, counts)]
 
 
 def _write_part(document: Document, study: Study, part: Part) -> None:
