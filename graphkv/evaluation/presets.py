@@ -87,6 +87,12 @@ class Preset:
         object.__setattr__(self, "graph", tuple(self.graph))
         object.__setattr__(self, "layer_budgets", tuple(self.layer_budgets))
 
+    @property
+    def base_name(self) -> str:
+        """The base as a policy's name, with its options."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.base}({options})" if options else self.base
+
     def as_toml(self) -> dict[str, Any]:
         """Give the fields that say something, as plain values."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}

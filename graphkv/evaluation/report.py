@@ -17,6 +17,7 @@ from ..core import checks
 from ..core.errors import ArgumentError
 from . import plots, statistics
 from .page import make_page
+from .presets import Preset
 from .records import Record, read_header, read_records
 from .statistics import FULL, METRICS, Comparison, Interval
 
@@ -193,7 +194,11 @@ class Study:
         result = {}
         for name in self.policies:
             base, plus, graph = name.partition("+")
-            result[name] = Family(base, graph if plus else ALONE)
+            preset = self.header.get("presets", {}).get(name)
+            if preset is None:
+                result[name] = Family(base, graph if plus else ALONE)
+            else:
+                result[name] = Family(Preset(**preset).base_name, Path(name).stem)
         return result
 
     @cached_property
