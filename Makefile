@@ -44,7 +44,7 @@ docs: .venv/installed-test
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing,tune]'
 	touch $@
 
 # `demo` brings what it takes to read the demo's model here too.

@@ -1,4 +1,4 @@
-"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(neighbors=4)``."""
+"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(neighbors=4)``, ``preset.toml``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..adapters import (
@@ -16,6 +17,8 @@ from ..adapters import (
     ExpectedAttention,
     KeyDiff,
     KNorm,
+    LayerShares,
+    PerLayer,
     PyramidKV,
     Random,
     RoCo,
@@ -27,8 +30,9 @@ from ..core.eviction import evict
 from ..core.policy import GraphKV, Policy, Wrapper
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache
+from .presets import SUFFIX, Preset, load_preset
 
-__all__ = ["BASES", "base_of", "call", "make_policy", "parse", "running_states"]
+__all__ = ["BASES", "base_of", "call", "make_policy", "make_preset", "parse", "running_states"]
 
 BASES: dict[str, Callable[..., Policy]] = {
     "random": Random,
@@ -55,7 +59,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     ----------
     name : str
         ``full``, or a base with options in parentheses, and on top of it ``+graphkv`` with options, or
-        ``+graphkv-paper``.
+        ``+graphkv-paper``; or the path of a preset, which ends in ``.toml``, see `graphkv.evaluation.presets`.
     budget : int or float
         Tokens to keep per KV head, or their share.
     sinks : int, optional
@@ -66,7 +70,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     Raises
     ------
     ArgumentError
-        If the name or an option is unknown.
+        If the name or an option is unknown, or a preset is none.
 
     Examples
     --------
@@ -75,6 +79,8 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     """
     if name == "full":
         return None
+    if name.endswith(SUFFIX):
+        return make_preset(load_preset(Path(name)), budget, sinks=sinks, seed=seed, name=name)
     base, plus, graph = name.partition("+")
     made = _make_base(base, name, budget, sinks, seed)
     if not plus:
@@ -88,6 +94,12 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
 
 def _make_base(base: str, name: str, budget: int | float, sinks: int | None, seed: int) -> Policy:
     kind, options = parse(base, name)
+    return _call_base(kind, options, name, budget, sinks, seed)
+
+
+def _call_base(
+    kind: str, options: dict[str, Any], name: str, budget: int | float, sinks: int | None, seed: int
+) -> Policy:
     if kind not in BASES:
         raise _unknown(name)
     if kind == "random":
@@ -96,6 +108,38 @@ def _make_base(base: str, name: str, budget: int | float, sinks: int | None, see
         options = {"num_sinks": sinks} | options
     made: Policy = call(BASES[kind], name, budget=budget, **options)
     return made
+
+
+def make_preset(
+    preset: Preset, budget: int | float, *, sinks: int | None = None, seed: int = 0, name: str = "preset"
+) -> Policy:
+    """Make the policy of a preset.
+
+    Parameters
+    ----------
+    preset : Preset
+    budget : int or float
+        Tokens to keep per KV head in the average layer, or their share.
+    sinks : int, optional
+        Instead of those of the preset.
+    seed : int
+        Of the random policy.
+    name : str
+        What errors call the preset.
+
+    Raises
+    ------
+    ArgumentError
+        If the base or an option is unknown or wrong.
+    """
+    if preset.base not in BASES:
+        raise ArgumentError(f"--policy {name}: base must be one of {', '.join(BASES)}; got {preset.base!r}")
+    sinks = preset.sinks if sinks is None else sinks
+    policy = base = _call_base(preset.base, dict(preset.options), f"{name}, options", budget, sinks, seed)
+    graphs = [call(GraphKV, f"{name}, graph[{number}]", base, **each) for number, each in enumerate(preset.graph)]
+    if graphs:
+        policy = graphs[0] if len(graphs) == 1 else PerLayer(base, graphs)
+    return LayerShares(policy, preset.layer_budgets) if preset.layer_budgets else policy
 
 
 def parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
@@ -129,7 +173,8 @@ def call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any
 def _unknown(name: str) -> ArgumentError:
     known = ", ".join(["full", *BASES])
     return ArgumentError(
-        f"--policy must be one of {known}, or one of them with +graphkv or +graphkv-paper; got {name!r}"
+        f"--policy must be one of {known}, or one of them with +graphkv or +graphkv-paper, or a preset.toml; "
+        f"got {name!r}"
     )
 
 

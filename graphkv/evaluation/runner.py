@@ -314,7 +314,13 @@ class Reading:
             text=text,
             output_error=error,
             attention_mass=mass,
+            redundancy=_redundancy(cache),
         )
+
+
+def _redundancy(cache: EvictingCache) -> float:
+    """Give the mean cosine of two different kept keys, over the layers that can be evicted."""
+    return round(float(torch.stack([layer.redundancy.mean() for layer in cache.layers if layer.evicts]).mean()), 6)
 
 
 def _stateful_base(policy: Policy) -> Policy | None:
