@@ -115,7 +115,7 @@ def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
 
         tokens, window, budget = (128, 16, 32) if tiny else (16384, 64, 2048)
         keys = _normal("torch", device, 1, 8, tokens, 128)
-        queries = _normal("torch", device, 1, 32, tokens, 128)[:, :, -window:].clone()
+        queries = _normal("torch", device, 1, 32, window, 128)
         policy = SnapKV(budget=budget, window=window, kernel_size=5)
         ours = lambda: graphkv.evict(policy, keys, queries=queries).kept  # noqa: E731
         return ours, kvpress_snapkv(keys, queries, budget, window)
