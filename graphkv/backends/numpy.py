@@ -14,6 +14,7 @@ from ..core import primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
 from ..core.types import Array, Graph, Namespace
+from . import streamed
 
 __all__ = ["BACKEND", "SPARSE", "to_csr"]
 
@@ -25,6 +26,17 @@ def _smallest(keys: Array, k: int, /) -> Array:
 
 
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smallest=_smallest)
+
+
+def _normalise(keys: Array, /) -> Array:
+    length = np.sqrt(np.vecdot(keys, keys))
+    usable = (length > 0) & np.isfinite(length)
+    found = keys / np.where(usable, length, 1)[..., None]
+    found[~usable] = 0
+    return found
+
+
+build_graph = partial(streamed.build_graph, normalise=_normalise)
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
@@ -113,6 +125,7 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+    build_graph=build_graph,
 )
 
 # NumPy arrays, propagated through SciPy's compressed columns: ``propagate(importance, graph, backend=SPARSE)``. A

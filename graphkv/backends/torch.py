@@ -10,7 +10,9 @@ import torch
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.types import Array, Namespace
+from ..core.graph import _build_graph
+from ..core.types import Array, Graph, Namespace
+from . import streamed
 
 __all__ = ["BACKEND"]
 
@@ -39,6 +41,20 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     return result.scatter_add_(-1, index, values)
 
 
+def _normalise(keys: Array, /) -> Array:
+    """Scale to length one in two passes: divided by an infinite length, all but infinity and NaN become zero."""
+    length = torch.linalg.vecdot(keys, keys).sqrt_()
+    length.masked_fill_(length == 0, torch.inf)
+    return (keys / length[..., None]).nan_to_num_(nan=0.0)
+
+
+def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
+    """Stream the similarities; arrays that record gradients go through the portable body, which writes to none."""
+    if keys.requires_grad and torch.is_grad_enabled():
+        return _build_graph(keys, importance, valid, **options)
+    return streamed.build_graph(keys, importance, valid, normalise=_normalise, **options)
+
+
 def to_numpy(x: Array) -> Any:
     """Copy to the host."""
     return x.detach().cpu().numpy()
@@ -51,4 +67,5 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+    build_graph=build_graph,
 )
