@@ -28,15 +28,15 @@ def _smallest(keys: Array, k: int, /) -> Array:
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smallest=_smallest)
 
 
-def _normalise(keys: Array, /) -> Array:
+def _normalise(keys: Array, out: Array, /) -> None:
     length = np.sqrt(np.vecdot(keys, keys))
     usable = (length > 0) & np.isfinite(length)
-    found = keys / np.where(usable, length, 1)[..., None]
-    found[~usable] = 0
-    return found
+    np.divide(keys, np.where(usable, length, 1)[..., None], out=out)
+    out[~usable] = 0
 
 
-build_graph = partial(streamed.build_graph, normalise=_normalise)
+NATIVE = streamed.Native(normalise=_normalise, smallest=_smallest, take_along_axis=np.take_along_axis)
+build_graph = partial(streamed.build_graph, native=NATIVE)
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:

@@ -41,18 +41,21 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     return result.scatter_add_(-1, index, values)
 
 
-def _normalise(keys: Array, /) -> Array:
-    """Scale to length one in two passes: divided by an infinite length, all but infinity and NaN become zero."""
-    length = torch.linalg.vecdot(keys, keys).sqrt_()
+def _normalise(keys: Array, out: Array, /) -> None:
+    length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
+    # Divided by infinity, everything becomes zero, infinity and NaN excepted.
     length.masked_fill_(length == 0, torch.inf)
-    return (keys / length[..., None]).nan_to_num_(nan=0.0)
+    torch.div(keys, length, out=out).nan_to_num_(nan=0.0)
+
+
+NATIVE = streamed.Native(normalise=_normalise, smallest=_smallest, take_along_axis=torch.take_along_dim)
 
 
 def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
-    """Stream the similarities; arrays that record gradients go through the portable body, which writes to none."""
+    """Stream the similarities. Nothing can be written to arrays that record gradients: they take the portable way."""
     if keys.requires_grad and torch.is_grad_enabled():
         return _build_graph(keys, importance, valid, **options)
-    return streamed.build_graph(keys, importance, valid, normalise=_normalise, **options)
+    return streamed.build_graph(keys, importance, valid, native=NATIVE, **options)
 
 
 def to_numpy(x: Array) -> Any:
