@@ -41,21 +41,61 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     return result.scatter_add_(-1, index, values)
 
 
-def _normalise(keys: Array, out: Array, /) -> None:
+def _normalised(keys: Array, /) -> Array:
     length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
     # Divided by infinity, everything becomes zero, infinity and NaN excepted.
     length.masked_fill_(length == 0, torch.inf)
-    torch.div(keys, length, out=out).nan_to_num_(nan=0.0)
+    return torch.div(keys, length).nan_to_num_(nan=0.0)
 
 
-NATIVE = streamed.Native(normalise=_normalise, smallest=_smallest, take_along_axis=torch.take_along_dim)
+def _rankable(similarity: Array, places: Array, /) -> Array:
+    """Pack what may be overwritten into integers that are all different, ascending from the best."""
+    is_excluded = similarity < -2
+    # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of others are negative.
+    bits = similarity.clamp_(max=1.0).view(torch.int32).clamp_(min=0)
+    return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
+
+
+def _nearest(
+    keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, block: int
+) -> tuple[Array, Array]:
+    (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
+    of = _normalised(keys.gather(1, sources[..., None].expand(-1, -1, head_size)))
+    of.masked_fill_(is_padding.gather(1, sources)[..., None], 0.0)
+    bias = keys.new_zeros((num_rows, num_tokens)).masked_fill_(is_padding, streamed.EXCLUDED)
+    bias.scatter_(1, sources, streamed.EXCLUDED)
+    filling = -num_tokens % block
+    bias = torch.nn.functional.pad(bias, (0, filling), value=streamed.EXCLUDED)[:, None]
+    products = keys.new_empty(num_rows * num_sources * width)
+    first = torch.arange(num_rows * num_sources, device=keys.device).view(num_rows, num_sources, 1)
+    places = torch.arange(num_tokens + filling, device=keys.device)
+
+    best = places.new_empty((num_rows, num_sources, 0))
+    for start in range(0, num_tokens, width):
+        to = _normalised(keys[:, start : start + width])
+        if to.shape[1] % block:
+            to = torch.nn.functional.pad(to, (0, 0, 0, filling))
+        size = to.shape[1]
+        found = products[: num_rows * num_sources * size].view(num_rows, num_sources, size)
+        torch.bmm(of, to.mT, out=found).add_(bias[..., start : start + size])
+
+        blocks = found.view(-1, block)
+        highest = blocks.amax(dim=-1).view(num_rows, num_sources, -1)
+        num_blocks = highest.shape[-1]
+        chosen = _smallest(_rankable(highest, places[:num_blocks]), min(num_neighbors, num_blocks)) & 0xFFFFFFFF
+        near = blocks.index_select(0, (first * num_blocks + chosen).view(-1)).view(*chosen.shape, block)
+        near = _rankable(near, (chosen * block)[..., None] + places[start : start + block])
+        best = torch.cat([best, near.view(num_rows, num_sources, -1)], dim=-1)
+        best = _smallest(best, min(num_neighbors, best.shape[-1]))
+    weights = (best >> 32).neg_().clamp_(min=0).to(torch.int32).view(torch.float32)
+    return best & 0xFFFFFFFF, weights
 
 
 def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
-    """Stream the similarities. Nothing can be written to arrays that record gradients: they take the portable way."""
-    if keys.requires_grad and torch.is_grad_enabled():
+    """Stream the similarities of float32; what records gradients must not be written to, and takes the portable way."""
+    if keys.dtype != torch.float32 or (keys.requires_grad and torch.is_grad_enabled()):
         return _build_graph(keys, importance, valid, **options)
-    return streamed.build_graph(keys, importance, valid, native=NATIVE, **options)
+    return streamed.build_graph(keys, importance, valid, nearest=_nearest, **options)
 
 
 def to_numpy(x: Array) -> Any:
