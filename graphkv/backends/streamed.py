@@ -22,8 +22,8 @@ __all__ = ["BLOCK_SIZE", "EXCLUDED", "build_graph"]
 
 # Tokens per block: the fewer, the more maxima to rank; the more, the more candidates.
 BLOCK_SIZE = 32
-# Similarities that exist at a time, over all rows: 16 MB in float32, which a last-level cache holds.
-BUFFER_SIZE = 1 << 22
+# Similarities that exist at a time, over all rows: 8 MB in float32, which fit a last-level cache with what else is in use.
+BUFFER_SIZE = 1 << 21
 # Added to the similarity of what may not be a neighbor: the sum is below -2, and so below every cosine.
 EXCLUDED = -4.0
 
