@@ -16,7 +16,7 @@ MAKE = {"numpy": np.asarray, "torch": lambda x: torch.as_tensor(np.asarray(x))}
 
 def portable(backend):
     """The same library without any of its faster forms."""
-    optional = ("top_k", "segment_product", "segment_sum", "build_graph", "propagate", "select")
+    optional = ("top_k", "segment_product", "segment_sum", "received_attention", "build_graph", "propagate", "select")
     return dataclasses.replace(backend, **dict.fromkeys(optional))
 
 

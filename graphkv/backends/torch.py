@@ -98,6 +98,50 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, **options)
 
 
+# Attention probabilities that exist at a time: 16 MB in float32, which a last-level cache holds.
+ATTENTION_SIZE = 1 << 22
+
+
+def received_attention(
+    queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace
+) -> Array:
+    """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+        return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
+    batch, query_heads, num_queries, head_size = queries.shape
+    num_rows, num_tokens = batch * keys.shape[1], keys.shape[2]
+    groups = query_heads * batch // max(num_rows, 1)
+    asks = valid[..., num_tokens - num_queries :].reshape(num_rows, 1, num_queries, 1)
+    # Padding may hold anything, NaN included.
+    queries = queries.reshape(num_rows, groups, num_queries, head_size).masked_fill(~asks, 0.0)
+    queries.mul_(head_size**-0.5)
+    valid, keys = valid.reshape(num_rows, 1, num_tokens), keys.reshape(num_rows, num_tokens, head_size)
+
+    block_size = max(1, min(block_size, num_queries, ATTENTION_SIZE // max(groups * num_tokens, 1)))
+    height = max(1, ATTENTION_SIZE // max(groups * block_size * num_tokens, 1))
+    total = queries.new_zeros((num_rows, groups, num_tokens))
+    buffer = queries.new_empty(min(height, num_rows) * groups * block_size * num_tokens)
+    # Low enough to vanish next to any logit, and finite, so that a row which sees nothing is no NaN.
+    hidden = torch.finfo(queries.dtype).min / 2
+    future = torch.full((block_size, block_size), hidden, dtype=queries.dtype, device=queries.device).triu_(1)
+    for first in range(0, num_rows, height):
+        rows = slice(first, first + height)
+        seen = keys[rows].masked_fill(~valid[rows].mT, 0.0)
+        padding = torch.zeros_like(valid[rows], dtype=queries.dtype).masked_fill_(~valid[rows], hidden)
+        for start in range(0, num_queries, block_size):
+            stop = min(start + block_size, num_queries)
+            size, end = stop - start, num_tokens - num_queries + stop
+            block = queries[rows, :, start:stop].reshape(-1, groups * size, head_size)
+            logits = buffer[: block.shape[0] * groups * size * end].view(-1, groups * size, end)
+            torch.baddbmm(padding[..., :end], block, seen[:, :end].mT, out=logits)
+            logits = logits.view(-1, groups, size, end)
+            logits[..., end - size :].add_(future[:size, :size])
+            probabilities = torch.softmax(logits, dim=-1)
+            probabilities.mul_(asks[rows, :, start:stop])
+            total[rows, :, :end] += probabilities.sum(dim=-2)
+    return total.view(batch, -1, groups, num_tokens)
+
+
 def to_numpy(x: Array) -> Any:
     """Copy to the host."""
     return x.detach().cpu().numpy()
@@ -110,5 +154,6 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+    received_attention=received_attention,
     build_graph=build_graph,
 )
