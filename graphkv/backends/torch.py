@@ -98,8 +98,8 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, **options)
 
 
-# Attention probabilities that exist at a time: 16 MB in float32, which a last-level cache holds.
-ATTENTION_SIZE = 1 << 22
+# Attention probabilities that exist at a time: 8 MB in float32, which a last-level cache holds.
+ATTENTION_SIZE = 1 << 21
 
 
 def received_attention(
@@ -109,8 +109,8 @@ def received_attention(
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
     batch, query_heads, num_queries, head_size = queries.shape
-    num_rows, num_tokens = batch * keys.shape[1], keys.shape[2]
-    groups = query_heads * batch // max(num_rows, 1)
+    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
+    num_rows, groups = batch * kv_heads, query_heads // kv_heads
     asks = valid[..., num_tokens - num_queries :].reshape(num_rows, 1, num_queries, 1)
     # Padding may hold anything, NaN included.
     queries = queries.reshape(num_rows, groups, num_queries, head_size).masked_fill(~asks, 0.0)
@@ -139,7 +139,7 @@ def received_attention(
             probabilities = torch.softmax(logits, dim=-1)
             probabilities.mul_(asks[rows, :, start:stop])
             total[rows, :, :end] += probabilities.sum(dim=-2)
-    return total.view(batch, -1, groups, num_tokens)
+    return total.view(batch, kv_heads, groups, num_tokens)
 
 
 def to_numpy(x: Array) -> Any:

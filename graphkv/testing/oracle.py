@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import inf, isfinite, isnan, sqrt
+from math import exp, inf, isfinite, isnan, sqrt
 
-__all__ = ["FREE", "Choice", "Edges", "build_graph", "cosine", "evict", "propagate", "select", "top_k"]
+__all__ = ["FREE", "Choice", "Edges", "build_graph", "cosine", "evict", "propagate", "received", "select", "top_k"]
 
 SMALLEST_FACTOR = 1e-6
 
@@ -75,6 +75,23 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     if square_a in (0, inf) or square_b in (0, inf) or isnan(square_a) or isnan(square_b):
         return 0.0
     return dot / (sqrt(square_a) * sqrt(square_b))
+
+
+def received(
+    queries: Sequence[Sequence[float]], keys: Sequence[Sequence[float]], valid: Sequence[bool] | None = None
+) -> list[float]:
+    """Sum the causal softmax attention that each key gets from the queries of one head, which are the last positions."""
+    valid = [True] * len(keys) if valid is None else [bool(flag) for flag in valid]
+    total = [0.0] * len(keys)
+    for position, query in enumerate(queries, start=len(keys) - len(queries)):
+        seen = [j for j in range(position + 1) if valid[j]]
+        if not valid[position]:
+            continue
+        logits = [sum(x * y for x, y in zip(query, keys[j], strict=True)) / sqrt(len(query)) for j in seen]
+        weights = [exp(logit - max(logits)) for logit in logits]
+        for j, weight in zip(seen, weights, strict=True):
+            total[j] += weight / sum(weights)
+    return total
 
 
 def build_graph(
