@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test thorough lint docs clean
+.PHONY: demo test thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
@@ -16,6 +16,10 @@ test: .venv/installed-test
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
 thorough: .venv/installed-test
 	GRAPHKV_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_conformance.py $(ARGS)
+
+# Ratios to the work that cannot be avoided: a table, and benchmarks/results.json. With kvpress where .venv-kvpress is.
+bench: .venv/installed-test
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

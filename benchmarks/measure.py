@@ -56,7 +56,11 @@ class Contest:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. Times in seconds, memory in MB (10^6 bytes); None was not measured."""
+    """One line of the table. Times in seconds, memory in MB (10^6 bytes); None was not measured.
+
+    `load` is the machine's load average when the row was measured: above the number of cores, others were at work, and
+    a step of many short parallel calls suffers more from that than one long call.
+    """
 
     name: str
     of: str = ""
@@ -72,6 +76,7 @@ class Row:
     memory_target: str = ""
     memory_met: bool | None = None
     note: str = ""
+    load: float = field(default_factory=lambda: round(os.getloadavg()[0], 1))
 
 
 def in_turns(contest: Contest, rounds: int, *, tiny: bool = False) -> tuple[float, float, float]:

@@ -102,9 +102,7 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
 ATTENTION_SIZE = 1 << 21
 
 
-def received_attention(
-    queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace
-) -> Array:
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
     """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
         return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)

@@ -180,9 +180,7 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     return weight / xp.where(total > 0, total, xp.ones_like(total))
 
 
-def received_attention(
-    queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace
-) -> Array:
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
     """Sum what each token gets from the last Q positions: the columns of `window_attention`, but never all its rows.
 
     A row needs the keys up to its own position only, and all of them are at hand, so its softmax needs no second pass.

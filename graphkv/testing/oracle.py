@@ -80,7 +80,7 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
 def received(
     queries: Sequence[Sequence[float]], keys: Sequence[Sequence[float]], valid: Sequence[bool] | None = None
 ) -> list[float]:
-    """Sum the causal softmax attention that each key gets from the queries of one head, which are the last positions."""
+    """Sum the causal softmax attention that each key gets from the queries of one head, the last positions."""
     valid = [True] * len(keys) if valid is None else [bool(flag) for flag in valid]
     total = [0.0] * len(keys)
     for position, query in enumerate(queries, start=len(keys) - len(queries)):
