@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graphkv import GraphKV, SnapKV
-from graphkv.demo.model import DEFAULT_MODEL, load_model
+from graphkv.evaluation.model import DEFAULT_MODEL, load_model
 from graphkv.integrations.transformers import EvictingCache, observing
 
 from .measure import Row

@@ -39,6 +39,8 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 
+# kvpress needs a transformers of its own age: make test-kvpress.
+autodoc_mock_imports = ["kvpress"]
 autodoc_typehints = "none"  # dtypes and shapes stand in the docstrings
 autodoc_member_order = "bysource"
 autosummary_generate = False  # the tables on api.md point into that page
@@ -115,6 +117,18 @@ class NameRole(_Link):
         return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
 
 
+class TestedRole(SphinxRole):
+    """``{tested}`folder/test_file.py::test_name``` names a test, which must exist."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Name the test."""
+        path, _, name = self.text.partition("::")
+        file = Path(__file__).parents[1] / "tests" / path
+        if not file.is_file() or f"\ndef {name}(" not in file.read_text(encoding="utf-8"):
+            logging.getLogger(__name__).warning("no such test: %s", self.text, location=self.get_location())
+        return [nodes.literal(self.rawtext, name, classes=["property"])], []
+
+
 class PropertyRole(_Link):
     """``{property}`test_name``` links to a property of the conformance kit, or names it where there is no kit."""
 
@@ -140,4 +154,5 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
     app.add_role("name", NameRole())
     app.add_role("property", PropertyRole())
+    app.add_role("tested", TestedRole())
     app.add_directive("properties", PropertiesDirective)

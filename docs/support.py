@@ -37,8 +37,8 @@ def policies() -> list[Policy]:
 def table() -> str:
     """Render the table in Markdown."""
     lines = [
-        "| policy | values | queries | running state | fused attention | extra MFLOP | largest temporary |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| policy | values | queries | running state | couples | fused attention | extra MFLOP | largest temporary |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for policy in policies():
         name, own = type(policy).__name__, policy.requirements
@@ -50,6 +50,7 @@ def table() -> str:
             "yes" if own.values else "-",
             own.queries if own.queries != "none" else "-",
             "yes" if own.state else "-",
+            "heads" if own.couples_heads else "layers" if own.preferences else "-",
             "yes" if own.fused_attention else "no",
             f"{flops / 1e6:.1f}" if flops else "-",
             f"{size / 2**20:.1f} MiB" if size else "-",

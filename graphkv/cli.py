@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .core import ArgumentError, GraphKVError
+from .core import ArgumentError, BackendUnavailableError, GraphKVError
 
 __all__ = ["app", "parse_budget", "run"]
 
@@ -66,6 +66,92 @@ def demo(
         seed=seed,
         output=output,
     )
+
+
+@app.command(name="eval")
+def evaluate(
+    suite: Annotated[str | None, typer.Option(help="Settings that come with graphkv: quick or standard.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings of your own.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="What to ask, such as needle; tasks joined by + share their prompts. Repeatable."),
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a prompt before the question. Repeatable.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="A method such as snapkv or h2o; +graphkv puts the graph on top. Repeatable."),
+    ] = None,
+    budget: Annotated[list[int] | None, typer.Option(min=1, help="Tokens to keep per KV head. Repeatable.")] = None,
+    sinks: Annotated[
+        list[int] | None, typer.Option(min=0, help="First tokens that every policy keeps. Repeatable. Default: 4.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="aware: the question is in the cache when it is evicted; agnostic: it is not. Repeatable."),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts per task and length.")] = None,
+    split: Annotated[str | None, typer.Option(help="held-out, to report; or tuning, to choose settings by.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="First prompt of the split.")] = None,
+    generate: Annotated[
+        bool | None, typer.Option("--generate/--no-generate", help="Let the model answer, and score the text.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="File or folder of text for the prompts. Default: Python's language reference.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File of rows with context, question and answers, one JSON object per line, to ask instead."),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of rows that name none, such as f1 or rouge_l.")] = None,
+    closeness: Annotated[
+        bool | None, typer.Option("--closeness/--no-closeness", help="Compare attention with the full cache's.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, each with a model. Default: one per core for the default model, else 1."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch per process. Default: the cores shared out.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the run; a run that is there is continued.")] = Path(
+        "graphkv-eval"
+    ),
+) -> None:
+    """Measure how well a model answers from caches that are evicted by several policies.
+
+    Every prompt is read once and serves all policies and budgets. A run that was interrupted goes on where it stopped.
+    """
+    given = {
+        "model": model,
+        "tasks": task,
+        "lengths": length,
+        "policies": policy,
+        "budgets": budget,
+        "sinks": sinks,
+        "modes": mode,
+        "prompts": prompts,
+        "split": split,
+        "seed": seed,
+        "generate": generate,
+        "closeness": closeness,
+        "text": None if text is None else str(text),
+        "data": None if data is None else str(data),
+        "metric": metric,
+        "batch": batch,
+    }
+    try:
+        from .evaluation.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
+        from .evaluation.config import load_config  # noqa: PLC0415
+    except ImportError as error:
+        raise BackendUnavailableError(f"graphkv eval needs: pip install 'graphkv[eval]' ({error})") from error
+    settings = load_config(suite, config, {name: value for name, value in given.items() if value is not None})
+    main(settings, output=output, workers=workers, threads=threads)
 
 
 def parse_budget(text: str) -> int | float:

@@ -10,14 +10,14 @@ import torch
 from graphkv.backends.numpy import BACKEND as NUMPY
 from graphkv.backends.torch import BACKEND as TORCH
 from graphkv.core import Backend
+from graphkv.testing.subject import OPTIONAL
 
 MAKE = {"numpy": np.asarray, "torch": lambda x: torch.as_tensor(np.asarray(x))}
 
 
 def portable(backend):
     """The same library without any of its faster forms."""
-    optional = ("top_k", "segment_product", "segment_sum", "received_attention", "build_graph", "propagate", "select")
-    return dataclasses.replace(backend, **dict.fromkeys(optional))
+    return dataclasses.replace(backend, **dict.fromkeys(OPTIONAL))
 
 
 BACKENDS = {

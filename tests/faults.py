@@ -1,6 +1,6 @@
 """Backends that are wrong on purpose, one mistake each; `test_kit` proves that the kit sees every one.
 
-The three steps are written once more here, plainly and in NumPy, with the places where a porter may slip marked by the
+The steps are written once more here, plainly and in NumPy, with the places where a porter may slip marked by the
 name of the slip. Without a fault they are right, which `test_kit` proves too.
 """
 
@@ -194,6 +194,84 @@ def propagate(importance, graph, /, *, signal, rounds, accumulation, strength, b
         return result.astype(np.float16 if fault == "scores narrowed" else power.dtype)
 
 
+def degree(keys, valid, /, *, backend, fault=""):
+    length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
+    usable = np.isfinite(length) & ((length > 0) | (fault == "zero key is NaN"))
+    counted = np.ones_like(valid) if fault == "padding in the mean" else valid
+    with np.errstate(all="ignore"):
+        directions = np.where(usable, keys / length, 0).astype(keys.dtype)
+        if fault == "dot product for cosine":
+            directions = np.where(np.isfinite(keys), keys, 0)
+        number = np.sum(counted, axis=-1, keepdims=True)
+        if fault == "padding counted":
+            number = np.full_like(number, valid.shape[-1])
+        mean = np.sum(directions * counted[..., None], axis=-2) / np.maximum(number, 1)
+        if fault == "a sum for a mean":
+            mean = mean * number
+        if fault == "cosine with the mean":
+            mean = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+        if fault == "mean over the rows":
+            mean = np.broadcast_to(np.mean(mean, axis=0), mean.shape) if mean.ndim > 1 and len(mean) else mean
+        result = np.sum(directions * mean[..., None, :], axis=-1)
+        if fault == "others only":
+            result = (result * number - 1) / np.maximum(number - 1, 1)
+        if fault == "in half precision":
+            result = result.astype(np.float16)
+        if fault != "not clipped":
+            result = np.clip(result, -1, 1)
+        if fault == "not clipped":
+            result = result * (1 + 1e-3)
+    if fault != "padding has a degree":
+        result = np.where(valid, result, 0)
+    return result.astype(keys.dtype)
+
+
+def rank(values, valid, fault):
+    order = top_k(values, values.shape[-1], ~valid if fault != "padding ranked" else np.zeros(valid.shape, int), xp=np)
+    place = np.argsort(order, axis=-1)
+    if fault == "later of equals first":
+        place = np.argsort(np.lexsort((-np.arange(values.shape[-1]) + 0 * place, -values, ~valid), axis=-1), axis=-1)
+    if fault == "equals share a rank":
+        place = np.sum((values[..., None, :] > values[..., None]) & valid[..., None, :], axis=-1)
+    return (place + 1 if fault == "descending ranks" else np.sum(valid, axis=-1, keepdims=True) - place).astype(float)
+
+
+def fuse(importance, degrees, valid, /, *, fusion, exponent, backend, fault=""):
+    dtype = np.result_type(importance, degrees)
+    score = importance.astype(dtype)
+    degrees = degrees if fault == "NaN degree kept" else np.nan_to_num(degrees, nan=0.0, posinf=1, neginf=-1)
+    distance = 1 - (degrees if fault == "degree not clipped" else np.clip(degrees, -1, 1))
+    if fault == "degree for distance":
+        distance = 2 - distance
+    with np.errstate(all="ignore"):
+        if fusion == "power":
+            number = ~np.isnan(score) & (valid | (fault == "padding in the minimum"))
+            if fault != "infinities in the minimum":
+                number &= np.isfinite(score)
+            lowest = np.min(np.where(number, score, 0), axis=-1, keepdims=True, initial=0)
+            if fault == "least of all is 0":
+                lowest = np.min(np.where(number, score, np.inf), axis=-1, keepdims=True, initial=np.inf)
+            if fault == "negative scores multiplied":
+                lowest = 0 * lowest
+            exponent = {"exponent ignored": 1, "one factor too many": exponent + 1}.get(fault, exponent)
+            power = distance**exponent
+            if fault != "no smallest power":
+                power = np.maximum(power, 1e-24)
+            if fault != "no largest power":
+                power = np.minimum(power, 1e24)
+            fused = (score - lowest) * power
+        else:
+            ranks = rank(score, valid, fault), rank(distance, valid, fault)
+            lower = fusion == "max_rank" and fault == "lower rank"
+            fused = np.minimum(*ranks) if lower else np.maximum(*ranks)
+            if fusion == "mean_rank":
+                fused = (ranks[0] + ranks[1]) / (1 if fault == "sum of ranks" else 2)
+                if fault == "mean rounded":
+                    fused = np.floor(fused)
+    result = fused if fault == "padding scored" else np.where(valid, fused, score)
+    return result.astype(dtype)
+
+
 def select(scores, budget, protected, valid, /, *, backend, fault=""):
     valid = np.ones(scores.shape, bool) if valid is None or fault == "padding kept" else valid
     protected = np.zeros(scores.shape, bool) if protected is None or fault == "protection ignored" else protected
@@ -274,6 +352,8 @@ STEPS: dict[str, Callable[..., Any]] = {
     "received_attention": received_attention,
     "build_graph": build_graph,
     "propagate": propagate,
+    "degree": degree,
+    "fuse": fuse,
     "select": select,
 }
 
@@ -366,6 +446,46 @@ FAULTS = [
             "evict by zero": "evict_sends_what_an_edge_reaches_to_minus_infinity",
             "input mutated": "inputs_are_not_written_to",
             "scores narrowed": "propagation_agrees_with_the_oracle",
+        },
+    ),
+    *faults_of(
+        "degree",
+        {
+            "zero key is NaN": "degree_lies_between_minus_one_and_one",
+            "dot product for cosine": "degree_ignores_padding_and_the_length_of_keys",
+            "padding in the mean": "degree_ignores_padding_and_the_length_of_keys",
+            "padding counted": "degree_agrees_with_the_oracle",
+            "padding has a degree": "degree_lies_between_minus_one_and_one",
+            "a sum for a mean": "a_duplicate_raises_the_degree",
+            "cosine with the mean": "degree_of_exact_numbers_is_exact",
+            "mean over the rows": "a_batch_is_the_stack_of_its_rows",
+            "others only": "degree_agrees_with_the_oracle",
+            "in half precision": "degree_agrees_with_the_oracle",
+            "not clipped": "degree_lies_between_minus_one_and_one",
+        },
+    ),
+    *faults_of(
+        "fuse",
+        {
+            "later of equals first": "fusion_agrees_with_the_oracle",
+            "equals share a rank": "fusion_agrees_with_the_oracle",
+            "descending ranks": "fusion_agrees_with_the_oracle",
+            "lower rank": "fusion_agrees_with_the_oracle",
+            "sum of ranks": "fusion_agrees_with_the_oracle",
+            "mean rounded": "fusion_agrees_with_the_oracle",
+            "padding ranked": "fusion_never_touches_what_is_not_valid",
+            "padding scored": "fusion_never_touches_what_is_not_valid",
+            "padding in the minimum": "fusion_never_touches_what_is_not_valid",
+            "NaN degree kept": "fusion_agrees_with_the_oracle",
+            "degree not clipped": "powers_of_general_numbers_are_close_to_the_oracle",
+            "degree for distance": "eviction_by_degree_agrees_with_the_oracle",
+            "least of all is 0": "fusion_agrees_with_the_oracle",
+            "negative scores multiplied": "fusion_agrees_with_the_oracle",
+            "exponent ignored": "powers_of_general_numbers_are_close_to_the_oracle",
+            "one factor too many": "fusion_agrees_with_the_oracle",
+            "no smallest power": "among_duplicates_the_importance_decides",
+            "no largest power": "among_duplicates_the_importance_decides",
+            "infinities in the minimum": "fusion_agrees_with_the_oracle",
         },
     ),
     *faults_of(

@@ -21,7 +21,7 @@ from graphkv import (
 
 
 def every_policy(budget, window=4):
-    """Name to policy: every base, every wrapper, and the graph on top of each base."""
+    """Name to policy: every base, every wrapper, and the graph on top of each base; some with the degree signal."""
     options = {"budget": budget, "window": window, "kernel_size": 3}
     bases = {
         "cake": CAKE(**options),
@@ -48,4 +48,11 @@ def every_policy(budget, window=4):
         "layer-budgets": LayerBudgets(bases["knorm"], budgets=[1, budget, budget + 1, 2]),
     }
     graphs = {f"graphkv-{name}": GraphKV(base, neighbors=2) for name, base in bases.items()}
-    return bases | wrappers | graphs
+    degrees = {
+        "degree-snapkv": GraphKV(bases["snapkv"], signal="degree"),
+        "degree-knorm": GraphKV(bases["knorm"], signal="degree", exponent=2),
+        "degree-h2o-max-rank": GraphKV(bases["h2o"], signal="degree", fusion="max_rank"),
+        "degree-knorm-mean-rank": GraphKV(bases["knorm"], signal="degree", fusion="mean_rank"),
+        "degree-graphkv-snapkv": GraphKV(GraphKV(bases["snapkv"]), signal="degree"),
+    }
+    return bases | wrappers | graphs | degrees

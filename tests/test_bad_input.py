@@ -67,6 +67,14 @@ class Calls:
         importance, graph = arrays or (self.array(2, 4), self.graph())
         return graphkv.propagate(importance, graph, **{"backend": self.backend} | options)
 
+    def degree(self, *arrays: Any, **options: Any) -> Any:
+        (keys,) = arrays or (self.array(2, 4, 3),)
+        return graphkv.degree(keys, **{"backend": self.backend} | options)
+
+    def fuse(self, *arrays: Any, **options: Any) -> Any:
+        importance, degree = arrays or (self.array(2, 4), self.array(2, 4))
+        return graphkv.fuse(importance, degree, **{"backend": self.backend} | options)
+
     def select(self, *arguments: Any, **options: Any) -> Any:
         scores, budget = arguments or (self.array(2, 4), 2)
         return graphkv.select(scores, budget, **{"backend": self.backend} | options)
@@ -187,6 +195,33 @@ STEP_TABLE = {
     "strength complex": kind(
         lambda c: c.propagate(strength=1j), "strength must be a real number in [0, 1]; got complex"
     ),
+    "unknown fusion": value(
+        lambda c: c.fuse(fusion="sum"), "fusion must be one of ['max_rank', 'mean_rank', 'power']; got 'sum'"
+    ),
+    "exponent 0": value(lambda c: c.fuse(exponent=0), "exponent must be at least 1; got 0"),
+    "float exponent": kind(lambda c: c.fuse(exponent=2.0), "exponent must be an integer; got 2.0"),
+    # the degree signal
+    "keys of one axis in degree": value(lambda c: c.degree(c.array(4)), "keys must have shape (..., N, D); got (4,)"),
+    "complex keys in degree": kind(lambda c: c.degree(c.complex(2, 4, 3)), "keys must be real; got dtype complex64"),
+    "valid of another shape in degree": value(
+        lambda c: c.degree(valid=c.mask(2, 5)), "valid must have the shape (2, 4) of the tokens of keys; got (2, 5)"
+    ),
+    "integer valid in degree": kind(
+        lambda c: c.degree(valid=c.array(2, 4, dtype="int64")), "valid must be bool; got dtype int64"
+    ),
+    "list for keys in degree": library(lambda c: c.degree([[1.0]]), "keys must be an array; got list"),
+    "degree of another N": value(
+        lambda c: c.fuse(c.array(2, 4), c.array(2, 5)), "degree must have shape (2, 4) like importance; got (2, 5)"
+    ),
+    "bool importance in fuse": kind(
+        lambda c: c.fuse(c.mask(2, 4), c.array(2, 4)), "importance must be real; got dtype bool"
+    ),
+    "complex degree": kind(
+        lambda c: c.fuse(c.array(2, 4), c.complex(2, 4)), "degree must be real; got dtype complex64"
+    ),
+    "valid of another shape in fuse": value(
+        lambda c: c.fuse(valid=c.mask(4)), "valid must have the shape (2, 4) of importance; got (4,)"
+    ),
     # graphs
     "graph without source axis": value(
         lambda c: c.graph(sources=c.array(dtype="int64")), "sources must have shape (..., K); got ()"
@@ -237,6 +272,14 @@ STEP_TABLE = {
     "valid of another batch": value(
         lambda c: c.evict(valid=c.mask(2, 6)), "valid must have the shape (1, 6) of (batch, N); got (2, 6)"
     ),
+    "unrotated keys of another head size": value(
+        lambda c: c.evict(unrotated_keys=c.array(1, 2, 6, 4)),
+        "unrotated_keys must have shape (1, 2, 6, 3) like keys; got (1, 2, 6, 4)",
+    ),
+    "missing unrotated keys": value(
+        lambda c: c.evict(GraphKV(StreamingLLM(budget=3), unrotated=True), c.array(1, 2, 6, 3)),
+        "unrotated_keys must be given for GraphKV with unrotated=True; got None",
+    ),
     "layer out of range": value(lambda c: c.evict(layer=2, num_layers=2), "layer must be below num_layers=2; got 2"),
     "no layers": value(lambda c: c.evict(num_layers=0), "num_layers must be at least 1; got 0"),
     "missing queries": value(
@@ -273,6 +316,8 @@ def test_the_right_calls_of_the_table_are_right(subject):
 
     assert calls.build().num_sources == 1
     assert calls.propagate().shape == (2, 4)
+    assert calls.degree().shape == (2, 4)
+    assert calls.fuse().shape == (2, 4)
     assert calls.select().shape == (2, 2)
     assert calls.evict().kept.shape == (1, 2, 3)
 
@@ -306,10 +351,14 @@ POLICY_TABLE = {
         "rounds must be 1 with accumulation 'sum'; got 3",
     ),
     "unknown signal": value(
-        lambda: GraphKV(Random(budget=4), signal="x"), "signal must be one of ['decay', 'enhance', 'evict']; got 'x'"
+        lambda: GraphKV(Random(budget=4), signal="x"),
+        "signal must be one of ['decay', 'degree', 'enhance', 'evict']; got 'x'",
     ),
     "flag that is none": kind(
         lambda: GraphKV(Random(budget=4), recompute_sources=1), "recompute_sources must be True or False; got 1"
+    ),
+    "unrotated that is no flag": kind(
+        lambda: GraphKV(Random(budget=4), unrotated="yes"), "unrotated must be True or False; got 'yes'"
     ),
     "even kernel": value(lambda: SnapKV(budget=4, kernel_size=4), "kernel_size must be odd; got 4"),
     "unknown pooling": value(

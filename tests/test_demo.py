@@ -8,33 +8,20 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from graphkv.__main__ import main
 from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.demo import model as demo_model
-from graphkv.demo.app import BASES
-from tests.integrations.tiny import tiny_llama
-
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+from graphkv.evaluation import model as demo_model
+from graphkv.evaluation.policies import BASES
+from tests.integrations.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A saved model of 512 positions, with a tokenizer that knows bytes only."""
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    tiny_llama(vocab_size=256).save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
+from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, degree, evict, fuse, propagate, select
 from graphkv.core.backend import load
 from graphkv.testing import label, variants
 from tests import faults
@@ -75,6 +75,20 @@ def test_torch_reads_no_value_on_the_host(subject, signal, accumulation, chunk_s
             ("gathered", (2, 3, 20, 8), "torch.float32"),
         )
     }
+
+
+@pytest.mark.parametrize("fusion", ["power", "max_rank", "mean_rank"])
+@pytest.mark.parametrize("subject", variants(load("torch")), ids=label)
+def test_the_degree_signal_reads_no_value_on_the_host(subject, fusion):
+    x = arrays()
+
+    degrees = degree(x["keys"], valid=x["valid"], backend=subject)
+    scores = fuse(x["importance"], degrees, fusion=fusion, valid=x["valid"], backend=subject)
+    policy = GraphKV(SnapKV(budget=20, window=4, num_sinks=2), signal="degree", fusion=fusion)
+    found = evict(policy, x["keys"], queries=x["queries"], valid=x["valid"][:, 0], backend=subject)
+
+    for result, shape in ((degrees, (2, 3, 40)), (scores, (2, 3, 40)), (found.kept, (2, 3, 20))):
+        assert (tuple(result.shape), result.device.type) == (shape, "meta")
 
 
 def test_a_hidden_synchronisation_is_caught():

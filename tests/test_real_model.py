@@ -1,17 +1,21 @@
 """SmolLM2-135M-Instruct on a real document: what the main job promises."""
 
 import json
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 
 from graphkv import GraphKV, Random, SnapKV, StreamingLLM
 from graphkv.__main__ import main
-from graphkv.demo.model import load_model
 from graphkv.demo.prompt import make_prompt
+from graphkv.evaluation.model import load_model
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 
 pytestmark = pytest.mark.slow
+QUESTIONS = ("\n\nQuestion: What is a namespace?\nAnswer:", "\n\nQuestion: And what is a module?\nAnswer:")
+# First and last token of three documents.
+PARTS = ((0, 4000), (1000, 4600), (2000, 5100))
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,35 @@ def test_numpy_and_torch_keep_the_same_tokens(smollm, prompt):
             cache.evict(policy, backend=backend)
             kept.append(torch.stack([layer.positions for layer in cache.layers]))
         assert torch.equal(*kept)
+
+
+def test_two_turns_over_long_documents_in_a_padded_batch_equal_single_runs(smollm):
+    """Three documents of up to 4,000 tokens, two questions each, 512 tokens left of everything before each question."""
+    model, tokenizer = smollm
+    policy = GraphKV(SnapKV(budget=512))
+    text = torch.tensor(tokenizer("\n\n".join(topics.values()))["input_ids"])
+    question, again = (tokenizer(each, return_tensors="pt")["input_ids"] for each in QUESTIONS)
+    prompts = [torch.cat([text[first:last], question[0]]) for first, last in PARTS]
+    longest = max(map(len, prompts))
+    assert longest > 4000
+    assert len(set(map(len, prompts))) == 3
+
+    def converse(ids, mask):
+        """Answer, then answer another question on the same cache, with the whole history passed again."""
+        cache = EvictingCache(policy, every=64)
+        options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "past_key_values": cache}
+        out = model.generate(ids, attention_mask=mask, **options)
+        history = torch.cat([out, again.expand(len(ids), -1)], dim=1)
+        mask = torch.cat([mask, torch.ones(len(ids), history.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
+        seen = cache.get_seq_length()
+        out = model.generate(history, attention_mask=mask, **options)
+        assert seen < history.shape[1] < cache.get_seq_length() == out.shape[1] - 1
+        assert all(layer.num_stored < 512 + 64 for layer in cache.layers)
+        return out[:, ids.shape[1] :].tolist()
+
+    padded = torch.stack([torch.nn.functional.pad(ids, (longest - len(ids), 0)) for ids in prompts])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(ids)).long() for ids in prompts])
+    with observing(model):
+        batch = converse(padded, mask)
+        for row, ids in enumerate(prompts):
+            assert converse(ids[None], torch.ones(1, len(ids), dtype=torch.long)) == [batch[row]]

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 
 import graphkv
+from graphkv.testing.subject import OPTIONAL
 
 FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
 sys.path.insert(0, str(FOLDER))
 vectors = importlib.import_module("vectors")
 
 CASES = [pytest.param(case, id=f"{file}-{case['name']}") for file, cases in vectors.load().items() for case in cases]
-PORTABLE = dict.fromkeys(
-    ("top_k", "segment_product", "segment_sum", "received_attention", "build_graph", "propagate", "select")
-)
+PORTABLE = dict.fromkeys(OPTIONAL)
 
 
 @pytest.fixture(scope="module", params=["numpy", "torch", "array_api_strict"])

@@ -1,8 +1,9 @@
 """A port of the specification to plain Python lists, which runs the golden vectors of the core steps.
 
 It was written only from the documentation pages (specification, vectors, porting, glossary) and the vector files, by
-someone who had not seen the source, and shares no code with the library. Since then one thing has changed: how
-`direction` computes the length of a key, which the pages had not said.
+someone who had not seen the source, and shares no code with the library. Since then two things have changed: how
+`direction` computes the length of a key, which the pages had not said, and `degree` and `fuse`, which came later and
+are by the library's authors.
 
 The first half computes one row at a time and has no dtypes: every number is a Python float. The second half reads the
 vectors, calls the first for each row, and compares.
@@ -17,8 +18,9 @@ from fractions import Fraction
 from math import floor, inf, isfinite, isnan, prod, sqrt
 from pathlib import Path
 
-CORE = ("order", "build_graph", "propagate", "select", "figure", "counts")
+CORE = ("order", "build_graph", "propagate", "degree", "fuse", "select", "figure", "counts")
 SMALLEST_FACTOR = 1e-6
+SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 
 
 # The method, for one row.
@@ -117,6 +119,42 @@ def power(factor, rounds):
         return inf
 
 
+def degree(keys, valid=None, narrow=False):
+    """The mean cosine of each key with all keys, by way of the mean direction."""
+    valid = valid or [True for _ in keys]
+    directions = [direction(key, narrow) if ok else None for key, ok in zip(keys, valid, strict=True)]
+    usable = [one for one in directions if one is not None]
+    mean = [sum(parts) / sum(valid) for parts in zip(*usable, strict=True)]
+    return [0.0 if one is None else sum(x * m for x, m in zip(one, mean, strict=True)) for one in directions]
+
+
+def fuse(importance, degrees, fusion="power", exponent=16, valid=None):
+    """The scores from the importance and from the distance to the other tokens."""
+    if fusion not in ("power", "max_rank", "mean_rank") or exponent < 1:
+        raise ValueError("fusion must be power, max_rank or mean_rank, and exponent at least 1")
+    tokens = [j for j in range(len(importance)) if valid is None or valid[j]]
+    distances = [1.0 - (0.0 if isnan(c) else min(1.0, max(-1.0, c))) for c in degrees]
+    scores = list(importance)
+    lowest = min([0.0] + [importance[j] for j in tokens if isfinite(importance[j])])
+    by_importance = ranks([importance[j] for j in tokens])
+    by_distance = ranks([distances[j] for j in tokens])
+    for j, first, second in zip(tokens, by_importance, by_distance, strict=True):
+        if fusion == "power":
+            factor = min(LARGEST_POWER, max(SMALLEST_POWER, power(distances[j], exponent)))
+            scores[j] = (importance[j] - lowest) * factor
+        else:
+            scores[j] = float(max(first, second)) if fusion == "max_rank" else (first + second) / 2
+    return scores
+
+
+def ranks(values):
+    """The rank of each value, 1 for the worst."""
+    found = [0 for _ in values]
+    for place, j in enumerate(order(values)):
+        found[j] = len(values) - place
+    return found
+
+
 def select(scores, budget, protected=None, valid=None):
     """Step 3: the tokens that are kept, ascending."""
     protected = protected or [False for _ in scores]
@@ -206,6 +244,22 @@ def run_propagate(importance, graph, **options):
     return {"scores": pack(found, lead, num_tokens)}
 
 
+def run_degree(keys, valid):
+    """The degrees."""
+    *lead, num_tokens, _ = keys["shape"]
+    narrow = keys["dtype"] != "float64"
+    found = [degree(*row, narrow) for row in zip(rows(keys, lead, numbers=True), rows(valid, lead), strict=True)]
+    return {"degree": pack(found, lead, num_tokens)}
+
+
+def run_fuse(importance, degree, valid, **options):
+    """The fused scores."""
+    *lead, num_tokens = importance["shape"]
+    inputs = zip(rows(importance, lead, numbers=True), rows(degree, lead, numbers=True), rows(valid, lead), strict=True)
+    found = [fuse(score, degrees, valid=ok, **options) for score, degrees, ok in inputs]
+    return {"scores": pack(found, lead, num_tokens)}
+
+
 def run_select(scores, budget, protected, valid):
     """The kept tokens."""
     *lead, num_tokens = scores["shape"]
@@ -218,6 +272,8 @@ STEPS = {
     "rank": run_rank,
     "build_graph": run_build_graph,
     "propagate": run_propagate,
+    "degree": run_degree,
+    "fuse": run_fuse,
     "select": run_select,
     "budget_tokens": lambda **arguments: {"count": budget_tokens(**arguments)},
     "ratio_count": lambda **arguments: {"count": ratio_count(**arguments)},

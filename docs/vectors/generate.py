@@ -366,6 +366,121 @@ def propagate_cases() -> list[dict[str, Any]]:
     ]
 
 
+# --- degree and fuse -------------------------------------------------------------------------------------------------
+
+
+def compare(name: str, rule: str, keys: Any, valid: Any = None, **given: Any) -> dict[str, Any]:
+    """Make a case of degree."""
+    keys = keys if isinstance(keys, dict) else numbers(keys, given.pop("dtype", "float32"))
+    return case("degree", name, rule, keys=keys, valid=None if valid is None else mask(valid), **given)
+
+
+def degree_cases() -> list[dict[str, Any]]:
+    """Cover the degree; a mean over 1, 2, 4 or 8 of these keys is exact."""
+    mean, none = "the mean cosine with all tokens, itself included", "a key without direction has the cosine 0"
+    left_out = "padding has no part, and the degree 0"
+    return [
+        compare("eight_keys", mean, KEYS),
+        compare("four_keys", mean, KEYS[:4]),
+        compare("one_key", mean, [A]),
+        compare("two_that_differ", mean, [A, B]),
+        compare("opposites", mean, [A, [-4, 0, 0, 0, 0]]),
+        compare("duplicates", mean, [A, B, A, A]),
+        compare("all_the_same", mean, [TOKENS["1/2, 1/2"]] * 4),
+        compare("length_does_not_matter", mean, [A, B, [8, 0, 0, 0, 0], [0.25, 0, 0, 0, 0]]),
+        compare("zero_key", none, [A, [0] * 5, A, B]),
+        compare("infinite_and_nan_keys", none, [A, [inf, 0, 0, 0, 0], [nan] * 5, A]),
+        compare("key_length_float32", RANGE, [A, [2.0**100, 0, 0, 0, 0], [2.0**-100, 0, 0, 0, 0], A]),
+        compare("key_length_float64", RANGE, [A, [2.0**600, 0, 0, 0, 0], [2.0**-600, 0, 0, 0, 0], A], dtype="float64"),
+        compare("no_dimensions", none, numbers([], shape=(4, 0))),
+        compare("no_tokens", "shapes never depend on values", numbers([], shape=(0, 5))),
+        compare("no_rows", "shapes never depend on values", numbers([], shape=(0, 4, 5))),
+        compare("padding", left_out, KEYS, [1, 0, 0, 1, 0, 1, 1, 0]),
+        compare("padding_of_nan", left_out, [A, [nan] * 5, B, [inf] * 5], [1, 0, 1, 0]),
+        compare("nothing_valid", left_out, KEYS[:4], [0] * 4),
+        compare("batch_of_rows", "leading axes", [[KEYS[:4]], [KEYS[4:]]], [[[1, 1, 1, 1]], [[1, 1, 0, 0]]]),
+        compare("float64", "arithmetic", KEYS, dtype="float64"),
+        compare("half", "arithmetic", numbers(KEYS, "float16")),
+        compare(
+            "general_numbers",
+            mean,
+            [[1, 0.3, -2], [0.9, 0.25, -1.5], [-1, 2, 0.5], [0.1, 0.2, -0.3], [2, 1, -1], [0.7, -0.6, -1]],
+            [1, 1, 1, 0, 1, 1],
+            tolerance=CLOSE,
+            dtype="float64",
+        ),
+    ]
+
+
+def join(name: str, rule: str, importance: Any, degree: Any, **given: Any) -> dict[str, Any]:
+    """Make a case of fuse: the square of the distance unless said otherwise."""
+    importance = importance if isinstance(importance, dict) else numbers(importance)
+    degree = degree if isinstance(degree, dict) else numbers(degree)
+    options = {"fusion": "power", "exponent": 2, "valid": None} | given
+    if isinstance(options["valid"], list):
+        options["valid"] = mask(options["valid"])
+    tolerance = options.pop("tolerance", None)
+    return case("fuse", name, rule, tolerance, importance=importance, degree=degree, **options)
+
+
+def fuse_cases() -> list[dict[str, Any]]:
+    """Cover the fusion of importance and degree."""
+    up, down, odd = [8, 6, 4, 2, 1, 0], [-8, -6, -4, -2, -1, 0], [inf, -inf, nan, 3, -1, -0.0]
+    apart = [0.5, 0.75, -0.5, 0.5, 0.0, 0.25]
+    some = [1, 0, 1, 1, 0, 1]
+    power, lift = "s times the power of 1 - c", "the least of negative importance becomes 0"
+    best, both = "the higher of the two ranks", "the mean of the two ranks"
+    ties, stays = "equal values: lower index ranks higher", "invalid tokens keep their importance"
+    wild = "a degree outside [-1, 1] is clipped, NaN counts as 0"
+    ranks = {"fusion": "max_rank"}, {"fusion": "mean_rank"}
+    return [
+        join("power", power, up, apart),
+        join("exponent_1", power, up, apart, exponent=1),
+        join("exponent_3", power, up, apart, exponent=3),
+        join("no_degree", power, up, [0] * 6),
+        join("negative_scores", lift, down, apart),
+        join("mixed_signs", lift, [4, -2, 1, -1, 0, 2], apart),
+        join("special_scores", "infinity and NaN stay, and are no minimum", odd, apart),
+        join("only_special_scores", "infinity and NaN stay, and are no minimum", [inf, nan, -inf], [0.5] * 3),
+        join("wild_degrees", wild, up, [-2, -inf, nan, 0.5, -1.5, -1]),
+        join("all_the_same", "a power is at least 1e-24", [3, 1, 2], [1.0, 1.0, 2.0], tolerance=TIGHT),
+        join("all_the_same_16", "a power is at least 1e-24", [3, 1, 2], [1.0, 1.0, 0.99], exponent=16, tolerance=TIGHT),
+        join("opposite_100", "a power is at most 1e24", [3, 0, 2], [-1, -1, 0.5], exponent=100, tolerance=TIGHT),
+        join("max_rank", best, up, apart, **ranks[0]),
+        join("mean_rank", both, up, apart, **ranks[1]),
+        join("max_rank_negative", best, down, apart, **ranks[0]),
+        join("mean_rank_negative", both, down, apart, **ranks[1]),
+        join("max_rank_ties", ties, [1, 2, 1, 2], [0.5, 0.25, 0.25, 0.5], **ranks[0]),
+        join("mean_rank_ties", ties, [1, 2, 1, 2], [0.5, 0.25, 0.25, 0.5], **ranks[1]),
+        join("max_rank_all_equal", ties, [1] * 4, [0.5] * 4, **ranks[0]),
+        join("mean_rank_all_equal", ties, [1] * 4, [0.5] * 4, **ranks[1]),
+        join("max_rank_special", "NaN has the lowest rank", odd, apart, **ranks[0]),
+        join("mean_rank_special", "NaN has the lowest rank", odd, apart, **ranks[1]),
+        join("mean_rank_wild_degrees", wild, up, [-2, -inf, nan, 0.5, -1.5, -1], **ranks[1]),
+        join("power_padding", stays, down, apart, valid=[0, 0, 1, 1, 0, 1]),
+        join("max_rank_padding", stays, up, apart, valid=some, **ranks[0]),
+        join("mean_rank_padding", stays, up, apart, valid=some, **ranks[1]),
+        join("power_nothing_valid", stays, odd, apart, valid=[0] * 6),
+        join("max_rank_nothing_valid", stays, odd, apart, valid=[0] * 6, **ranks[0]),
+        join("power_no_tokens", "leading axes", numbers([], shape=(0,)), numbers([], shape=(0,))),
+        join("max_rank_no_rows", "leading axes", numbers([], shape=(0, 3)), numbers([], shape=(0, 3)), **ranks[0]),
+        join("power_rows", "leading axes", [[[1, 2]], [[-1, 2]]], [[[0.5, 0.0]], [[0.5, 0.5]]]),
+        join("mean_rank_rows", "leading axes", [[[1, 2]], [[-1, 2]]], [[[0.5, 0.0]], [[0.5, 0.5]]], **ranks[1]),
+        join("half", "arithmetic", numbers(up, "float16"), numbers(apart, "float16")),
+        join("integer_importance", "arithmetic", numbers(up, "int64"), apart),
+        join("float64_degree", "arithmetic", up, numbers(apart, "float64")),
+        join("float64_importance", "arithmetic", numbers(up, "float64"), apart, **ranks[0]),
+        join(
+            "general_numbers",
+            power,
+            numbers([0.9, 0.1, 0.7, -0.3], "float64"),
+            numbers([0.7, 0.6, 0.1, -0.2], "float64"),
+            exponent=5,
+            tolerance=CLOSE,
+        ),
+    ]
+
+
 # --- select ----------------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +615,9 @@ def policy_cases() -> list[dict[str, Any]]:
         "name": "GraphKV", "base": streaming, "source_ratio": 0.7, "neighbors": 2, "rounds": 1, "signal": "decay",
         "accumulation": "product", "strength": 1.0, "recompute_sources": False,
     }  # fmt: skip
+    apart = {"name": "GraphKV", "base": streaming, "signal": "degree", "fusion": "power", "exponent": 2}
+    ranks = {"name": "GraphKV", "base": streaming, "signal": "degree", "fusion": "max_rank"}
+    pairs = mask([[1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]])
     wide = numbers([[[row[i : i + 1] * 5 for row in KEYS] for i in range(2)]])
     generator = random.Random(2509)
     queries = numbers([[[[generator.randint(-8, 8) / 4 for _ in range(5)] for _ in range(2)] for _ in range(2)]])
@@ -570,6 +688,34 @@ def policy_cases() -> list[dict[str, Any]]:
             attention=rows,
         ),
         evict("graphkv_over_random", "decay over the base", decay | {"base": draw}, recent, tolerance=CLOSE),
+        evict("graphkv_degree", "the degree signal", apart, eight),
+        evict("graphkv_degree_cube", "the degree signal", apart | {"exponent": 3}, eight),
+        evict("graphkv_degree_max_rank", "the degree signal", ranks | {"fusion": "max_rank"}, eight),
+        evict("graphkv_degree_mean_rank", "the degree signal", ranks | {"fusion": "mean_rank"}, eight),
+        evict("graphkv_degree_padding", "padding is not counted", apart, two, valid=pairs),
+        evict("graphkv_degree_padding_ranks", "padding is not counted", ranks, two, valid=pairs),
+        evict("graphkv_degree_over_snapkv", "the degree signal", apart | {"base": snap}, eight, attention=rows),
+        evict(
+            "graphkv_degree_over_graphkv",
+            "the degree signal",
+            apart | {"base": decay | {"neighbors": 1, "source_ratio": 0.5}},
+            eight,
+        ),
+        evict(
+            "graphkv_degree_unrotated",
+            "unrotated keys are compared where the policy says so",
+            apart | {"unrotated": True},
+            recent,
+            unrotated_keys=eight,
+        ),
+        evict(
+            "graphkv_unrotated",
+            "unrotated keys are compared where the policy says so",
+            decay | {"unrotated": True},
+            eight,
+            unrotated_keys=recent,
+        ),
+        evict("graphkv_degree_fits", fits, apart | {"base": streaming | {"budget": 8}}, eight),
         evict("graphkv_fits", fits, decay | {"base": streaming | {"budget": 8}}, recent),
     ]
 
@@ -584,6 +730,8 @@ def error_cases() -> list[dict[str, Any]]:
     kinds = "wrong types"
     shapes = "shapes that disagree"
     once = "a sum is for one round only, whatever the signal"
+    foreign = "options of another signal or fusion"
+    base = {"name": "GraphKV", "base": {"name": "StreamingLLM", "budget": 2, "num_sinks": 0}}
     return [
         spread("iterated_sum", once, up, accumulation="sum", rounds=2),
         spread("sum_without_rounds", once, up, accumulation="sum", rounds=0),
@@ -611,6 +759,22 @@ def error_cases() -> list[dict[str, Any]]:
         build("chunk_0", rule, chunk_size=0),
         build("another_n_of_importance", shapes, importance=[1, 2]),
         build("mask_of_numbers", kinds, valid=numbers([1] * 8)),
+        compare("mask_of_keys", shapes, KEYS[:2], [1, 1, 1]),
+        compare("keys_without_tokens", shapes, numbers([1, 2])),
+        join("unknown_fusion", rule, [1, 2], [0, 0], fusion="sum"),
+        join("exponent_0", rule, [1, 2], [0, 0], exponent=0),
+        join("exponent_0_of_ranks", rule, [1, 2], [0, 0], exponent=0, fusion="max_rank"),
+        join("float_exponent", kinds, [1, 2], [0, 0], exponent=2.0),
+        join("another_n_of_degrees", shapes, [1, 2], [0, 0, 0]),
+        evict("neighbors_of_the_degree", foreign, base | {"signal": "degree", "neighbors": 2}, numbers([[KEYS]])),
+        evict("rounds_of_the_degree", foreign, base | {"signal": "degree", "rounds": 2}, numbers([[KEYS]])),
+        evict("fusion_of_the_decay", foreign, base | {"fusion": "max_rank"}, numbers([[KEYS]])),
+        evict(
+            "exponent_of_ranks",
+            foreign,
+            base | {"signal": "degree", "fusion": "max_rank", "exponent": 2},
+            numbers([[KEYS]]),
+        ),
         evict("share_above_1", rule, {"name": "StreamingLLM", "budget": 1.5, "num_sinks": 0}, numbers([[KEYS]])),
         evict("share_0", rule, {"name": "StreamingLLM", "budget": 0.0, "num_sinks": 0}, numbers([[KEYS]])),
         evict(
@@ -627,6 +791,8 @@ FILES = {
     "order": ("The one total order: ties, zeros, NaN, infinities, tiers.", order_cases),
     "build_graph": ("Step 1: sources, edges, weights, fillers.", graph_cases),
     "propagate": ("Step 2: signals, accumulation, rounds, strength.", propagate_cases),
+    "degree": ("The degree signal: the mean cosine with all tokens.", degree_cases),
+    "fuse": ("The degree signal: importance and distance in one score.", fuse_cases),
     "select": ("Step 3: exactly the budget, protected first, padding last.", select_cases),
     "figure": ("The worked example of the paper's method figure.", figure_cases),
     "counts": ("From shares to numbers of tokens.", count_cases),

@@ -121,6 +121,15 @@ def _propagate(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any
     return {"scores": shown(graphkv.propagate(importance, graph, **given, backend=backend), backend)}
 
 
+def _degree(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
+    return {"degree": shown(graphkv.degree(given.pop("keys"), **given, backend=backend), backend)}
+
+
+def _fuse(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
+    importance, degree = given.pop("importance"), given.pop("degree")
+    return {"scores": shown(graphkv.fuse(importance, degree, **given, backend=backend), backend)}
+
+
 def _select(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
     scores, budget = given.pop("scores"), given.pop("budget")
     return {"kept": shown(graphkv.select(scores, budget, **given, backend=backend), backend)}
@@ -155,6 +164,8 @@ STEPS = {
     "rank": _rank,
     "build_graph": _build_graph,
     "propagate": _propagate,
+    "degree": _degree,
+    "fuse": _fuse,
     "select": _select,
     "evict": _evict,
     "budget_tokens": _tokens,

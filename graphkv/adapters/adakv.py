@@ -147,7 +147,7 @@ class AdaKV(Wrapper):
             [ 0, -1, -1, -1]]])
     """
 
-    requirements: ClassVar[Requirements] = Requirements(bytes=_bytes)
+    requirements: ClassVar[Requirements] = Requirements(couples_heads=True, bytes=_bytes)
 
     floor: float = 0.2
     schedule: str = "exact"

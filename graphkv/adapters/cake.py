@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor, sqrt
+from typing import ClassVar
 
 from ..core import budgets, checks
 from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs
+from ..core.policy import LayerInputs, Requirements
 from ..core.types import Array, Namespace
 from . import attention
 from .protection import WindowPolicy
@@ -278,6 +279,8 @@ class CAKE(WindowPolicy):
     >>> evict(CAKE(budget=3, window=2, kernel_size=1, gamma=0.0), keys, attention=rows).kept
     array([[[0, 2, 3]]])
     """
+
+    requirements: ClassVar[Requirements] = replace(WindowPolicy.requirements, preferences=True)
 
     kernel_size: int = 5
     gamma: float = 200.0

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..core import checks
-from ..core.policy import LayerInputs, LayerShape, Policy, Requirements
+from ..core.policy import LayerInputs, LayerShape, Requirements
 from ..core.types import Array
 from . import attention, running
+from .protection import SinkPolicy
 
 __all__ = ["H2O"]
 
@@ -26,7 +27,7 @@ def _bytes(policy: Any, shape: LayerShape, /) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(Policy):
+class H2O(SinkPolicy):
     r"""Keep the heavy hitters, the tokens with the most attention so far, and the newest tokens.
 
     The importance of token :math:`j` is the attention that it has received from every query :math:`i` since it came,
@@ -43,7 +44,9 @@ class H2O(Policy):
     Parameters
     ----------
     budget : int or float
-        Tokens to keep per KV head, recents included; a float is a share of the tokens.
+        Tokens to keep per KV head, recents and sinks included; a float is a share of the tokens.
+    num_sinks : int
+        First tokens that are kept as well.
     num_recent : int, optional
         Newest tokens that are kept in any case; 0 is allowed. Default: half the budget, rounded down.
     group_reduction : str
@@ -141,16 +144,17 @@ class H2O(Policy):
         return cls(budget=heavy + recent, num_recent=recent, group_reduction="sum")
 
     def num_protected(self, budget: int, /) -> int:
-        """Count the recents."""
-        return budget // 2 if self.num_recent is None else self.num_recent
+        """Count recents and sinks."""
+        return self._recents(budget) + self.num_sinks
 
     def num_queries(self, num_tokens: int, /) -> int:
         """Ask for all queries; after the first call those of the new positions are enough."""
         return num_tokens
 
     def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the recents."""
-        return running.newest_tokens(inputs.valid, self.num_protected(inputs.budget), xp=inputs.xp)
+        """Protect recents and sinks."""
+        recents = running.newest_tokens(inputs.valid, self._recents(inputs.budget), xp=inputs.xp)
+        return recents | super().protect(inputs)
 
     def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array]:
         """Add what the new positions give to every token."""
@@ -170,3 +174,7 @@ class H2O(Policy):
             return received
         seen_by = state["queries"]
         return received / xp.where(seen_by > 0, seen_by, xp.ones_like(seen_by))
+
+    def _recents(self, budget: int, /) -> int:
+        """Count the newest tokens that are kept in any case."""
+        return budget // 2 if self.num_recent is None else self.num_recent

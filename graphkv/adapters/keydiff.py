@@ -5,33 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.graph import normalise
+from ..core.fusion import degree
 from ..core.policy import LayerInputs, LayerShape, Requirements
-from ..core.types import Array, Namespace
+from ..core.types import Array
 from .protection import SinkPolicy
 
-__all__ = ["KeyDiff", "anchor_difference"]
-
-
-def anchor_difference(keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
-    """Give minus the product of every key's direction with the mean direction of the row.
-
-    Parameters
-    ----------
-    keys : array, shape (..., N, D)
-    valid : array, shape (..., N), bool
-        Padding has no part in the mean.
-
-    Returns
-    -------
-    array, shape (..., N)
-        In [-1, 1]. A key of length 0 has no direction, and scores 0.
-    """
-    directions = normalise(keys, xp=xp)
-    counted = xp.where(valid[..., None], directions, xp.zeros_like(directions))
-    num_valid = xp.sum(xp.astype(valid, keys.dtype), axis=-1, keepdims=True)
-    anchor = xp.sum(counted, axis=-2) / xp.where(num_valid > 0, num_valid, xp.ones_like(num_valid))
-    return -xp.sum(directions * anchor[..., None, :], axis=-1)
+__all__ = ["KeyDiff"]
 
 
 def _flops(policy: KeyDiff, shape: LayerShape, /) -> int:
@@ -50,7 +29,7 @@ class KeyDiff(SinkPolicy):
 
     With :math:`\hat k = k / \lVert k \rVert` and the anchor :math:`a = \frac{1}{N} \sum_i \hat k_i`, the importance of
     token :math:`j` is :math:`-\hat k_j \cdot a`, which is minus the mean cosine of its key with all keys. So the order
-    is that of all pairs, at a cost linear in N.
+    is that of all pairs, at a cost linear in N. This is minus the `degree`.
 
     Parameters
     ----------
@@ -94,4 +73,4 @@ class KeyDiff(SinkPolicy):
 
     def score(self, inputs: LayerInputs, /) -> Array:
         """Compare with the mean direction."""
-        return anchor_difference(inputs.keys, inputs.valid, xp=inputs.xp)
+        return -degree(inputs.keys, valid=inputs.valid, backend=inputs.backend)

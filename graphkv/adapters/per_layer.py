@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
-from ..core.policy import Wrapper
+from ..core.policy import LayerInputs, Requirements, Wrapper
+from ..core.types import Array
 
 __all__ = ["LayerBudgets"]
 
@@ -52,3 +53,15 @@ class LayerBudgets(Wrapper):
         if len(self.budgets) != num_layers:
             raise ArgumentError(f"budgets must have one entry for each of {num_layers} layers; got {len(self.budgets)}")
         return self.budgets[layer]
+
+    def needs(self) -> Requirements:
+        """Need what the base needs, but no preferences: the budgets stand."""
+        return replace(super().needs(), preferences=False)
+
+    def preference(self, inputs: LayerInputs, /) -> Array | None:
+        """Want nothing."""
+        return None
+
+    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Give the numbers."""
+        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]

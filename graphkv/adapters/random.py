@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..core import checks, primitives
-from ..core.policy import LayerInputs
+from ..core.policy import LayerInputs, Requirements
 from ..core.types import Array
 from . import attention
 from .protection import SinkPolicy
@@ -42,6 +43,8 @@ class Random(SinkPolicy):
     >>> evict(Random(budget=2, seed=1), np.ones((1, 1, 6, 4))).kept.shape
     (1, 1, 2)
     """
+
+    requirements: ClassVar[Requirements] = Requirements(couples_heads=True)
 
     seed: int = 0
     num_sinks: int = 0

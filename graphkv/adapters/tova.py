@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import checks, primitives
-from ..core.policy import LayerInputs, Policy, Requirements
+from ..core.policy import LayerInputs, Requirements
 from ..core.types import Array, Namespace
 from . import attention
+from .protection import SinkPolicy
 
 __all__ = ["TOVA", "layer_votes"]
 
@@ -32,7 +33,7 @@ def layer_votes(rows: Array, /, *, xp: Namespace) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVA(Policy):
+class TOVA(SinkPolicy):
     r"""Keep what the newest query attends to, averaged over all heads of the layer.
 
     The importance of token :math:`j` is :math:`\frac{1}{H} \sum_h A_{hj}`, the attention that the last query gives it,
@@ -42,6 +43,8 @@ class TOVA(Policy):
     ----------
     budget : int or float
         Tokens to keep; a float is a share of the tokens.
+    num_sinks : int
+        First tokens that are kept as well.
     protect_newest : bool
         Keep the newest token before all others. The official code gives it no protection.
 
@@ -80,7 +83,7 @@ class TOVA(Policy):
     """
 
     requirements: ClassVar[Requirements] = Requirements(
-        queries="window", flops=attention.window_flops, bytes=attention.window_bytes
+        queries="window", couples_heads=True, flops=attention.window_flops, bytes=attention.window_bytes
     )
 
     protect_newest: bool = True
@@ -111,17 +114,18 @@ class TOVA(Policy):
         return min(1, num_tokens)
 
     def num_protected(self, budget: int, /) -> int:
-        """Count the newest token."""
-        return int(self.protect_newest)
+        """Count the newest token and the sinks."""
+        return int(self.protect_newest) + self.num_sinks
 
     def score(self, inputs: LayerInputs, /) -> Array:
         """Average the newest query's attention."""
         rows = attention.last_rows(inputs, self.num_queries(inputs.num_tokens), name=type(self).__name__)
         return layer_votes(rows, xp=inputs.xp)
 
-    def protect(self, inputs: LayerInputs, /) -> Array | None:
-        """Protect the newest token."""
+    def protect(self, inputs: LayerInputs, /) -> Array:
+        """Protect the newest token and the sinks."""
+        sinks = super().protect(inputs)
         if not self.protect_newest:
-            return None
+            return sinks
         position = inputs.xp.arange(inputs.num_tokens, dtype=inputs.xp.int64, device=primitives.device_of(inputs.keys))
-        return inputs.valid & (position == inputs.num_tokens - 1)
+        return sinks | (inputs.valid & (position == inputs.num_tokens - 1))

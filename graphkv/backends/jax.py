@@ -18,6 +18,7 @@ import numpy as np
 from ..core import primitives
 from ..core.backend import Backend
 from ..core.eviction import Eviction
+from ..core.fusion import _degree, _fuse
 from ..core.graph import _build_graph
 from ..core.propagation import _propagate
 from ..core.selection import _select
@@ -87,6 +88,8 @@ jax.tree_util.register_dataclass(
 # One compiled function per step and shape: a call for each operation would be ten times slower.
 build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
 propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+degree = jax.jit(_degree, static_argnames="backend")
+fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
 select = jax.jit(_select, static_argnums=1, static_argnames="backend")
 
 BACKEND = Backend(
@@ -96,5 +99,7 @@ BACKEND = Backend(
     top_k=top_k,
     build_graph=build_graph,
     propagate=propagate,
+    degree=degree,
+    fuse=fuse,
     select=select,
 )

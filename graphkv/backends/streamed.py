@@ -22,7 +22,7 @@ __all__ = ["BLOCK_SIZE", "EXCLUDED", "build_graph"]
 
 # Tokens per block: the fewer, the more maxima to rank; the more, the more candidates.
 BLOCK_SIZE = 32
-# Similarities that exist at a time, over all rows: 8 MB in float32, which fit a last-level cache with what else is in use.
+# Similarities that exist at a time: 8 MB in float32, which a last-level cache holds along with the keys.
 BUFFER_SIZE = 1 << 21
 # Added to the similarity of what may not be a neighbor: the sum is below -2, and so below every cosine.
 EXCLUDED = -4.0

@@ -1,7 +1,8 @@
 """The specification: three steps over tokens, written once in the array API standard.
 
 ``build_graph`` links the most important tokens to those that resemble them, ``propagate`` lowers those, ``select``
-fills the budget. Nothing here names an array library; a call learns its namespace from the `Backend` of its arrays.
+fills the budget. ``degree`` and ``fuse`` are another way to the scores, without edges. Nothing here names an array
+library; a call learns its namespace from the `Backend` of its arrays.
 
 One letter per axis, with the same length everywhere:
 
@@ -22,8 +23,16 @@ Arithmetic is float32 or wider, inputs are never written to, and values are neve
 """
 
 from .backend import Backend
-from .errors import ArgumentError, ArgumentTypeError, BackendError, BackendUnavailableError, GraphKVError
-from .eviction import Eviction, evict
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    BackendUnavailableError,
+    GraphKVError,
+    GraphKVWarning,
+)
+from .eviction import Eviction, evict, preference
+from .fusion import degree, fuse
 from .graph import build_graph
 from .policy import Assessment, GraphKV, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from .propagation import propagate
@@ -41,13 +50,17 @@ __all__ = [
     "Graph",
     "GraphKV",
     "GraphKVError",
+    "GraphKVWarning",
     "LayerInputs",
     "LayerShape",
     "Policy",
     "Requirements",
     "Wrapper",
     "build_graph",
+    "degree",
     "evict",
+    "fuse",
+    "preference",
     "propagate",
     "select",
 ]

@@ -26,6 +26,7 @@ __all__ = [
     "ratio_or_count",
     "same_leading",
     "single_round",
+    "unused",
 ]
 
 
@@ -93,6 +94,13 @@ def single_round(accumulation: str, rounds: int, /) -> None:
     """The sum accumulation is for one round: iterated, it flips signs."""
     if accumulation == "sum" and rounds != 1:
         raise ArgumentError(f"rounds must be 1 with accumulation 'sum'; got {rounds}")
+
+
+def unused(name: str, value: Any, default: Any, choice: str, chosen: str, /) -> None:
+    """An option at its default, because what was chosen has no use for it."""
+    # By type too: one neighbor is 1, and all of them are 1.0.
+    if (type(value), value) != (type(default), default):
+        raise ArgumentError(f"{name} must be left out with {choice} {chosen!r}; got {_show(value)}")
 
 
 def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, backend: Backend) -> tuple[int, ...]:

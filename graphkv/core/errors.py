@@ -1,4 +1,4 @@
-"""The exceptions of graphkv: each is also the builtin that a caller would expect."""
+"""The exceptions of graphkv, each also the builtin that a caller would expect, and its warning."""
 
 __all__ = [
     "ArgumentError",
@@ -6,6 +6,7 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "GraphKVError",
+    "GraphKVWarning",
 ]
 
 
@@ -27,3 +28,7 @@ class BackendError(GraphKVError, TypeError):
 
 class BackendUnavailableError(GraphKVError, ImportError):
     """A backend was asked for whose library is not installed or finds no device."""
+
+
+class GraphKVWarning(UserWarning):
+    """Something works, but hardly as it was meant."""

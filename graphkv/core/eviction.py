@@ -12,7 +12,7 @@ from .policy import LayerInputs, Policy
 from .selection import select, select_per_head
 from .types import Array, Graph
 
-__all__ = ["Eviction", "evict"]
+__all__ = ["Eviction", "evict", "preference"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -101,6 +101,8 @@ def evict(
     num_layers: int = 1,
     valid: Array | None = None,
     state: Mapping[str, Array] | None = None,
+    unrotated_keys: Array | None = None,
+    tokens_seen: int | None = None,
     backend: Backend | str | None = None,
 ) -> Eviction:
     """Decide which tokens of one layer's cache stay.
@@ -127,6 +129,11 @@ def evict(
     state : mapping of str to array, shape (batch, kv_heads, S, ...), optional
         The `Eviction.state` of the last call, for policies that score by what they have seen so far. The N - S tokens
         after them are new. Then `queries` or `attention` hold the new positions.
+    unrotated_keys : array, shape (batch, kv_heads, N, D), optional
+        The keys before the rotary embedding, for ``GraphKV(base, unrotated=True)``. Rotating all keys of a row by one
+        and the same angle changes nothing.
+    tokens_seen : int, optional
+        Tokens that came so far, those included that earlier calls evicted: what budgets are shares of. Default: N.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -151,44 +158,22 @@ def evict(
     >>> evict(StreamingLLM(budget=4, num_sinks=1), np.ones((1, 1, 9, 2))).kept
     array([[[0, 6, 7, 8]]])
     """
-    checks.instance("policy", policy, Policy)
-    backend = resolve(backend, keys=keys, values=values, queries=queries, attention=attention, valid=valid)
-    xp = backend.xp
-    batch, kv_heads, num_tokens, head_size = checks.numeric(
-        "keys", keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend
-    )
-    if values is not None:
-        shape = checks.numeric("values", values, "(batch, kv_heads, N, Dv)", ndim=4, backend=backend)
-        checks.same_leading("values", shape[:3], (batch, kv_heads, num_tokens), "keys")
-    for name, array, last, axes in (
-        ("queries", queries, head_size, "(batch, query_heads, Q, D)"),
-        ("attention", attention, num_tokens, "(batch, query_heads, Q, N)"),
-    ):
-        if array is not None:
-            shape = checks.numeric(name, array, axes, ndim=4, backend=backend)
-            checks.grouped_rows(name, shape, axes, batch, kv_heads, num_tokens, last)
-    layer = checks.count("layer", layer)
-    num_layers = checks.count("num_layers", num_layers, minimum=1)
-    if layer >= num_layers:
-        raise ArgumentError(f"layer must be below num_layers={num_layers}; got {layer}")
-    rows = (batch, kv_heads, num_tokens)
-    valid = _per_head(valid, keys, rows, backend)
-
-    budget = checks.count("the layer's budget", policy.layer_budget(num_tokens, layer, num_layers))
-    state, num_seen = (None, 0) if state is None else _with_new_tokens(state, rows, backend)
-    inputs = LayerInputs(
-        keys=primitives.widen(keys, xp=xp),
-        values=None if values is None else primitives.widen(values, xp=xp),
-        queries=None if queries is None else primitives.widen(queries, xp=xp),
-        attention=None if attention is None else primitives.widen(attention, xp=xp),
-        valid=valid,
-        budget=budget,
+    inputs = _inputs(
+        policy,
+        keys,
+        values=values,
+        queries=queries,
+        attention=attention,
         layer=layer,
         num_layers=num_layers,
-        backend=backend,
+        valid=valid,
         state=state,
-        num_seen=num_seen,
+        unrotated_keys=unrotated_keys,
+        tokens_seen=tokens_seen,
+        backend=backend,
     )
+    backend, xp, budget, rows = inputs.backend, inputs.xp, inputs.budget, tuple(inputs.valid.shape)
+    kv_heads, num_tokens = rows[1:]
     if queries is not None or attention is not None:
         inputs = replace(inputs, state=policy.observe(inputs))
     if num_tokens <= budget:
@@ -206,10 +191,10 @@ def evict(
         )
     found = policy.assess(inputs)
     if found.head_budgets is None:
-        kept = select(found.scores, budget, protected=found.protected, valid=valid, backend=backend)
+        kept = select(found.scores, budget, protected=found.protected, valid=inputs.valid, backend=backend)
     else:
         width = policy.widest_head(budget, num_tokens, kv_heads)
-        kept = select_per_head(found.scores, found.head_budgets, width, found.protected, valid, backend=backend)
+        kept = select_per_head(found.scores, found.head_budgets, width, found.protected, inputs.valid, backend=backend)
     decision = Eviction(
         kept=kept,
         budget=budget,
@@ -224,6 +209,139 @@ def evict(
     if inputs.state is None:
         return decision
     return replace(decision, state={name: decision.apply(sums) for name, sums in inputs.state.items()})
+
+
+def preference(
+    policy: Policy,
+    keys: Array,
+    /,
+    *,
+    values: Array | None = None,
+    queries: Array | None = None,
+    attention: Array | None = None,
+    layer: int = 0,
+    num_layers: int = 1,
+    valid: Array | None = None,
+    backend: Backend | str | None = None,
+) -> Array | None:
+    """Ask a policy how much one layer wants of the common budget.
+
+    With the answers of all layers, `Policy.layer_budgets` gives each layer its budget, and `LayerBudgets` applies them.
+
+    Parameters
+    ----------
+    policy : Policy
+        For example ``CAKE(budget=512)``.
+    keys, values, queries, attention, layer, num_layers, valid, backend
+        As for `evict`.
+
+    Returns
+    -------
+    array, shape (batch,), float32 or wider, or None
+        None for policies whose budgets do not depend on what is in the layers.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, BackendError
+        As `evict`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import CAKE, preference
+    >>> rows = np.asarray([[[[0.2, 0.0, 0.8, 0.0], [0.2, 0.3, 0.3, 0.2]]]])
+    >>> policy = CAKE(budget=3, window=2, kernel_size=1)
+    >>> preference(policy, np.ones((1, 1, 4, 2)), attention=rows).round(4)
+    array([0.0452])
+    """
+    return policy.preference(
+        _inputs(
+            policy,
+            keys,
+            values=values,
+            queries=queries,
+            attention=attention,
+            layer=layer,
+            num_layers=num_layers,
+            valid=valid,
+            state=None,
+            unrotated_keys=None,
+            tokens_seen=None,
+            backend=backend,
+        )
+    )
+
+
+def _inputs(
+    policy: Policy,
+    keys: Array,
+    /,
+    *,
+    values: Array | None,
+    queries: Array | None,
+    attention: Array | None,
+    layer: int,
+    num_layers: int,
+    valid: Array | None,
+    state: Mapping[str, Array] | None,
+    unrotated_keys: Array | None,
+    tokens_seen: int | None,
+    backend: Backend | str | None,
+) -> LayerInputs:
+    """Check the arguments of `evict` and put them in order."""
+    checks.instance("policy", policy, Policy)
+    backend = resolve(
+        backend,
+        keys=keys,
+        values=values,
+        queries=queries,
+        attention=attention,
+        valid=valid,
+        unrotated_keys=unrotated_keys,
+    )
+    xp = backend.xp
+    batch, kv_heads, num_tokens, head_size = checks.numeric(
+        "keys", keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend
+    )
+    if values is not None:
+        shape = checks.numeric("values", values, "(batch, kv_heads, N, Dv)", ndim=4, backend=backend)
+        checks.same_leading("values", shape[:3], (batch, kv_heads, num_tokens), "keys")
+    for name, array, last, axes in (
+        ("queries", queries, head_size, "(batch, query_heads, Q, D)"),
+        ("attention", attention, num_tokens, "(batch, query_heads, Q, N)"),
+    ):
+        if array is not None:
+            shape = checks.numeric(name, array, axes, ndim=4, backend=backend)
+            checks.grouped_rows(name, shape, axes, batch, kv_heads, num_tokens, last)
+    if unrotated_keys is not None:
+        shape = checks.numeric("unrotated_keys", unrotated_keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend)
+        checks.same_leading("unrotated_keys", shape, (batch, kv_heads, num_tokens, head_size), "keys")
+    layer = checks.count("layer", layer)
+    num_layers = checks.count("num_layers", num_layers, minimum=1)
+    if layer >= num_layers:
+        raise ArgumentError(f"layer must be below num_layers={num_layers}; got {layer}")
+    rows = (batch, kv_heads, num_tokens)
+    valid = _per_head(valid, keys, rows, backend)
+
+    seen = num_tokens if tokens_seen is None else checks.count("tokens_seen", tokens_seen)
+    if seen < num_tokens:
+        raise ArgumentError(f"tokens_seen must be at least N={num_tokens}; got {seen}")
+    budget = checks.count("the layer's budget", policy.layer_budget(seen, layer, num_layers))
+    state, num_seen = (None, 0) if state is None else _with_new_tokens(state, rows, backend)
+    return LayerInputs(
+        keys=primitives.widen(keys, xp=xp),
+        values=None if values is None else primitives.widen(values, xp=xp),
+        queries=None if queries is None else primitives.widen(queries, xp=xp),
+        attention=None if attention is None else primitives.widen(attention, xp=xp),
+        valid=valid,
+        budget=budget,
+        layer=layer,
+        num_layers=num_layers,
+        backend=backend,
+        state=state,
+        num_seen=num_seen,
+        unrotated_keys=None if unrotated_keys is None else primitives.widen(unrotated_keys, xp=xp),
+    )
 
 
 def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: Backend, /) -> Array:

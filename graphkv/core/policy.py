@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from . import budgets, checks
 from .backend import Backend
+from .errors import ArgumentError
+from .fusion import EXPONENT, FUSIONS, degree, fuse
 from .graph import build_graph
 from .propagation import SIGNALS, propagate
 from .types import Array, Graph, Namespace
@@ -40,6 +42,8 @@ class LayerInputs:
         The policy's running sums per token, new tokens at zero. None at the first call.
     num_seen : int
         S, the first tokens that the state covers already; the N - S tokens after them are new. 0 at the first call.
+    unrotated_keys : array, shape (batch, kv_heads, N, D), or None
+        The keys before the rotary embedding.
     """
 
     keys: Array
@@ -53,6 +57,7 @@ class LayerInputs:
     backend: Backend
     state: Mapping[str, Array] | None = None
     num_seen: int = 0
+    unrotated_keys: Array | None = None
 
     @property
     def xp(self) -> Namespace:
@@ -133,6 +138,13 @@ class Requirements:
         Carries running sums per token from call to call.
     fused_attention : bool
         Works with an attention kernel that hands out no attention rows.
+    unrotated_keys : bool
+        Looks at the keys before the rotary embedding.
+    preferences : bool
+        Shares the layers' budgets out by `Policy.preference`, so that all layers must be read before one is evicted.
+    couples_heads : bool
+        What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
+        otherwise where some of the heads are in another process.
     flops : callable
         ``flops(policy, shape)``, floating-point operations per layer to leading order, as a plain function of the
         policy's fields and a `LayerShape`. Default: none to speak of.
@@ -144,6 +156,9 @@ class Requirements:
     queries: str = "none"
     state: bool = False
     fused_attention: bool = True
+    unrotated_keys: bool = False
+    preferences: bool = False
+    couples_heads: bool = False
     flops: Callable[[Any, LayerShape], int] = _no_cost
     bytes: Callable[[Any, LayerShape], int] = _no_cost
 
@@ -156,6 +171,9 @@ class Requirements:
             queries=max(self.queries, base.queries, key=kinds.index),
             state=self.state or base.state,
             fused_attention=self.fused_attention and base.fused_attention,
+            unrotated_keys=self.unrotated_keys or base.unrotated_keys,
+            preferences=self.preferences or base.preferences,
+            couples_heads=self.couples_heads or base.couples_heads,
         )
 
 
@@ -257,6 +275,38 @@ class Policy(ABC):
         """
         return budgets.tokens_of(self.budget, num_tokens)
 
+    def preference(self, inputs: LayerInputs, /) -> Array | None:
+        """Say how much one layer wants of the common budget.
+
+        Parameters
+        ----------
+        inputs : LayerInputs
+            One layer.
+
+        Returns
+        -------
+        array, shape (batch,), or None
+            Default: None, for policies whose budgets do not depend on what is in the layers.
+        """
+        return None
+
+    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Share the budgets of all layers out by their preferences.
+
+        Parameters
+        ----------
+        preferences : sequence of float
+            One per layer, of one row of the batch.
+        num_tokens : int
+            N, tokens in the cache.
+
+        Returns
+        -------
+        list of int
+            Default: `layer_budget` of every layer.
+        """
+        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]
+
     def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
         """Say how many tokens a single head may keep at most, at a layer budget."""
         return min(budget, num_tokens)
@@ -335,6 +385,14 @@ class Wrapper(Policy):
         """Give the base's budget of the layer."""
         return self.base.layer_budget(num_tokens, layer, num_layers)
 
+    def preference(self, inputs: LayerInputs, /) -> Array | None:
+        """Give the base's preference."""
+        return self.base.preference(inputs)
+
+    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Give the base's budgets."""
+        return self.base.layer_budgets(preferences, num_tokens)
+
     def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
         """Give the base's widest head."""
         return self.base.widest_head(budget, num_tokens, kv_heads)
@@ -369,7 +427,12 @@ def _graph_counts(policy: GraphKV, budget: int, /) -> tuple[int, int]:
 
 
 def _graph_flops(policy: GraphKV, shape: LayerShape, /) -> int:
-    """Compare every source with every token: 2 K N D, and 3 N D to normalise; as often as a graph is built."""
+    """Compare every source with every token: 2 K N D, and 3 N D to normalise; as often as a graph is built.
+
+    Or sum up (1) and compare with the mean (2) instead.
+    """
+    if policy.signal == "degree":
+        return 6 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
     num_sources, _ = _graph_counts(policy, shape.budget)
     passes = policy.rounds if policy.recompute_sources else 1
     rows = shape.batch * shape.kv_heads * passes
@@ -378,7 +441,7 @@ def _graph_flops(policy: GraphKV, shape: LayerShape, /) -> int:
 
 def _graph_bytes(policy: GraphKV, shape: LayerShape, /) -> int:
     """Hold the K x N similarities, or the normalised keys where those are more."""
-    num_sources, _ = _graph_counts(policy, shape.budget)
+    num_sources = 0 if policy.signal == "degree" else _graph_counts(policy, shape.budget)[0]
     return 4 * shape.batch * shape.kv_heads * shape.num_tokens * max(num_sources, shape.head_size)
 
 
@@ -389,6 +452,9 @@ class GraphKV(Wrapper):
     The base policy scores the tokens; `build_graph` links the best of them to their most similar tokens; `propagate`
     lowers those; the budget is filled from the result. The graph lives over the tokens that the base may still choose:
     neither padding nor protected ones (observation window, sinks, recents).
+
+    With ``signal="degree"`` no edges are drawn: `degree` compares every key with the mean of all that are no padding,
+    and `fuse` puts that together with the importance of the tokens that the base may still choose.
 
     Parameters
     ----------
@@ -402,18 +468,27 @@ class GraphKV(Wrapper):
     rounds : int
         T, the number of rounds.
     signal : str
-        ``"decay"``, ``"enhance"`` or ``"evict"``, see `propagate`.
+        ``"decay"``, ``"enhance"`` or ``"evict"``, see `propagate`; or ``"degree"``.
     accumulation : str
         ``"product"`` or ``"sum"``, see `propagate`.
     strength : float
         g, in [0, 1].
     recompute_sources : bool
         Choose sources and edges anew before each round. Default: fixed, as in the paper's formula.
+    fusion : str
+        ``"power"``, ``"max_rank"`` or ``"mean_rank"``, see `fuse`. For ``signal="degree"`` only, which on the other
+        hand knows none of the options above but `signal`.
+    exponent : int
+        p, at least 1, for ``fusion="power"`` only.
+    unrotated : bool
+        Compare the keys as they were before the rotary embedding, which `evict` must be given: then the distance
+        between two tokens in the text does not make them less alike. For every signal.
 
     Raises
     ------
     ArgumentError
-        If an option is unknown or out of range.
+        If an option is unknown or out of range, or belongs to another signal or fusion; when evicting, if there are no
+        keys to compare.
     ArgumentTypeError
         If an option has the wrong type.
 
@@ -442,17 +517,35 @@ class GraphKV(Wrapper):
     accumulation: str = "product"
     strength: float = 1.0
     recompute_sources: bool = False
+    fusion: str = "power"
+    exponent: int = EXPONENT
+    unrotated: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.fraction("source_ratio", self.source_ratio)
         checks.ratio_or_count("neighbors", self.neighbors)
         checks.count("rounds", self.rounds)
-        checks.choice("signal", self.signal, SIGNALS)
+        checks.choice("signal", self.signal, (*SIGNALS, "degree"))
         checks.choice("accumulation", self.accumulation, ("product", "sum"))
         checks.single_round(self.accumulation, self.rounds)
         checks.fraction("strength", self.strength)
         checks.flag("recompute_sources", self.recompute_sources)
+        checks.choice("fusion", self.fusion, FUSIONS)
+        checks.count("exponent", self.exponent, minimum=1)
+        checks.flag("unrotated", self.unrotated)
+        if self.signal != "degree":
+            self._refuse("signal", "fusion", "exponent")
+            return
+        self._refuse("signal", "source_ratio", "neighbors", "rounds", "accumulation", "strength", "recompute_sources")
+        if self.fusion != "power":
+            self._refuse("fusion", "exponent")
+
+    def _refuse(self, choice: str, /, *names: str) -> None:
+        """Refuse options that have no meaning with the choice that was made."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in names:
+            checks.unused(name, getattr(self, name), defaults[name], choice, getattr(self, choice))
 
     @classmethod
     def paper(cls, base: Policy, /) -> GraphKV:
@@ -475,20 +568,38 @@ class GraphKV(Wrapper):
         ArgumentTypeError
             If `base` is no Policy.
         """
-        return cls(base, source_ratio=0.3, neighbors=2, rounds=1, accumulation="product")
+        return cls(base, source_ratio=0.3, neighbors=2, rounds=1, signal="decay", accumulation="product")
+
+    def needs(self) -> Requirements:
+        """Need what the base needs, and the keys that are compared."""
+        needs = super().needs()
+        return replace(needs, unrotated_keys=self.unrotated or needs.unrotated_keys)
 
     def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the base score, then propagate."""
+        """Let the base score, then propagate or fuse."""
+        keys = inputs.unrotated_keys if self.unrotated else inputs.keys
+        if keys is None:
+            raise ArgumentError("unrotated_keys must be given for GraphKV with unrotated=True; got None")
         found = self.base.assess(inputs)
-        num_sources, num_neighbors = _graph_counts(self, inputs.budget)
         candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
+        if self.signal == "degree":
+            scores = fuse(
+                found.scores,
+                degree(keys, valid=inputs.valid, backend=inputs.backend),
+                fusion=self.fusion,
+                exponent=self.exponent,
+                valid=candidates,
+                backend=inputs.backend,
+            )
+            return replace(found, scores=scores)
 
+        num_sources, num_neighbors = _graph_counts(self, inputs.budget)
         scores, graph = found.scores, found.graph
         # Fixed sources: one graph serves all rounds. Recomputed: a graph and a single round, T times.
         passes, rounds = (self.rounds, 1) if self.recompute_sources else (1, self.rounds)
         for _ in range(passes):
             graph = build_graph(
-                inputs.keys,
+                keys,
                 scores,
                 num_sources=num_sources,
                 num_neighbors=num_neighbors,

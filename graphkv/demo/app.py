@@ -20,59 +20,20 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .. import __version__
-from ..adapters import (
-    CAKE,
-    H2O,
-    SAGEKV,
-    TOVA,
-    ExpectedAttention,
-    KeyDiff,
-    KNorm,
-    PyramidKV,
-    Random,
-    RoCo,
-    SnapKV,
-    StreamingLLM,
-)
 from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
-from ..core.policy import GraphKV, Policy
+from ..core.policy import Policy
 from ..core.selection import select
+from ..evaluation.model import DEFAULT_MODEL, load_model
+from ..evaluation.policies import make_policy
 from ..integrations.transformers import EvictingCache, observing
-from .model import DEFAULT_MODEL, load_model
 from .picture import draw
 from .prompt import Prompt, make_prompt, read_paragraphs
 from .result import Result
 
-__all__ = ["Reader", "main", "make_policy"]
+__all__ = ["Reader", "main"]
 
 DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv")
-BASES: dict[str, Callable[[int | float, int], Policy]] = {
-    "random": lambda budget, seed: Random(budget=budget, seed=seed),
-    "streaming-llm": lambda budget, seed: StreamingLLM(budget=budget),
-    "snapkv": lambda budget, seed: SnapKV(budget=budget),
-    "pyramidkv": lambda budget, seed: PyramidKV(budget=budget),
-    "h2o": lambda budget, seed: H2O(budget=budget),
-    "tova": lambda budget, seed: TOVA(budget=budget),
-    "cake": lambda budget, seed: CAKE(budget=budget),
-    "roco": lambda budget, seed: RoCo(budget=budget),
-    "sagekv": lambda budget, seed: SAGEKV(budget=budget),
-    "expected-attention": lambda budget, seed: ExpectedAttention(budget=budget),
-    "knorm": lambda budget, seed: KNorm(budget=budget),
-    "keydiff": lambda budget, seed: KeyDiff(budget=budget),
-}
-
-
-def make_policy(name: str, budget: int | float, seed: int) -> Policy | None:
-    """Make the policy of a name such as ``snapkv`` or ``snapkv+graphkv``; None for ``full``."""
-    if name == "full":
-        return None
-    base, plus, graph = name.partition("+")
-    if base not in BASES or (plus and graph != "graphkv"):
-        known = ", ".join(["full", *BASES])
-        raise ArgumentError(f"--policy must be one of {known}, or one of them with +graphkv; got {name!r}")
-    made = BASES[base](budget, seed)
-    return GraphKV(made) if plus else made
 
 
 def main(
@@ -90,7 +51,7 @@ def main(
 ) -> None:
     """Run the demo and write its table, report and picture; see `graphkv.cli.demo` for the arguments."""
     # Everything that can be refused is refused before the first slow step.
-    chosen = {name: make_policy(name, budget, seed) for name in dict.fromkeys(policies or DEFAULT_POLICIES)}
+    chosen = {name: make_policy(name, budget, seed=seed) for name in dict.fromkeys(policies or DEFAULT_POLICIES)}
     decider = load(backend)
     for name, value in (("--question", question), ("--answer", answer)):
         if value is not None and not value.strip():
@@ -167,7 +128,8 @@ class Reader:
         Gives the cache, with the queries that the policies will ask for, and the seconds that it took.
         """
         cached = self.prompt.token_ids[:, :-1]
-        cache = EvictingCache(num_queries=max((policy.num_queries(cached.shape[1]) for policy in policies), default=0))
+        wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
+        cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
         self.model(cached, past_key_values=cache, logits_to_keep=1)
         return cache, time.perf_counter() - start
@@ -227,18 +189,20 @@ def _try_policy(
 
 
 def _fates(cache: EvictingCache) -> tuple[Any, Any]:
-    """Say of every layer, head and token whether it was kept, and whether the graph suppressed it."""
+    """Say of every layer, head and token whether it was kept, and whether the signal suppressed it."""
     kept, suppressed = [], []
     for layer in cache.layers:
         everything = torch.zeros((*layer.keys.shape[:2], layer.num_seen), dtype=torch.bool)[0]
-        decision = layer.eviction
-        if decision is None:
+        if layer.record is None:
             kept.append(~everything)
             suppressed.append(everything)
             continue
-        mask = everything.scatter(-1, _host(decision, decision.kept), True)
+        # An unused slot of a head with a smaller budget is at -1: a column more takes it.
+        wider = torch.cat([everything, everything[:, :1]], dim=-1)
+        mask = wider.scatter(-1, layer.true_positions[0] % wider.shape[-1], True)[:, :-1]
         kept.append(mask)
-        if decision.graph is None:
+        (decision,) = layer.record.decisions
+        if decision.scores is decision.importance or decision.head_budgets is not None:
             suppressed.append(everything)
             continue
         alone = select(decision.importance, decision.budget, protected=decision.protected, backend=decision.backend)

@@ -69,8 +69,10 @@ def make_prompt(
     Raises
     ------
     ArgumentError
-        If the prompt is too long for the model.
+        If the prompt is too long for the model, or the model has no chat template.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ArgumentError("--model must have a chat template; this one has none")
     paragraphs = paragraphs or _default_document(tokenizer)
     fact = FACT if question is None else None
     if fact is not None:

@@ -1,4 +1,4 @@
-"""The three steps as plain loops: one row, one token, one edge at a time.
+"""The steps as plain loops: one row, one token, one edge at a time.
 
 This is the authority on values. It is written from the equations of the specification and shares no code with
 `graphkv.core`: rows are sequences of Python floats (which are float64), and nothing here is fast.
@@ -11,9 +11,23 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import exp, inf, isfinite, isnan, sqrt
 
-__all__ = ["FREE", "Choice", "Edges", "build_graph", "cosine", "evict", "propagate", "received", "select", "top_k"]
+__all__ = [
+    "FREE",
+    "Choice",
+    "Edges",
+    "build_graph",
+    "cosine",
+    "degree",
+    "evict",
+    "fuse",
+    "propagate",
+    "received",
+    "select",
+    "top_k",
+]
 
 SMALLEST_FACTOR = 1e-6
+SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 
 FREE = -1
 """Stands for a neighbor that the specification leaves open: an edge of weight 0 that fills a row."""
@@ -165,6 +179,44 @@ def _factor(arriving: Sequence[float], signal: str, accumulation: str, strength:
     return factor
 
 
+def degree(keys: Sequence[Sequence[float]], *, valid: Sequence[bool] | None = None) -> list[float]:
+    """Give the mean cosine of every valid key with all valid keys, one pair at a time."""
+    tokens = [j for j in range(len(keys)) if valid is None or valid[j]]
+    result = [0.0] * len(keys)
+    for j in tokens:
+        for i in tokens:
+            result[j] += cosine(keys[i], keys[j]) / len(tokens)
+    return result
+
+
+def fuse(
+    importance: Sequence[float],
+    degree: Sequence[float],
+    *,
+    fusion: str = "power",
+    exponent: int = 1,
+    valid: Sequence[bool] | None = None,
+) -> list[float]:
+    """Put importance and distance from the others together, among the valid tokens."""
+    tokens = [j for j in range(len(importance)) if valid is None or valid[j]]
+    distance = [1.0 - (0.0 if isnan(c) else min(1.0, max(-1.0, c))) for c in degree]
+    result = list(importance)
+    if fusion == "power":
+        lowest = min([0.0] + [importance[j] for j in tokens if isfinite(importance[j])])
+        for j in tokens:
+            if isfinite(importance[j]):
+                power = min(max(distance[j] ** exponent, SMALLEST_POWER), LARGEST_POWER)
+                result[j] = (importance[j] - lowest) * power
+        return result
+    # The best first, so a token that has k others behind it has the rank k + 1.
+    by_importance = [tokens[place] for place in top_k([importance[j] for j in tokens], len(tokens))]
+    by_distance = [tokens[place] for place in top_k([distance[j] for j in tokens], len(tokens))]
+    for j in tokens:
+        ranks = [len(tokens) - order.index(j) for order in (by_importance, by_distance)]
+        result[j] = float(max(ranks)) if fusion == "max_rank" else sum(ranks) / 2
+    return result
+
+
 def select(
     scores: Sequence[float],
     budget: int,
@@ -199,6 +251,8 @@ def evict(
     accumulation: str = "product",
     strength: float = 1.0,
     recompute_sources: bool = False,
+    fusion: str = "power",
+    exponent: int = 1,
 ) -> Choice:
     """Evict by GraphKV over a given importance, in a row of more tokens than budget."""
     open_tokens = max(0, budget - num_protected)
@@ -210,6 +264,10 @@ def evict(
         is_protected = protected is not None and bool(protected[token])
         candidate.append(is_valid and not is_protected)
     scores = list(importance)
+    if signal == "degree":
+        apart = degree(keys, valid=valid)
+        scores = fuse(scores, apart, fusion=fusion, exponent=exponent, valid=candidate)
+        return Choice(kept=select(scores, budget, protected=protected, valid=valid), scores=scores)
     for _ in range(rounds if recompute_sources else 1):
         edges = build_graph(keys, scores, num_sources=num_sources, num_neighbors=num_neighbors, valid=candidate)
         scores = propagate(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..core import primitives
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
+from ..core.fusion import degree, fuse
 from ..core.graph import build_graph
 from ..core.policy import GraphKV
 from ..core.propagation import propagate
@@ -43,6 +44,9 @@ ACCUMULATIONS = st.sampled_from(["product", "sum"])
 SIGNALS = st.sampled_from(["decay", "enhance", "evict"])
 # Two bits each, so that products stay exact.
 STRENGTHS = st.sampled_from([1.0, 0.5])
+FUSIONS = st.sampled_from(["power", "max_rank", "mean_rank"])
+# Multiples of 1/16 below 1, where a distance of 0 is clipped: with 9 bits of score, two factors stay exact.
+EXACT_DEGREES = st.integers(-16, 15).map(lambda i: i / 16)
 DRAWS = st.data()
 
 
@@ -483,6 +487,199 @@ def test_a_duplicate_of_a_source_decays_to_the_bottom(
     asserts.equal(select(found, num_tokens - 1, backend=backend), kept, backend=backend, like=x)
 
 
+# ---------------------------------------------------------------------------------------------------- degree and fuse
+
+
+@unhurried
+@given(layer=strategies.layers() | strategies.layers(keys=strategies.general_keys), dtype=st.sampled_from(FLOATS))
+def test_degree_agrees_with_the_oracle(backend: Backend, layer: Layer, dtype: str) -> None:
+    """The mean cosine of all pairs, padding left out: zero keys, duplicates, opposites and empty batches."""
+    keys, found = _degree(backend, layer, dtype)
+
+    wanted = _oracle_degree(layer).astype(asserts.wide(backend, dtype))
+    asserts.close(found, wanted, backend=backend, like=keys, scale=1.0)
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.sampled_from([1, 2, 4, 8]))
+def test_degree_of_exact_numbers_is_exact(backend: Backend, data: Any, num_tokens: int) -> None:
+    """A mean over 1, 2, 4 or 8 exact keys rounds nowhere."""
+    fixed = strategies.layers(leading=st.just((2,)), min_tokens=num_tokens, max_tokens=num_tokens)
+    layer = _replaced(data.draw(fixed), valid=None)
+
+    keys, found = _degree(backend, layer)
+
+    asserts.equal(found, _oracle_degree(layer).astype(np.float32), backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(keys=strategies.general_keys, min_tokens=1), data=DRAWS)
+def test_degree_lies_between_minus_one_and_one(backend: Backend, layer: Layer, data: Any) -> None:
+    """Whatever the keys; padding and keys without a direction have the degree 0."""
+    odd = st.sampled_from([0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-30])
+    token = data.draw(st.integers(0, layer.num_tokens - 1))
+    layer.keys[..., token, :] = 0
+    layer.keys[..., token, 0] = data.draw(odd)
+
+    _, found = _degree(backend, layer)
+
+    degrees = asserts.values(backend, found)
+    assert np.all((degrees >= -1) & (degrees <= 1))
+    if layer.valid is not None:
+        assert np.all(degrees[~layer.valid] == 0)
+    if abs(layer.keys[..., token, :]).max(initial=0) != 1:
+        assert np.all(degrees[..., token] == 0)
+
+
+@unhurried
+@given(layer=strategies.layers(min_tokens=1), data=DRAWS)
+def test_degree_ignores_padding_and_the_length_of_keys(backend: Backend, layer: Layer, data: Any) -> None:
+    """Appended padding of any kind, and keys made longer or shorter one by one, change nothing."""
+    valid = np.ones(layer.importance.shape, np.bool_) if layer.valid is None else layer.valid
+    num_padding = data.draw(st.integers(1, 3))
+    padded = _replaced(
+        layer,
+        keys=_append(layer.keys, num_padding, data.draw(strategies.special()), axis=-2),
+        valid=_append(valid, num_padding, False),
+    )
+    exponents = data.draw(arrays(np.int64, layer.importance.shape, elements=st.integers(-6, 6), fill=st.nothing()))
+    scaled = _replaced(layer, keys=layer.keys * 2.0 ** exponents[..., None])
+
+    keys, found = _degree(backend, layer)
+    _, longer = _degree(backend, padded)
+    _, same = _degree(backend, scaled)
+
+    # Sums of exact keys round nowhere, so neither does their order matter.
+    asserts.equal(longer[..., : layer.num_tokens], found, backend=backend, like=keys)
+    asserts.equal(same, found, backend=backend, like=keys)
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(1, 8))
+def test_degree_follows_a_permutation_of_tokens(backend: Backend, data: Any, num_tokens: int) -> None:
+    """Positions decide nothing, so equal keys have equal degrees."""
+    layer = data.draw(strategies.layers(leading=st.just(()), min_tokens=num_tokens, max_tokens=num_tokens))
+    order = np.asarray(data.draw(st.permutations(range(num_tokens))), dtype=np.int64)
+
+    keys, found = _degree(backend, layer)
+    _, moved = _degree(backend, layer.take(order))
+
+    asserts.equal(moved, asserts.values(backend, found)[order], backend=backend, like=keys)
+
+
+@unhurried
+@given(layer=strategies.layers(leading=st.just(()), min_tokens=1), data=DRAWS)
+def test_a_duplicate_raises_the_degree(backend: Backend, layer: Layer, data: Any) -> None:
+    """One more of the same kind: of N tokens with the mean cosine c come N + 1 with (N c + 1) / (N + 1)."""
+    layer = _replaced(layer, valid=None)
+    token = data.draw(st.integers(0, layer.num_tokens - 1))
+    assume(np.any(layer.keys[token]))
+    more = _replaced(layer, keys=np.concatenate([layer.keys, 2 * layer.keys[token : token + 1]]))
+
+    x, found = _degree(backend, layer)
+    _, raised = _degree(backend, more)
+
+    before, after = asserts.values(backend, found)[token], asserts.values(backend, raised)
+    wanted = (layer.num_tokens * before + 1) / (layer.num_tokens + 1)
+    assert after[token] > before or before == 1
+    assert abs(after[token] - wanted) <= asserts.tolerance(x.dtype)
+    assert after[token] == after[-1]
+
+
+@unhurried
+@given(data=DRAWS, leading=strategies.leading_shapes(), fusion=FUSIONS, dtype=st.sampled_from(FLOATS))
+def test_fusion_agrees_with_the_oracle(
+    backend: Backend, data: Any, leading: tuple[int, ...], fusion: str, dtype: str
+) -> None:
+    """Powers and ranks, exactly: scores of either sign, ties, infinities, NaN, and masks."""
+    num_tokens = data.draw(strategies.token_counts())
+    importance = data.draw(strategies.scores((*leading, num_tokens)))
+    degrees = data.draw(strategies.scores((*leading, num_tokens), elements=EXACT_DEGREES | st.just(np.nan)))
+    valid = data.draw(strategies.masks((*leading, num_tokens)))
+    options: dict[str, Any] = {"fusion": fusion, "exponent": data.draw(st.integers(1, 2))}
+
+    x, found = _fused(backend, importance, degrees, valid, dtype, **options)
+
+    wanted = _oracle_fusion(importance, degrees, valid, **options).astype(asserts.wide(backend, dtype))
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, exponent=st.integers(1, 16))
+def test_powers_of_general_numbers_are_close_to_the_oracle(backend: Backend, data: Any, exponent: int) -> None:
+    """Within the tolerance of the score, degrees beyond [-1, 1] clipped."""
+    shape = (2, data.draw(strategies.token_counts(1)))
+    importance = data.draw(strategies.scores(shape, elements=strategies.general()))
+    degrees = data.draw(strategies.scores(shape, elements=st.floats(-1.25, 1.25, width=32)))
+
+    x, found = _fused(backend, importance, degrees, None, exponent=exponent)
+
+    wanted = _oracle_fusion(importance, degrees, None, exponent=exponent).astype(np.float32)
+    # Bits of a small factor are lost in 1 - c: what counts is the size of the scores.
+    asserts.close(found, wanted, backend=backend, like=x, scale=np.max(np.abs(importance), axis=-1, keepdims=True))
+
+
+@unhurried
+@given(data=DRAWS, fusion=FUSIONS, exponent=st.integers(-6, 6))
+def test_fusion_is_scale_invariant(backend: Backend, data: Any, fusion: str, exponent: int) -> None:
+    """Powers grow with the importance, ranks stay the same."""
+    shape = (2, data.draw(strategies.token_counts(1)))
+    importance = data.draw(strategies.scores(shape, elements=strategies.exact()))
+    degrees = data.draw(strategies.scores(shape, elements=EXACT_DEGREES))
+
+    x, found = _fused(backend, importance, degrees, None, fusion=fusion)
+    _, scaled = _fused(backend, importance * 2.0**exponent, degrees, None, fusion=fusion)
+
+    scale = np.float32(2.0**exponent) if fusion == "power" else np.float32(1)
+    asserts.equal(scaled, asserts.values(backend, found) * scale, backend=backend, like=x)
+
+
+@unhurried
+@given(
+    data=DRAWS,
+    num_tokens=st.integers(2, 9),
+    power=st.sampled_from([(1.0, 1), (-1.0, 200), (1.0, 16), (0.5, 200), (0.0, 7), (-0.5, 3)]),
+)
+def test_among_duplicates_the_importance_decides(
+    backend: Backend, data: Any, num_tokens: int, power: tuple[float, int]
+) -> None:
+    """Powers of one distance keep the order of the base, also where they would be 0 or overflow."""
+    degree_of_all, exponent = power
+    importance = data.draw(strategies.distinct_scores((num_tokens,)))
+    importance = np.abs(importance) if data.draw(st.booleans()) else importance
+    degrees = np.full((num_tokens,), degree_of_all)
+    budget = data.draw(st.integers(1, num_tokens - 1))
+
+    x, found = _fused(backend, importance, degrees, None, exponent=exponent)
+
+    kept = select(found, budget, backend=backend)
+    asserts.equal(kept, _int(oracle.select(importance.tolist(), budget)), backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, leading=strategies.leading_shapes(), fusion=FUSIONS)
+def test_fusion_never_touches_what_is_not_valid(
+    backend: Backend, data: Any, leading: tuple[int, ...], fusion: str
+) -> None:
+    """It keeps its importance bit for bit, and what it holds does not change the others."""
+    shape = (*leading, data.draw(strategies.token_counts(1)))
+    importance = data.draw(strategies.scores(shape))
+    degrees = data.draw(strategies.scores(shape, elements=EXACT_DEGREES))
+    valid = data.draw(arrays(np.bool_, shape, elements=st.booleans(), fill=st.nothing()))
+    other = np.where(valid, importance, data.draw(strategies.special()))
+    other_degrees = np.where(valid, degrees, data.draw(strategies.special()))
+
+    x, found = _fused(backend, importance, degrees, valid, fusion=fusion)
+    y, changed = _fused(backend, other, other_degrees, valid, fusion=fusion)
+
+    before = asserts.values(backend, found)
+    asserts.identical(
+        found, np.where(valid, before, asserts.values(backend, x)).astype(np.float32), backend=backend, like=x
+    )
+    wanted = np.where(valid, before, asserts.values(backend, y)).astype(np.float32)
+    asserts.equal(changed, wanted, backend=backend, like=x)
+
+
 # ------------------------------------------------------------------------------------------------------------- select
 
 
@@ -597,8 +794,9 @@ def test_rows_follow_a_permutation_of_batch_and_heads(backend: Backend, layer: L
 @unhurried
 @given(layer=strategies.layers(leading=st.sampled_from([(2, 2), (3,)]), min_tokens=1))
 def test_a_batch_is_the_stack_of_its_rows(backend: Backend, layer: Layer) -> None:
-    """All three steps."""
+    """All steps."""
     keys, graph, scores, kept = _three_steps(backend, layer)
+    degrees = asserts.values(backend, _degree(backend, layer)[1])
 
     for row in np.ndindex(*layer.leading):
         one_keys, one, one_scores, one_kept = _three_steps(backend, layer.take(row))
@@ -607,6 +805,8 @@ def test_a_batch_is_the_stack_of_its_rows(backend: Backend, layer: Layer) -> Non
             asserts.equal(getattr(one, name), wanted, backend=backend, like=one_keys)
         asserts.equal(one_scores, asserts.values(backend, scores)[row], backend=backend, like=keys)
         asserts.equal(one_kept, asserts.values(backend, kept)[row], backend=backend, like=keys)
+        _, one_degrees = _degree(backend, layer.take(row))
+        asserts.close(one_degrees, degrees[row], backend=backend, like=keys, scale=1.0)
 
 
 @unhurried
@@ -629,8 +829,12 @@ def test_inputs_are_not_written_to(backend: Backend, data: Any, signal: str, acc
         backend=backend,
     )
     propagate(importance, graph, signal=signal, accumulation=accumulation, backend=backend)
+    degrees = degree(keys, valid=masks["valid"], backend=backend)
+    before = np.array(asserts.values(backend, degrees))
+    fuse(importance, degrees, fusion=data.draw(FUSIONS), valid=masks["valid"], backend=backend)
     select(importance, layer.budget, **masks, backend=backend)
 
+    asserts.identical(degrees, before, backend=backend, like=keys)
     asserts.equal(keys, layer.keys.astype(dtype), backend=backend, like=keys)
     asserts.identical(importance, layer.importance.astype(dtype), backend=backend, like=keys)
     for name, mask in masks.items():
@@ -661,6 +865,9 @@ def test_every_dtype_is_computed_in_float32_or_wider(backend: Backend, layer: La
             asserts.equal(scores, wide_scores, backend=backend, like=keys)
             asserts.equal(kept, wide_kept, backend=backend, like=keys)
             assert graph.weights.dtype == getattr(backend.xp, wide[0])
+            found = _degree_and_fuse(backend, layer, keys_dtype, dtype)
+            for actual, wanted in zip(found, _degree_and_fuse(backend, layer, *wide), strict=True):
+                asserts.equal(actual, wanted, backend=backend, like=keys)
 
 
 # -------------------------------------------------------------------------------------------------------- whole layers
@@ -722,6 +929,38 @@ def test_eviction_agrees_with_the_oracle(
     if found.scores is not None:
         asserts.equal(found.scores, scores.astype(np.float32), backend=backend, like=keys)
     asserts.equal(found.kept, wanted, backend=backend, like=keys)
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.sampled_from([2, 4, 8]), fusion=FUSIONS, exponent=st.integers(1, 2))
+def test_eviction_by_degree_agrees_with_the_oracle(
+    backend: Backend, data: Any, num_tokens: int, fusion: str, exponent: int
+) -> None:
+    """The mean is over all tokens, minima and ranks are among those that may still be chosen; there is no graph."""
+    layer = data.draw(
+        strategies.layers(leading=st.sampled_from([(1, 1), (2, 2)]), min_tokens=num_tokens, max_tokens=num_tokens)
+    )
+    # Exact degrees need a power of two of tokens. An exact duplicate of all others is clipped, which is not exact.
+    layer = _replaced(layer, valid=None, budget=data.draw(st.integers(1, num_tokens - 1)))
+    assume(np.max(_oracle_degree(layer)) < 1)
+    options: dict[str, Any] = {"signal": "degree", "fusion": fusion}
+    if fusion == "power":
+        options["exponent"] = exponent
+
+    keys, found = _evicted(backend, layer, data.draw(st.integers(0, num_tokens)), **options)
+
+    wanted = np.zeros((*layer.leading, layer.budget), dtype=np.int64)
+    scores = np.zeros(layer.importance.shape)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        choice = oracle.evict(
+            one.keys.tolist(), one.importance.tolist(), one.budget, protected=_list(one.protected), **options
+        )
+        wanted[row], scores[row] = choice.kept, choice.scores
+    assert found.graph is None
+    asserts.close(found.scores, scores.astype(np.float32), backend=backend, like=keys)
+    if fusion != "power" or exponent == 1:
+        asserts.equal(found.kept, wanted, backend=backend, like=keys)
 
 
 @unhurried
@@ -904,6 +1143,50 @@ def _reached(edges: Edges) -> NDArray[np.bool_]:
 
 def _positive(edges: Edges) -> Iterator[tuple[int, ...]]:
     return (tuple(at) for at in np.argwhere(edges.weights > 0).tolist())
+
+
+def _degree(backend: Backend, layer: Layer, dtype: str = "float32") -> tuple[Array, Array]:
+    """Give a layer's degrees. Gives the keys too, on whose device they must be."""
+    keys = asserts.make(backend, layer.keys, dtype)
+    return keys, degree(keys, valid=_mask(backend, layer.valid), backend=backend)
+
+
+def _degree_and_fuse(backend: Backend, layer: Layer, keys_dtype: str, dtype: str) -> tuple[Array, Array]:
+    _, degrees = _degree(backend, layer, keys_dtype)
+    importance = asserts.make(backend, layer.importance, dtype)
+    return degrees, fuse(importance, degrees, valid=_mask(backend, layer.valid), backend=backend)
+
+
+def _oracle_degree(layer: Layer) -> NDArray[Any]:
+    degrees = np.zeros(layer.importance.shape)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        degrees[row] = oracle.degree(one.keys.tolist(), valid=_list(one.valid))
+    return degrees
+
+
+def _fused(
+    backend: Backend,
+    importance: NDArray[Any],
+    degrees: NDArray[Any],
+    valid: NDArray[np.bool_] | None,
+    dtype: str = "float32",
+    **options: Any,
+) -> tuple[Array, Array]:
+    """Fuse given degrees. Gives the importance too, as the library holds it."""
+    x = asserts.make(backend, importance, dtype)
+    given_degrees = asserts.make(backend, degrees, dtype)
+    return x, fuse(x, given_degrees, valid=_mask(backend, valid), backend=backend, **options)
+
+
+def _oracle_fusion(
+    importance: NDArray[Any], degrees: NDArray[Any], valid: NDArray[np.bool_] | None, **options: Any
+) -> NDArray[Any]:
+    scores = np.zeros(importance.shape)
+    for row in np.ndindex(*importance.shape[:-1]):
+        mask = None if valid is None else _list(valid[row])
+        scores[row] = oracle.fuse(importance[row].tolist(), degrees[row].tolist(), valid=mask, **options)
+    return scores
 
 
 def _scores(backend: Backend, layer: Layer, graph: Graph, dtype: str = "float32", signal: str = "decay") -> Array:

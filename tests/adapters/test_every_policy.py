@@ -11,6 +11,7 @@ import graphkv
 from graphkv import AdaKV, Backend, GraphKV, LayerBudgets, Policy, SnapKV, evict
 from graphkv.core import Wrapper
 from tests.arrays import BACKENDS, each_backend, make
+from tests.policies import every_policy
 
 RNG = np.random.default_rng(11)
 KEYS = RNG.normal(size=(2, 3, 40, 8))
@@ -184,6 +185,32 @@ def test_protected_tokens_are_counted_as_they_are_marked(name):
     assert marked.tolist() == [[policy.num_protected(15)] * 3] * 2
 
 
+WRAPPED = {
+    "alone": lambda base: base,
+    "decay": GraphKV,
+    "power": lambda base: GraphKV(base, signal="degree"),
+    "max_rank": lambda base: GraphKV(base, signal="degree", fusion="max_rank"),
+    "adakv": lambda base: AdaKV(GraphKV(base, signal="degree")),
+    "under adakv": lambda base: GraphKV(AdaKV(base), signal="degree"),
+    "layer budgets": lambda base: GraphKV(LayerBudgets(base, budgets=[9]), signal="degree"),
+}
+
+
+@each_base
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_every_base_protects_the_same_sinks_whatever_is_on_top(name, wrap):
+    windowed = WINDOWED if OPTIONS.get(name) is WINDOWED else {}
+    base = getattr(graphkv, name)(budget=9, **windowed | {"num_sinks": 3})
+    # Nobody would keep the first tokens for their scores.
+    keys, queries = KEYS.copy(), np.zeros_like(QUERIES)
+    keys[:, :, :3] = 100 * KEYS[:, :, 20:21]
+
+    done = evict(wrap(base), keys, values=VALUES, queries=queries)
+
+    assert done.protected[:, :, :3].all()
+    assert (done.kept[:, :, :3] == [0, 1, 2]).all()
+
+
 @each_base
 def test_half_precision_is_widened_and_inputs_are_left_alone(name):
     arrays = [x.astype(np.float16) for x in (KEYS, VALUES, QUERIES)]
@@ -196,17 +223,47 @@ def test_half_precision_is_widened_and_inputs_are_left_alone(name):
         assert np.array_equal(array, copy)
 
 
-@each_base
-def test_kv_heads_are_independent_or_say_so(name):
-    if name in {"TOVA", "Random"}:
-        pytest.skip("TOVA shares one set between heads; Random draws by the head's number")
-    policy, order = policy_of(name, 15), [2, 0, 1]
-    queries = QUERIES.reshape(2, 3, 2, 40, 8)
+@pytest.mark.parametrize("policy", every_policy(15).values(), ids=every_policy(15).keys())
+def test_each_kv_head_keeps_what_it_keeps_alone_unless_the_policy_says_that_it_couples_heads(policy):
+    def kept_by(heads):
+        """What each head keeps, at the prompt and then with ten tokens more."""
+        rows = slice(2 * heads.start, 2 * heads.stop)
+        first = evict(
+            policy,
+            KEYS[:, heads, :30],
+            values=VALUES[:, heads, :30],
+            queries=QUERIES[:, rows, :30],
+            layer=1,
+            num_layers=4,
+        )
+        keys, values = (
+            np.concatenate([first.apply(x[:, heads, :30]), x[:, heads, 30:]], axis=2) for x in (KEYS, VALUES)
+        )
+        then = evict(
+            policy,
+            keys,
+            values=values,
+            queries=QUERIES[:, rows, 30:],
+            state=first.state,
+            layer=1,
+            num_layers=4,
+        )
+        return [[sorted(set(row) - {-1}) for row in done.kept.tolist()[1]] for done in (first, then)]
 
-    straight = evict(policy, KEYS, values=VALUES, queries=QUERIES).kept
-    turned = evict(policy, KEYS[:, order], values=VALUES[:, order], queries=queries[:, order].reshape(2, 6, 40, 8)).kept
+    together = kept_by(slice(0, 3))
+    alone = [kept_by(slice(head, head + 1)) for head in range(3)]
+    is_same = together == [[row for head in alone for row in head[call]] for call in range(2)]
+    assert is_same is not policy.needs().couples_heads
 
-    assert turned.tolist() == straight[:, order].tolist()
+
+def test_preferences_speak_of_all_heads_of_a_layer():
+    policy = graphkv.CAKE(budget=15, **WINDOWED)
+
+    whole = graphkv.preference(policy, KEYS, queries=QUERIES)
+    one = graphkv.preference(policy, KEYS[:, :1], queries=QUERIES[:, :2])
+
+    assert policy.needs().preferences
+    assert (whole > one).all()
 
 
 @each_base

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from graphkv import ArgumentError, GraphKV, Policy, Random, SnapKV, evict
+from graphkv import TOVA, AdaKV, ArgumentError, GraphKV, Policy, Random, SnapKV, evict
 from graphkv.core import LayerShape, Requirements, Wrapper
 from tests.arrays import NUMPY
 
@@ -28,6 +28,14 @@ def test_a_graph_adds_its_cost_to_that_of_the_base():
     assert GraphKV(Random(budget=20)).bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
 
 
+def test_the_degree_signal_costs_six_operations_an_entry_of_the_keys():
+    policy = GraphKV(Random(budget=20), signal="degree")
+
+    assert policy.flops(SHAPE) == 3 * 2 * 100 * 8 * 6
+    assert policy.bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
+    assert policy.needs() == GraphKV(Random(budget=20)).needs()
+
+
 def test_needs_join_those_of_the_base():
     @dataclass(frozen=True)
     class Valued(Wrapper):
@@ -37,6 +45,12 @@ def test_needs_join_those_of_the_base():
 
     assert (found.values, found.queries, found.state, found.fused_attention) == (True, "window", True, False)
     assert Requirements(queries="all").joined(Requirements(queries="window")).queries == "all"
+
+
+def test_a_wrapper_couples_heads_when_it_or_its_base_does():
+    assert GraphKV(TOVA(budget=20)).needs().couples_heads
+    assert AdaKV(SnapKV(budget=20)).needs().couples_heads
+    assert not GraphKV(SnapKV(budget=20)).needs().couples_heads
 
 
 def test_a_policy_that_declares_no_queries_runs_without_them_and_others_say_so():

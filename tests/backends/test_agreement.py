@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
+from graphkv import GraphKV, KNorm, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
 
 FAST = hypothesis.settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -79,6 +79,8 @@ POLICIES = {
     "graphkv-recompute": GraphKV(SnapKV(budget=24, window=8), rounds=2, recompute_sources=True),
     "graphkv-enhance-sum": GraphKV(StreamingLLM(budget=24), signal="enhance", accumulation="sum"),
     "graphkv-evict": GraphKV(SnapKV(budget=24, window=8), neighbors=3, signal="evict"),
+    "graphkv-degree": GraphKV(SnapKV(budget=24, window=8), signal="degree"),
+    "graphkv-degree-negative": GraphKV(KNorm(budget=24), signal="degree", exponent=3),
 }
 
 

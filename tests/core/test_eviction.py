@@ -203,6 +203,25 @@ def test_policies_are_immutable_values():
         SnapKV(budget=5).window = 3
 
 
+@each_backend
+@pytest.mark.parametrize("options", [{"neighbors": 3}, {"signal": "degree"}], ids=["decay", "degree"])
+def test_unrotated_keys_are_compared_in_place_of_the_cached_ones(backend, options):
+    # Scores by position, so keys are for comparison only.
+    base, cached, unrotated = StreamingLLM(budget=20), make(backend, KEYS), make(backend, KEYS[..., ::-1] ** 3)
+
+    found = evict(GraphKV(base, unrotated=True, **options), cached, unrotated_keys=unrotated, backend=backend)
+
+    wanted = evict(GraphKV(base, **options), unrotated, backend=backend)
+    other = evict(GraphKV(base, **options), cached, backend=backend)
+    assert backend.to_numpy(found.scores).tolist() == backend.to_numpy(wanted.scores).tolist()
+    assert backend.to_numpy(found.scores).tolist() != backend.to_numpy(other.scores).tolist()
+
+
+def test_a_policy_says_that_it_needs_unrotated_keys():
+    assert GraphKV(GraphKV(SNAPKV, unrotated=True)).needs().unrotated_keys
+    assert not GraphKV(SNAPKV).needs().unrotated_keys
+
+
 def test_the_papers_preset_is_apart_from_the_default():
     paper = GraphKV.paper(SNAPKV)
 
@@ -235,6 +254,43 @@ def test_the_papers_preset_is_apart_from_the_default():
             "rounds must be 1 with accumulation 'sum'",
         ),
         (lambda: GraphKV(SNAPKV, recompute_sources=1), ArgumentTypeError, "recompute_sources must be True or False"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", neighbors=2),
+            ArgumentError,
+            "neighbors must be left out with signal 'degree'; got 2",
+        ),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", neighbors=1.0),
+            ArgumentError,
+            "neighbors must be left out with signal 'degree'; got 1.0",
+        ),
+        (lambda: GraphKV(SNAPKV, signal="degree", source_ratio=0.1), ArgumentError, "source_ratio must be left out"),
+        (lambda: GraphKV(SNAPKV, signal="degree", rounds=2), ArgumentError, "rounds must be left out"),
+        (lambda: GraphKV(SNAPKV, signal="degree", accumulation="sum"), ArgumentError, "accumulation must be left out"),
+        (lambda: GraphKV(SNAPKV, signal="degree", strength=0.5), ArgumentError, "strength must be left out"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", recompute_sources=True),
+            ArgumentError,
+            "recompute_sources must be left out with signal 'degree'; got True",
+        ),
+        (
+            lambda: GraphKV(SNAPKV, fusion="max_rank"),
+            ArgumentError,
+            "fusion must be left out with signal 'decay'; got 'max_rank'",
+        ),
+        (lambda: GraphKV(SNAPKV, signal="evict", exponent=2), ArgumentError, "exponent must be left out with signal"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", fusion="mean_rank", exponent=2),
+            ArgumentError,
+            "exponent must be left out with fusion 'mean_rank'; got 2",
+        ),
+        (lambda: GraphKV(SNAPKV, signal="degree", fusion="sum"), ArgumentError, "fusion must be one of"),
+        (lambda: GraphKV(SNAPKV, signal="degree", exponent=0), ArgumentError, "exponent must be at least 1; got 0"),
+        (
+            lambda: GraphKV(SNAPKV, signal="degree", exponent=0.5),
+            ArgumentTypeError,
+            "exponent must be an integer; got 0.5",
+        ),
     ],
 )
 def test_a_bad_policy_says_what_is_wrong(make_policy, error, message):

@@ -15,6 +15,7 @@ POLICIES = {
     "random": Random(budget=128),
     "graphkv": GraphKV(SnapKV(budget=128, window=16), neighbors=4, rounds=2),
     "graphkv-recompute": GraphKV(SnapKV(budget=128, window=16), rounds=2, recompute_sources=True),
+    "graphkv-degree": GraphKV(SnapKV(budget=128, window=16), signal="degree"),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import standin
 
-from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
+from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, degree, evict, fuse, propagate, select
 from graphkv.core import primitives
 from graphkv.core.backend import load
 from tests.policies import every_policy
@@ -70,6 +70,8 @@ def test_no_step_waits(dtype):
 
     graph = build_graph(keys, keys[..., 0], num_sources=5, num_neighbors=3)
     scores = propagate(keys[..., 0], graph, signal="decay")
+    for fusion in ("power", "max_rank", "mean_rank"):
+        scores = fuse(scores, degree(keys), fusion=fusion)
     select(scores, 9)
 
     assert standin.SYNCS == []

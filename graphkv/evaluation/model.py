@@ -1,4 +1,4 @@
-"""Where the demo's model comes from."""
+"""Where the model comes from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..core.errors import ArgumentError, BackendUnavailableError, GraphKVError
+from ..core.errors import BackendUnavailableError, GraphKVError
 
 __all__ = ["DEFAULT_MODEL", "ModelError", "load_model"]
 
@@ -54,8 +54,6 @@ def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
     ------
     ModelError
         If the model is missing, broken, or not the one that was expected.
-    ArgumentError
-        If it has no chat template.
     """
     if name is None:
         directory = _converted_default(say)
@@ -70,8 +68,6 @@ def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
-    if not getattr(tokenizer, "chat_template", None):
-        raise ArgumentError(f"--model must have a chat template; {source!r} has none")
     return model.eval(), tokenizer
 
 

@@ -1,0 +1,250 @@
+"""A run on disk: the records of its examples, and what they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ArgumentError
+
+__all__ = ["SCHEMA", "Record", "Run", "read_records"]
+
+# Raised whenever a field changes its meaning; runs of another schema are not continued.
+SCHEMA = 1
+RECORDS = "records.jsonl"
+HEADER = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One question to one prompt, in one mode, under one policy at one budget.
+
+    Attributes
+    ----------
+    prompt : str
+        Name of the prompt, such as ``needle+continuation/4096/10017``. All policies see the same prompt, so this is
+        what pairs them.
+    task : str
+        ``needle``, ``continuation``, ... or the data set of a row.
+    kind : str or None
+        What was hidden: ``number``, ``word`` or ``uuid``.
+    question : int
+        Index among the prompt's questions.
+    length : int or None
+        Tokens of the prompt before the question, as asked for. None for rows of a data set, which come as they are.
+    num_tokens : int
+        Tokens in the cache when it was evicted.
+    depth : float or None
+        Where the needle lies, in [0, 1]: tokens before it as a share of `length`.
+    split : str or None
+        ``tuning`` or ``held-out``. None for rows of a data set.
+    seed : int or None
+        Seed of the prompt.
+    mode : str
+        ``aware`` or ``agnostic``.
+    policy : str
+    budget : int or None
+        Tokens kept per KV head in the average layer. None for ``full``.
+    sinks : int or None
+        First tokens that every policy had to keep. None for ``full``.
+    answer_tokens : int
+        Tokens that `nll`, `kl` and `match` are about.
+    nll : float
+        Mean negative log-likelihood per answer token, in nats.
+    kl : float
+        Mean KL divergence from the full cache's next-token distribution to this one, in nats. 0 for ``full``.
+    match : bool
+        Whether every answer token is the most likely one after those before it.
+    metric : str
+        How `score` is computed, see `graphkv.evaluation.metrics`.
+    score : float or None
+        The metric of `text`, in [0, 1]. None where nothing was generated.
+    text : str or None
+        What greedy decoding gave.
+    output_error : float or None
+        Relative error of the attention outputs, averaged over layers and heads. None where not asked for.
+    attention_mass : float or None
+        Share of the full cache's attention that falls on kept tokens, likewise.
+    """
+
+    prompt: str
+    task: str
+    kind: str | None
+    question: int
+    length: int | None
+    num_tokens: int
+    depth: float | None
+    split: str | None
+    seed: int | None
+    mode: str
+    policy: str
+    budget: int | None
+    sinks: int | None
+    answer_tokens: int
+    nll: float
+    kl: float
+    match: bool
+    metric: str
+    score: float | None = None
+    text: str | None = None
+    output_error: float | None = None
+    attention_mass: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells this record from every other one of its run."""
+        return record_key(self.prompt, self.question, self.mode, self.policy, self.budget, self.sinks)
+
+    def line(self) -> str:
+        """Give the line of JSON, with its newline."""
+        return json.dumps({"key": self.key, **asdict(self)}, ensure_ascii=False) + "\n"
+
+
+NAMES = frozenset(field.name for field in fields(Record))
+
+
+def record_key(prompt: str, question: int, mode: str, policy: str, budget: int | None, sinks: int | None) -> str:
+    """Join what identifies a record."""
+    return "|".join(str(part) for part in (prompt, question, mode, policy, budget, sinks))
+
+
+def read_records(folder: Path, /) -> list[Record]:
+    """Read the records of a run, in the order in which they were written.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Folder of the run. A last line that was cut off in the middle is left out.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no run, or a line is none of a record.
+    """
+    path = folder / RECORDS
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        values = json.loads(line)
+        return Record(**{name: value for name, value in values.items() if name != "key"})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"{where} must be a record of schema {SCHEMA}; got {line[:80]!r}") from error
+
+
+class Run:
+    """A folder that records are appended to.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Made if it is not there. A run that is there is continued.
+    identity : dict
+        What the numbers depend on: configuration and SHA-256 of model and text. Values of JSON.
+    session : dict
+        What this session works with: versions, commit, machine, time. Values of JSON.
+
+    Raises
+    ------
+    ArgumentError
+        If the folder holds a run of another identity, or cannot be written.
+
+    Attributes
+    ----------
+    done : set of str
+        Keys of the records that are there.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], session: dict[str, Any]) -> None:
+        self.folder = folder
+        self.path = folder / RECORDS
+        self.done: set[str] = set()
+        header = folder / HEADER
+        # As JSON gives it back, so that tuples and lists compare alike.
+        identity = json.loads(json.dumps({"schema": SCHEMA, **identity}))
+        sessions: list[dict[str, Any]] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if header.exists():
+                sessions = self._continue(header, identity)
+            elif self.path.exists():
+                raise ArgumentError(f"--output {folder} holds {RECORDS} but no {HEADER}; it cannot be continued")
+            _replace(header, {**identity, "sessions": [*sessions, session]})
+            self.path.touch()
+        except OSError as error:
+            raise ArgumentError(f"--output {folder} cannot be written: {error.strerror or error}") from error
+
+    def _continue(self, header: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+        """Check that the run there is the same, take note of its records and cut off a torn last line."""
+        try:
+            known = json.loads(header.read_text(encoding="utf-8"))
+            sessions: list[dict[str, Any]] = known.pop("sessions")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ArgumentError(f"{header} is damaged and the run cannot be continued: {error}") from error
+        for name, old, new in _differences(known, identity):
+            raise ArgumentError(
+                f"--output {self.folder} holds a run with another {name}: {_short(old)} there, {_short(new)} now; "
+                "choose another folder or the same settings"
+            )
+        if self.path.exists():
+            records = read_records(self.folder)
+            self.done = {record.key for record in records}
+            if len(self.done) < len(records):
+                raise ArgumentError(f"{self.path} must hold every example once; some are there twice")
+            content = self.path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(self.path, whole)
+        return sessions
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Write the records that are not there yet, and make sure that they are on disk.
+
+        Parameters
+        ----------
+        records : iterable of Record
+        """
+        new = [record for record in records if record.key not in self.done]
+        if not new:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(record.line() for record in new)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ArgumentError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        self.done.update(record.key for record in new)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Name what differs, down to the single setting."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(old.get(key), new.get(key), key)
+        ]
+    return [] if old == new else [(name, old, new)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of JSON whole or not at all."""
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.replace(path)

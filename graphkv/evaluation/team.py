@@ -1,0 +1,104 @@
+"""Who answers the prompts: this process, or several beside each other.
+
+Small models keep one core busy and no more: with eviction in between, two processes of one thread are faster than one
+process of two.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .config import Config
+from .model import load_model
+from .records import Record, Run
+from .runner import evaluate
+from .tasks import Prompt
+
+__all__ = ["Team", "load"]
+
+# What a worker holds: model, tokenizer and configuration.
+_mine: tuple[Any, Any, Config] | None = None
+
+
+def load(config: Config, threads: int) -> tuple[Any, Any]:
+    """Load model and tokenizer, without the chatter of their libraries."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    return load_model(config.model, lambda step: None)
+
+
+class Team:
+    """Workers that answer prompts, in the order in which they are given.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Used here where one worker is enough; else every worker loads its own.
+    config : Config
+    workers, threads : int
+        Processes, and threads of PyTorch in each.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: Config, workers: int, threads: int) -> None:
+        self.here = (model, tokenizer, config)
+        self.pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            self.here = (None, None, config)
+            # Not forked: a process with running threads cannot be copied safely.
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(workers, context, _start, (config, threads))
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=error is None, cancel_futures=True)
+
+    def answer(self, prompts: list[Prompt], run: Run) -> Iterator[Prompt]:
+        """Append the records that are missing to a run; give every prompt that is done."""
+        done = [frozenset(key for key in run.done if key.startswith(f"{prompt.name}|")) for prompt in prompts]
+        if self.pool is None:
+            model, tokenizer, config = self.here
+            answered: Iterator[list[Record]] = (
+                evaluate(model, tokenizer, prompt, config, there) for prompt, there in zip(prompts, done, strict=True)
+            )
+        else:
+            answered = self.pool.map(_answer, prompts, done)
+        for prompt, records in zip(prompts, answered, strict=True):
+            run.append(records)
+            yield prompt
+
+
+def _start(config: Config, threads: int) -> None:
+    """Begin a worker."""
+    global _mine  # noqa: PLW0603 - where a pool keeps what belongs to a worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _mine = (*load(config, threads), config)
+
+
+def _end_with_parent() -> None:
+    """Leave no worker behind when a run is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _answer(prompt: Prompt, done: frozenset[str]) -> list[Record]:
+    if _mine is None:
+        raise RuntimeError("the worker has not been started")
+    model, tokenizer, config = _mine
+    return evaluate(model, tokenizer, prompt, config, done)

@@ -1,0 +1,370 @@
+"""NVIDIA kvpress: any of its scorer presses gains the graph, and any of our policies becomes a press.
+
+Three things that kvpress leaves open are settled here:
+
+* Kept tokens stay in the order of the prompt, so a later step that goes by position finds a window where it looks.
+* What a press forces is told from what it merely likes, and protected by a mask: it takes no part in the graph.
+* What kvpress would get wrong in silence, padding for instance, is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from math import floor, sqrt
+from typing import Any
+
+import torch
+from kvpress import BasePress, PyramidKVPress, ScorerPress
+from kvpress.utils import compute_n_kept, get_prerope_query_states
+from transformers.models.llama.modeling_llama import rotate_half
+
+from ..core import checks
+from ..core.errors import ArgumentError
+from ..core.eviction import Eviction, evict
+from ..core.policy import GraphKV, LayerInputs, Policy
+
+__all__ = ["GraphKVPress", "PolicyPress"]
+
+
+@dataclass
+class PolicyPress(BasePress):  # type: ignore[misc]
+    """A graphkv policy as a press: evicts each layer once, right after it has read the prompt.
+
+    Budgets are those of the policy: tokens or a share of them, per layer where the policy says so, and exact.
+
+    Parameters
+    ----------
+    policy : Policy
+        For example ``GraphKV(SnapKV(budget=512))``.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If `policy` is no Policy.
+    ArgumentError
+        If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`.
+        While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
+        heads different budgets, or the cache does not hold exactly the tokens of the prompt.
+
+    Notes
+    -----
+    Policies whose heads keep different numbers of tokens, such as `AdaKV`, work as in kvpress's own ``AdaKVPress``:
+    keys are masked and not removed, so no memory is freed, and the mask stays with the model until its next prompt.
+
+    Layers of different lengths decode one token at a time only, unless the model uses flash attention.
+
+    Examples
+    --------
+    ::
+
+        with PolicyPress(GraphKV(PyramidKV(budget=512)))(model):
+            output = model.generate(**inputs, max_new_tokens=64)
+    """
+
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        checks.instance("policy", self.policy, Policy)
+        if self.policy.needs().preferences:
+            raise ArgumentError(
+                "policy must know each layer's budget beforehand: kvpress evicts a layer before the next one has read "
+                f"anything; {type(self.policy).__name__} does not, so wrap it in LayerBudgets"
+            )
+        self._evicted: dict[int, float] = {}
+
+    @property
+    def compression_ratio(self) -> float:
+        """Share of the last prompt that was evicted, averaged over the layers that have read it; 0 before."""
+        return sum(self._evicted.values()) / max(1, len(self._evicted))
+
+    def compress(
+        self,
+        module: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the keys and values that stay; kvpress calls this.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            The attention of one layer.
+        hidden_states : torch.Tensor, shape (batch, N, hidden)
+            What it read.
+        keys, values : torch.Tensor, shape (batch, kv_heads, N, D)
+            What it cached.
+        attentions : torch.Tensor or None
+            Not used.
+        kwargs : dict
+            What it was called with.
+
+        Returns
+        -------
+        keys, values : torch.Tensor, shape (batch, kv_heads, budget, D)
+            In the order of the prompt. All of them under a policy with head budgets.
+        """
+        layer: Any = module
+        num_tokens, num_layers = keys.shape[2], int(layer.config.num_hidden_layers)
+        if hidden_states.shape[1] != num_tokens:
+            raise ArgumentError(
+                f"the cache must hold exactly the {hidden_states.shape[1]} tokens of the prompt when PolicyPress comes "
+                f"to it; it holds {num_tokens} (in a ComposedPress, PolicyPress comes first)"
+            )
+        _refuse_hidden_tokens(kwargs)
+        is_eager = layer.config._attn_implementation == "eager"
+        budgets = {min(num_tokens, self.policy.layer_budget(num_tokens, i, num_layers)) for i in range(num_layers)}
+        if is_eager and len(budgets) > 1:
+            raise ArgumentError(
+                "policy must keep equally many tokens in every layer under attn_implementation 'eager', which has one "
+                f"mask for all; {type(self.policy).__name__} keeps {min(budgets)} to {max(budgets)}"
+            )
+        wanted = self.policy.num_queries(num_tokens)
+        decision = evict(
+            self.policy,
+            keys.detach(),
+            values=values.detach(),
+            queries=_last_queries(layer, hidden_states, kwargs, wanted) if wanted else None,
+            layer=layer.layer_idx,
+            num_layers=num_layers,
+            backend="torch",
+        )
+        self._evicted[layer.layer_idx] = 1 - min(decision.budget, num_tokens) / num_tokens
+        if decision.head_budgets is None:
+            return decision.apply(keys), decision.apply(values)
+        if is_eager:
+            raise ArgumentError(
+                "policy must keep equally many tokens in every head under attn_implementation 'eager', where kvpress "
+                f"cannot mask keys; {type(self.policy).__name__} does not"
+            )
+        layer.masked_key_indices = _evicted_places(decision)
+        return keys, values
+
+
+@dataclass(init=False)
+class GraphKVPress(ScorerPress):  # type: ignore[misc]
+    """A scorer press of kvpress, with near-duplicates of its most important tokens ranked down.
+
+    The press scores the tokens; from there on everything is as in `GraphKV`. It is a scorer press itself, so kvpress's
+    wrappers take it: ``AdaKVPress(GraphKVPress(SnapKVPress(0.5)))``.
+
+    Parameters
+    ----------
+    base_press : kvpress.ScorerPress
+        Where scores and the compression ratio come from; of ``PyramidKVPress`` also the budgets of the layers.
+    compression_ratio : float, optional
+        Share of the tokens to evict, in [0, 1], set on `base_press`. Default: what it has.
+    **options
+        ``source_ratio``, ``neighbors``, ``rounds``, ``signal``, ``accumulation``, ``strength`` and
+        ``recompute_sources``, see `GraphKV`.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If `base_press` is no scorer press or an option has the wrong type.
+    ArgumentError
+        If an option is out of range, or if `base_press` evicts in a way of its own. While the model runs: if the prompt
+        has padding.
+
+    Notes
+    -----
+    A share r of N tokens leaves (1 - r) N, rounded down as kvpress does, but of the decimal number: 0.9 of 100 leaves
+    10, and not 9.
+
+    kvpress forces tokens (observation windows, sinks) by a score: the same one in every row, above all others. Such
+    tokens are protected: they stand outside the graph, and a budget that does not cover them keeps the newest. Where
+    all rows are alike, as with a single KV head, a best token looks the same; there only kvpress's usual mark counts,
+    which is one more than the next best score.
+
+    How many tokens are forced is read on the host, once per layer and prompt.
+
+    Examples
+    --------
+    ::
+
+        with GraphKVPress(SnapKVPress(compression_ratio=0.5), neighbors=2)(model):
+            output = model.generate(**inputs, max_new_tokens=64)
+    """
+
+    base_press: ScorerPress
+    graphkv: GraphKV
+
+    def __init__(self, base_press: ScorerPress, *, compression_ratio: float | None = None, **options: Any) -> None:
+        checks.instance("base_press", base_press, ScorerPress)
+        if type(base_press).compress not in (ScorerPress.compress, PyramidKVPress.compress):
+            raise ArgumentError(
+                f"base_press must evict by its scores alone; {type(base_press).__name__} has a compress of its own"
+            )
+        self.base_press = base_press
+        self.graphkv = GraphKV(_SCORES, **options)
+        if compression_ratio is not None:
+            self.compression_ratio = checks.fraction("compression_ratio", compression_ratio)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Share of the tokens to evict: the base's."""
+        return float(self.base_press.compression_ratio)
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float) -> None:
+        self.base_press.compression_ratio = value
+
+    def post_init_from_model(self, model: Any) -> None:
+        """Let the base look at the model."""
+        self.base_press.post_init_from_model(model)
+
+    def score(
+        self,
+        module: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Give the base's scores after propagation; kvpress's wrappers call this.
+
+        Parameters
+        ----------
+        module, hidden_states, keys, values, attentions, kwargs
+            As for the base.
+
+        Returns
+        -------
+        torch.Tensor, shape (batch, kv_heads, N), float32 or wider
+            What the base forces has one more than the best of all others.
+        """
+        scores, is_forced, decision = self._decide(module, hidden_states, keys, values, attentions, kwargs)
+        if decision.scores is None:
+            return scores
+        best = decision.scores.masked_fill(is_forced, -torch.inf).amax()
+        return torch.where(is_forced, best + 1, decision.scores)
+
+    def compress(
+        self,
+        module: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the keys and values that stay; kvpress calls this.
+
+        Parameters
+        ----------
+        module, hidden_states, keys, values, attentions, kwargs
+            As for the base.
+
+        Returns
+        -------
+        keys, values : torch.Tensor, shape (batch, kv_heads, kept, D)
+            In the order of the prompt.
+        """
+        if self.compression_ratio == 0:
+            return keys, values
+        _, _, decision = self._decide(module, hidden_states, keys, values, attentions, kwargs)
+        return decision.apply(keys), decision.apply(values)
+
+    def _decide(
+        self, module: Any, hidden_states: Any, keys: torch.Tensor, values: Any, attentions: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, Eviction]:
+        """Give the base's scores, which tokens it forces (N), and the decision."""
+        _refuse_hidden_tokens(kwargs)
+        scores = self.base_press.score(module, hidden_states, keys, values, attentions, kwargs).detach()
+        is_forced = _forced(scores)
+        # Forced tokens stand outside the graph; their importance only says who stays if the budget is too small.
+        importance = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        place = torch.arange(scores.shape[-1], dtype=importance.dtype, device=scores.device)
+        base = replace(
+            _SCORES,
+            budget=self._num_kept(module, keys.shape[2]),
+            importance=torch.where(is_forced, place, importance),
+            protected=is_forced.expand(scores.shape),
+            num_forced=int(is_forced.sum()),
+        )
+        decision = evict(replace(self.graphkv, base=base), keys.detach(), backend="torch")
+        return scores, is_forced, decision
+
+    def _num_kept(self, module: Any, num_tokens: int) -> int:
+        ratio = self.compression_ratio
+        if isinstance(self.base_press, PyramidKVPress):
+            return int(self.base_press.get_layer_budget(module, num_tokens))
+        # kvpress multiplies floats, which may lose a token; it is never one too many.
+        exact = floor((1 - Fraction(repr(ratio))) * num_tokens)
+        return max(exact, int(compute_n_kept(num_tokens, ratio)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PressScores(Policy):
+    """What a scorer press says of one layer, as the base of a `GraphKV`."""
+
+    importance: Any = field(default=None, repr=False)
+    protected: Any = field(default=None, repr=False)
+    num_forced: int = field(default=0, repr=False)
+
+    def score(self, inputs: LayerInputs, /) -> Any:
+        """Give what the press gave."""
+        return self.importance
+
+    def protect(self, inputs: LayerInputs, /) -> Any:
+        """Protect what the press forces."""
+        return self.protected
+
+    def num_protected(self, budget: int, /) -> int:
+        """Count it."""
+        return self.num_forced
+
+
+# Stands for the press in a GraphKV until there are scores.
+_SCORES = _PressScores(budget=1)
+
+
+def _forced(scores: torch.Tensor) -> torch.Tensor:
+    """Mark the tokens (N) that a press forces: they have the highest score of the layer, in every row."""
+    is_forced = (scores == scores.amax()).flatten(0, 1).all(dim=0)
+    next_best = scores.masked_fill(is_forced, -torch.inf).amax()
+    rows_are_alike = (scores == scores[:1, :1]).all()
+    has_mark = scores.amax() == next_best + 1
+    return is_forced & (next_best > -torch.inf) & (has_mark | ~rows_are_alike)
+
+
+def _last_queries(layer: Any, hidden_states: torch.Tensor, kwargs: dict[str, Any], count: int) -> torch.Tensor:
+    """Compute the last queries once more, scaled such that q k / sqrt(D) is the attention logit."""
+    with torch.no_grad():
+        queries = get_prerope_query_states(layer, hidden_states[:, -count:])
+        cos, sin = (x[:, None, -count:] for x in kwargs["position_embeddings"])
+        # Some models rotate only the first entries of each head.
+        turning, still = queries.split([cos.shape[-1], queries.shape[-1] - cos.shape[-1]], dim=-1)
+        queries = torch.cat([turning * cos + rotate_half(turning) * sin, still], dim=-1)
+        scale = float(layer.scaling) * sqrt(queries.shape[-1])
+        return queries if abs(scale - 1) < 1e-6 else queries * scale
+
+
+def _refuse_hidden_tokens(kwargs: dict[str, Any]) -> None:
+    """Refuse prompts of which the last token may not see everything: kvpress keeps no account of padding."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return
+    if mask.ndim == 2:
+        is_visible = mask.bool()
+    else:
+        last = mask[:, :, -1]
+        is_visible = last if last.dtype == torch.bool else last == 0
+    if not bool(is_visible.all()):
+        raise ArgumentError(
+            "attention_mask must let the last token see all others: kvpress knows neither padding nor sliding windows; "
+            "got hidden tokens"
+        )
+
+
+def _evicted_places(decision: Eviction) -> tuple[torch.Tensor, ...]:
+    """Give (row, head, position) of every evicted token, as kvpress wants them."""
+    kept, num_tokens = decision.kept, decision.num_tokens
+    stays = torch.zeros((*kept.shape[:-1], num_tokens + 1), dtype=torch.bool, device=kept.device)
+    # Rows of heads that keep less than the widest are filled up with -1: those go to the place that is cut off.
+    stays.scatter_(-1, torch.where(kept >= 0, kept, num_tokens), True)
+    return (~stays[..., :num_tokens]).nonzero(as_tuple=True)

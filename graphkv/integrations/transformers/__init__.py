@@ -1,0 +1,19 @@
+"""Hugging Face transformers: a cache that stays true after eviction, and context managers that put it to work.
+
+Three facts carry the package:
+
+* A layer keeps how many tokens it has *seen* apart from how many it *stores*, and where the stored ones stood. So
+  rotary positions, masks and the next `generate` call stay right after the cache has shrunk.
+* transformers lets one register an attention function. Ours calls the model's own, then hands queries to the cache
+  layer whose keys they met: no model class is patched and no projection computed twice.
+* The mask of a layer is made from that layer's own positions, so layers may keep different tokens, and different
+  numbers of them.
+
+All state lives in the cache, so requests that share a model never touch each other.
+"""
+
+from .cache import EvictingCache
+from .layer import EvictingLayer, EvictionRecord
+from .models import evicting, observing
+
+__all__ = ["EvictingCache", "EvictingLayer", "EvictionRecord", "evicting", "observing"]

@@ -1,0 +1,561 @@
+"""The cache of one attention layer: what it has seen, what of it is left, and where that stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize, pad
+from transformers.cache_utils import DynamicLayer
+
+from ...adapters import LayerBudgets
+from ...core.backend import Backend, load
+from ...core.errors import ArgumentError
+from ...core.eviction import Eviction, evict, preference
+from ...core.policy import Policy
+from . import rotary, versions
+
+__all__ = ["EvictingLayer", "EvictionRecord", "Settings", "Source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The attention module that a layer's keys come from: its class, its configuration and which layer it is.
+
+    The module itself would make a copy of the cache a copy of the model.
+
+    Attributes
+    ----------
+    has_all_heads, has_whole_groups : bool
+        Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
+    """
+
+    kind: type
+    config: Any
+    index: int
+    has_all_heads: bool = True
+    has_whole_groups: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all layers of a cache have in common, see `EvictingCache`."""
+
+    policy: Policy | None
+    every: int | None
+    rerotate: bool
+    record: bool
+    num_queries: int
+    backend: Backend | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvictionRecord:
+    """What one eviction saw and did.
+
+    Attributes
+    ----------
+    decisions : tuple of Eviction
+        One for the whole batch, or one per row where rows have budgets of their own.
+    positions : torch.Tensor, shape (batch, kv_heads, N), int64
+        Where the N tokens before the eviction stood; -1 for unused slots.
+    valid : torch.Tensor, shape (batch, kv_heads, N), bool, or None
+        False for padding and unused slots.
+    redundancy_before, redundancy_after : torch.Tensor, shape (batch, kv_heads), float32
+        Mean cosine between two different keys, before and after.
+    """
+
+    decisions: tuple[Eviction, ...]
+    positions: torch.Tensor
+    valid: torch.Tensor | None
+    redundancy_before: torch.Tensor
+    redundancy_after: torch.Tensor
+
+
+class EvictingLayer(DynamicLayer):  # type: ignore[misc]
+    """The cache of one attention layer, which knows what it has seen and what of it is left.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor, shape (batch, kv_heads, stored, D)
+        What is stored.
+    num_seen : int
+        Tokens that have passed through, evicted ones included.
+    positions : torch.Tensor, shape (batch, kv_heads, stored), int64, or None
+        Where the stored tokens stood, ascending; -1, at the front, in slots that a head with a smaller budget does not
+        use. None as long as nothing was evicted.
+    valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
+        False for padding and unused slots. None if there are none.
+    queries : torch.Tensor, shape (batch, query_heads, Q, D), or None
+        The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
+    state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
+        Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    budget : int or None
+        Tokens per row that the last eviction aimed at; an average over the batch where rows differ.
+    num_evictions, num_dropped, bytes_freed : int
+        Evictions that ran; tokens that they dropped per row, in the head that lost most; bytes that they freed.
+    seconds : float
+        Time that they took on the host.
+    record : EvictionRecord or None
+        The last eviction, in a cache with ``record=True``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    # crop() takes back no more than has come since the last eviction.
+    is_croppable = False
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.num_seen = 0
+        self.num_new = 0
+        self.positions: torch.Tensor | None = None
+        self.places: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None
+        self.state: Mapping[str, torch.Tensor] = {}
+        self.row_budgets: torch.Tensor | None = None
+        self.budget: int | None = None
+        self.num_evictions = 0
+        self.num_dropped = 0
+        self.bytes_freed = 0
+        self.seconds = 0.0
+        self.record: EvictionRecord | None = None
+        self.source: Source | None = None
+        self.sliding_window: int | None = None
+        self.evicts = True
+        self.awaits_queries = False
+        self.is_due = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens and give all that is stored."""
+        num_new = key_states.shape[-2]
+        new = torch.arange(self.num_seen, self.num_seen + num_new, device=key_states.device)
+        new = new.expand(*key_states.shape[:2], num_new)
+        if self.positions is not None:
+            self.positions = torch.cat([self.positions, new], dim=-1)
+        if self.places is not None:
+            self.places = torch.cat([self.places, new], dim=-1)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, torch.ones_like(new, dtype=torch.bool)], dim=-1)
+        self.num_seen += num_new
+        self.num_new += num_new
+        self.awaits_queries = True
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def admit(self, padding: torch.Tensor | None, num_new: int) -> None:
+        """Take note of which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
+        if padding is None:
+            return
+        if padding.shape[1] not in (self.num_seen, num_new):
+            raise ArgumentError(
+                f"attention_mask must have one column for each of {self.num_seen} tokens seen so far; "
+                f"got {padding.shape[1]}"
+            )
+        where = self.true_positions - (self.num_seen - padding.shape[1])
+        rows = torch.arange(padding.shape[0], device=padding.device)[:, None, None]
+        # What the mask does not speak of stays as it is.
+        shown = padding[rows, where.clamp(min=0)] | (where < 0)
+        self.valid = shown if self.valid is None else self.valid & shown
+
+    def observe(
+        self,
+        source: Source,
+        query: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        is_mixed: bool,
+    ) -> None:
+        """Take note of a finished attention, and of whether an eviction is due."""
+        self.source, self.sliding_window = source, sliding_window
+        # Where a model mixes sliding and full layers, the sliding ones are small already.
+        self.evicts = not (is_mixed and sliding_window is not None)
+        if self.evicts:
+            self._hold(query, scaling)
+            every = self.settings.every
+            is_first = self.num_evictions == 0
+            self.is_due = self.settings.policy is not None and (
+                is_first or (every is not None and self.num_new >= every)
+            )
+        elif not self.record_past:
+            self.settle()
+        self.awaits_queries = False
+
+    def _hold(self, query: torch.Tensor, scaling: float | None) -> None:
+        """Keep the queries that the next eviction will ask for, and no more."""
+        settings = self.settings
+        if settings.policy is None:
+            wanted = settings.num_queries
+        elif self.num_evictions and settings.every is None:
+            wanted = 0
+        else:
+            wanted = settings.policy.num_queries(self.num_stored)
+        if wanted and self.record_past:
+            wanted += query.shape[2]
+        if not wanted:
+            self.queries = None
+            return
+        head_size = query.shape[-1]
+        if scaling is not None and abs(scaling * head_size**0.5 - 1) > 1e-6:
+            query = query * (scaling * head_size**0.5)
+        if self.queries is not None:
+            query = torch.cat([self.queries, query], dim=2)
+        # A copy, so that the rest is freed.
+        self.queries = query if query.shape[2] <= wanted else query[:, :, -wanted:].clone()
+
+    def settle(self) -> None:
+        """Drop what has left the window of a sliding layer, once it will not be taken back."""
+        surplus = 0 if self.evicts or self.sliding_window is None else self.num_stored - (self.sliding_window - 1)
+        if surplus > 0:
+            self.keys, self.values = self.keys[:, :, surplus:].clone(), self.values[:, :, surplus:].clone()
+            self.valid = None if self.valid is None else self.valid[:, :, surplus:].clone()
+
+    def evict(self, policy: Policy, *, backend: Backend | None = None) -> tuple[Eviction, ...]:
+        """Shrink to what the policy keeps.
+
+        Parameters
+        ----------
+        policy : Policy
+        backend : Backend, optional
+            Who decides. Default: the cache's; torch if it has none.
+
+        Returns
+        -------
+        tuple of Eviction
+            In arrays of the backend: one for the batch, or one per row where rows have budgets of their own.
+
+        Raises
+        ------
+        ArgumentError
+            If the layer has seen nothing, lacks the queries that the policy needs, has dropped tokens that a larger
+            budget would want back, or holds some of the heads only and the policy needs all.
+        """
+        started = perf_counter()
+        if self.source is None:
+            raise ArgumentError("the cache must hold a prompt before it is evicted; a layer has seen nothing")
+        if not self.evicts:
+            return ()
+        self._check_heads(policy)
+        backend = backend or self.settings.backend or load("torch")
+        before = self.true_positions
+        valid = self._visible_from_now_on()
+        decisions = tuple(
+            evict(
+                each,
+                _give(self.keys[rows], backend),
+                values=_give(self.values[rows], backend),
+                layer=self.index,
+                num_layers=self.num_layers,
+                tokens_seen=self.num_seen,
+                state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
+                unrotated_keys=_give(self._unrotated_keys(rows, self.source), backend)
+                if each.needs().unrotated_keys
+                else None,
+                **self._inputs(each, rows, valid, backend),
+            )
+            for each, rows in self._by_rows(policy)
+        )
+        budget = max(decision.budget for decision in decisions)
+        if self.num_dropped and self.budget is not None and policy != self.settings.policy and budget > self.budget:
+            raise ArgumentError(
+                f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
+                f"got a budget of {budget}"
+            )
+        kept, state = _take(decisions, self.keys.device)
+        record = self.settings.record
+        redundancy_before = _redundancy(self.keys, valid) if record else None
+        self._keep(kept, before, _are_ragged(decisions))
+        self.state = state
+        self.queries = self._carried_over(policy, budget)
+        self.budget, self.num_new, self.is_due = budget, 0, False
+        self.num_evictions += 1
+        if redundancy_before is not None:
+            self.record = EvictionRecord(
+                decisions=decisions,
+                positions=before,
+                valid=valid,
+                redundancy_before=redundancy_before,
+                redundancy_after=_redundancy(self.keys, self.valid),
+            )
+        self.seconds += perf_counter() - started
+        return decisions
+
+    def preference(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
+        """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
+        self._check_heads(policy)
+        backend = backend or self.settings.backend or load("torch")
+        wants = preference(
+            policy,
+            _give(self.keys, backend),
+            values=_give(self.values, backend),
+            layer=self.index,
+            num_layers=self.num_layers,
+            **self._inputs(policy, slice(None), self._visible_from_now_on(), backend),
+        )
+        if wants is None:
+            raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
+        return [float(x) for x in backend.to_numpy(wants)]
+
+    def _check_heads(self, policy: Policy) -> None:
+        """Refuse a policy that would decide otherwise if all heads were in this process."""
+        needs, source = policy.needs(), self.source
+        if source is None or source.has_all_heads:
+            return
+        if needs.couples_heads or needs.preferences:
+            raise ArgumentError(
+                "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
+                f"got {policy}"
+            )
+        if not source.has_whole_groups and policy.num_queries(self.num_stored):
+            raise ArgumentError(
+                "policy must do without queries when tensor parallelism parts the query heads of a KV head; "
+                f"got {policy}"
+            )
+
+    def _by_rows(self, policy: Policy) -> Sequence[tuple[Policy, slice]]:
+        """Give the policy for the whole batch, or one for every row where rows have budgets of their own."""
+        if self.row_budgets is None:
+            return [(policy, slice(None))]
+        return [
+            (LayerBudgets(policy, (budget,) * self.num_layers), slice(row, row + 1))
+            for row, budget in enumerate(self.row_budgets.tolist())
+        ]
+
+    def _inputs(self, policy: Policy, rows: slice, valid: torch.Tensor | None, backend: Backend) -> dict[str, Any]:
+        wanted = policy.num_queries(self.num_stored)
+        held = None if self.queries is None or not wanted else self.queries[rows, :, -wanted:]
+        if held is not None and held.shape[2] > self.num_stored:
+            held = held[:, :, -self.num_stored :]
+        return {
+            "queries": None if held is None else _give(held, backend),
+            "valid": None if valid is None else _give(valid[rows], backend),
+            "backend": backend,
+        }
+
+    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
+        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
+        stand = self.true_positions if self.places is None else self.places
+        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
+
+    def _visible_from_now_on(self) -> torch.Tensor | None:
+        """Give `valid` without what has left the sliding window."""
+        if self.sliding_window is None:
+            return self.valid
+        in_window = self.true_positions > self.num_seen - self.sliding_window
+        return in_window if self.valid is None else self.valid & in_window
+
+    def _keep(self, kept: torch.Tensor, before: torch.Tensor, is_ragged: bool) -> None:
+        """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
+        if kept.shape[-1] == self.num_stored and not is_ragged:
+            return
+        freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
+        index = kept.clamp(min=0)
+        valid = None if self.valid is None else self.valid.gather(2, index)
+        self.positions = before.gather(2, index)
+        if is_ragged:
+            # Reads numbers back from the device, which equal heads and rows never do.
+            unused = kept < 0
+            self.positions = self.positions.masked_fill(unused, -1)
+            valid = ~unused if valid is None else valid & ~unused
+            num_dropped = int(((before >= 0).sum(dim=-1) - (self.positions >= 0).sum(dim=-1)).max())
+        self.valid = valid
+        self.num_dropped += num_dropped
+        self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
+        self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
+        if self.settings.rerotate and self.source is not None:
+            stand = before.gather(2, index) if self.places is None else self.places.gather(2, index)
+            # Contiguous up to the last token seen: new tokens go on at their true positions.
+            self.places = torch.arange(self.num_seen - index.shape[-1], self.num_seen, device=index.device)
+            self.places = self.places.expand(index.shape)
+            self.keys = rotary.turn(self.keys, self.places - stand, self.source.kind, self.source.config, self.index)
+        self.bytes_freed += freed - self.nbytes
+
+    def _carried_over(self, policy: Policy, budget: int) -> torch.Tensor | None:
+        """Keep the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
+        settings = self.settings
+        over = settings.policy is not None and settings.every is None
+        protected = policy.num_protected(budget)
+        if self.queries is None or over or policy.needs().state or not 0 < protected <= budget:
+            return None
+        return self.queries[:, :, -protected:].clone()
+
+    def crop(self, argument: int) -> None:
+        """Take back the newest tokens, at most those that came since the last eviction.
+
+        Parameters
+        ----------
+        argument : int
+            Minus the number of tokens to remove, or a positive number of tokens to leave.
+
+        Raises
+        ------
+        ArgumentError
+            If an eviction has happened since those tokens came: what it dropped cannot be restored.
+        """
+        surplus = self.check_crop(argument)
+        if not surplus:
+            return
+        left = self.num_stored - surplus
+        self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+        for name in ("positions", "places", "valid"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor[:, :, :left])
+        if self.queries is not None:
+            self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - surplus)]
+        self.num_seen -= surplus
+        self.num_new = max(0, self.num_new - surplus)
+
+    def check_crop(self, argument: int) -> int:
+        """Give the number of tokens that `crop` would remove, or say why it cannot."""
+        surplus = min(versions.tokens_to_remove(argument, self.num_seen), self.num_seen)
+        # Nothing dropped and nothing summed up: as if there had been no eviction.
+        is_whole = self.num_seen == self.num_stored and not self.num_dropped and not self.state
+        at_hand = self.num_stored if is_whole else self.num_new if self.evicts else self.num_stored
+        if surplus > at_hand:
+            raise ArgumentError(
+                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. With assisted "
+                "decoding, pass past_key_values=EvictingCache(policy) after its activate_past_recording(): evictions "
+                "then wait for the crop"
+            )
+        return surplus
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Give the number of tokens seen: what positions and `generate` count by."""
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Give the stored length with the new tokens, and how many tokens are missing before it."""
+        stored = self.num_stored
+        return stored + versions.number_of(query_length), self.num_seen - stored
+
+    @property
+    def true_positions(self) -> torch.Tensor:
+        """Where the stored tokens stood, shape (batch, kv_heads, stored)."""
+        if self.positions is not None:
+            return self.positions
+        stored = torch.arange(self.num_seen - self.num_stored, self.num_seen, device=self.keys.device)
+        return stored.expand(*self.keys.shape[:2], -1)
+
+    @property
+    def index(self) -> int:
+        """Which layer this is."""
+        return 0 if self.source is None else self.source.index
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return 1 if self.source is None else int(self.source.config.num_hidden_layers)
+
+    @property
+    def num_stored(self) -> int:
+        """Slots per row that are stored."""
+        return int(self.keys.shape[-2]) if self.is_initialized and self.keys.numel() else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of stored keys and values."""
+        return int(self.keys.nbytes + self.values.nbytes) if self.is_initialized else 0
+
+    def copy(self) -> EvictingLayer:
+        """Give a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
+        twin = EvictingLayer.__new__(EvictingLayer)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def activate_past_recording(self) -> None:
+        """Let evictions wait until `crop` has said which of the new tokens stay, as assisted decoding needs it."""
+        self.record_past = True
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow the beams, positions and sums included."""
+        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        self._each_row(lambda x: x[indices.to(x.device)])
+
+    def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in ("keys", "values", "positions", "places", "valid", "queries", "row_budgets"):
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                setattr(self, name, change(tensor))
+        self.state = {name: change(sums) for name, sums in self.state.items()}
+        # It speaks of other rows.
+        self.record = None
+
+
+def _give(tensor: torch.Tensor, backend: Backend) -> Any:
+    """Hand a tensor to the backend that decides."""
+    tensor = tensor.detach()
+    if backend.library == "torch":
+        return tensor
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    return backend.xp.asarray(tensor.cpu().numpy())
+
+
+def _take(decisions: Sequence[Eviction], device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Get kept indices and running sums of all rows back from the backend.
+
+    Shorter rows are filled up with -1 at the front, so that the newest tokens of all rows stand in line at the end.
+    """
+
+    def joined(arrays: Sequence[Any], fill: int) -> torch.Tensor:
+        # A copy, because some libraries hand out memory that must not be written to.
+        rows = [
+            x if each.backend.library == "torch" else torch.tensor(each.backend.to_numpy(x), device=device)
+            for each, x in zip(decisions, arrays, strict=True)
+        ]
+        width = max(row.shape[2] for row in rows)
+        sides = (0, 0) * (rows[0].ndim - 3)
+        return torch.cat([pad(row, (*sides, 0, width - row.shape[2]), value=fill) for row in rows])
+
+    kept = joined([each.kept for each in decisions], -1).to(device=device, dtype=torch.int64)
+    names = decisions[0].state or {}
+    state = {name: joined([(each.state or {})[name] for each in decisions], 0).to(device) for name in names}
+    if not _are_ragged(decisions):
+        return kept, state
+    kept, order = kept.sort(dim=-1, stable=True)
+    widest = int((kept >= 0).sum(dim=-1).max())
+    order = order[..., -widest:] if widest else order[..., :0]
+    for name, sums in state.items():
+        where = order.reshape(*order.shape, *(1 for _ in sums.shape[3:])).expand(*order.shape, *sums.shape[3:])
+        state[name] = sums.gather(2, where)
+    return kept[..., kept.shape[-1] - widest :], state
+
+
+def _are_ragged(decisions: Sequence[Eviction]) -> bool:
+    """Say whether heads or rows may keep different numbers of tokens."""
+    return len(decisions) > 1 or decisions[0].head_budgets is not None
+
+
+def _redundancy(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Give the mean cosine of two different keys, shape (batch, kv_heads), from the length of the mean unit key."""
+    keys = normalize(keys.float(), dim=-1)
+    if valid is None:
+        valid = keys.new_ones(keys.shape[:-1], dtype=torch.bool)
+    keys = keys * valid[..., None]
+    # Zero keys have no direction: their cosine with anything, themselves included, is 0.
+    with_themselves = (keys * keys).sum(dim=(-1, -2))
+    count = valid.sum(dim=-1)
+    return ((keys.sum(dim=-2) ** 2).sum(dim=-1) - with_themselves) / (count * (count - 1)).clamp(min=1)

@@ -1,0 +1,88 @@
+"""A run on disk: what is refused, what is repaired."""
+
+import json
+
+import pytest
+
+from graphkv import ArgumentError
+from graphkv.evaluation.records import Run, read_records
+from tests.evaluation.test_statistics import record
+
+IDENTITY = {"config": {"budgets": [1, 2]}, "model": {"sha256": "aa"}}
+SESSION = {"commit": "c"}
+
+
+def test_records_come_back_as_they_went(tmp_path):
+    records = [record("a", "full", 1.0), record("a", "x", 2.5, text="naïve\nlines", score=0.5)]
+    Run(tmp_path / "run", IDENTITY, SESSION).append(records)
+
+    assert read_records(tmp_path / "run") == records
+    lines = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["a|0|aware|full|None|None", "a|0|aware|x|8|4"]
+
+
+def test_nothing_is_written_twice(tmp_path):
+    records = [record("a", "full", 1.0), record("a", "x", 2.5)]
+    Run(tmp_path, IDENTITY, SESSION).append(records[:1])
+    Run(tmp_path, IDENTITY, SESSION).append(records)
+
+    assert read_records(tmp_path) == records
+    assert len(json.loads((tmp_path / "run.json").read_text())["sessions"]) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_torn_last_line_is_cut_off(tmp_path, cut):
+    records = [record("a", "full", 1.0), record("a", "x", 2.5)]
+    Run(tmp_path, IDENTITY, SESSION).append(records)
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+
+    assert read_records(tmp_path) == records[:1]
+    run = Run(tmp_path, IDENTITY, SESSION)
+    assert run.done == {records[0].key}
+    run.append(records)
+    assert read_records(tmp_path) == records
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        ({**IDENTITY, "config": {"budgets": [1, 3]}}, r"another budgets: \[1, 2\] there, \[1, 3\] now"),
+        ({**IDENTITY, "model": {"sha256": "bb"}}, 'another sha256: "aa" there, "bb" now'),
+        ({**IDENTITY, "threads": 2}, "another threads: null there, 2 now"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(tmp_path, identity, message):
+    Run(tmp_path, IDENTITY, SESSION)
+    before = (tmp_path / "run.json").read_text()
+
+    with pytest.raises(ArgumentError, match=message):
+        Run(tmp_path, identity, SESSION)
+    assert (tmp_path / "run.json").read_text() == before
+
+
+def test_damaged_runs_are_refused(tmp_path):
+    run = Run(tmp_path, IDENTITY, SESSION)
+    run.append([record("a", "full", 1.0)])
+    path = tmp_path / "records.jsonl"
+    content = path.read_text()
+
+    path.write_text(content + content)
+    with pytest.raises(ArgumentError, match="some are there twice"):
+        Run(tmp_path, IDENTITY, SESSION)
+    path.write_text('{"key": "a"}\n')
+    with pytest.raises(ArgumentError, match="line 1 must be a record of schema 1"):
+        Run(tmp_path, IDENTITY, SESSION)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ArgumentError, match="damaged"):
+        Run(tmp_path, IDENTITY, SESSION)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ArgumentError, match=r"records.jsonl but no run.json"):
+        Run(tmp_path, IDENTITY, SESSION)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ArgumentError, match="cannot be written"):
+        Run(tmp_path / "out", IDENTITY, SESSION)
+    assert (tmp_path / "out").read_text() == "mine"

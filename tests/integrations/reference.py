@@ -1,0 +1,203 @@
+"""A slow reference for any model: no cache, and attention spelled out over the positions that are left.
+
+The whole text goes through the model in one forward call. In every layer, `SlowReference` replays the calls in which a
+cache would have read it: what was stored before each call, what was evicted after it. Each query then attends, in
+float64 and head by head, to exactly the positions that were left for it.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from graphkv import LayerBudgets, evict, preference
+
+NAME = "slow_reference"
+
+
+class SlowReference:
+    """Attention over what `policy` leaves, for one row of tokens read in calls of the given lengths."""
+
+    def __init__(self, policy, calls, *, every=None, num_pads=0, turned_keys=None):
+        self.policy, self.calls, self.every, self.num_pads = policy, list(calls), every, num_pads
+        # What gives the keys of a layer at other positions, for keys that are turned when they are kept.
+        self.turned_keys = turned_keys
+        self.kept = {}
+        self.layer_budgets = None
+        self.wants = {}
+
+    def __call__(self, module, query, key, value, attention_mask=None, scaling=None, sliding_window=None, **kwargs):
+        config, layer = module.config, module.layer_idx
+        query, key, value = query[0].double(), key[0].double(), value[0].double()
+        heads, count, size = query.shape
+        groups = heads // key.shape[0]
+        scaling = size**-0.5 if scaling is None else scaling
+        is_mixed = len(set(getattr(config, "layer_types", None) or [])) > 1
+        evicts = not (is_mixed and sliding_window is not None)
+        policy = self._policy_of(layer, query * scaling * size**0.5, key, value, config) if evicts else None
+        before, places = self._replay(
+            policy, layer, config.num_hidden_layers, query * scaling * size**0.5, key, value, sliding_window
+        )
+        left = self._left(before, count, sliding_window)
+        out = torch.zeros(heads, count, value.shape[-1], dtype=torch.float64)
+        for head in range(heads):
+            mine = head // groups
+            logits = query[head] @ key[mine].T * scaling
+            if self.turned_keys is not None:
+                logits = self._turned_logits(query[head], layer, mine, before, places) * scaling
+            out[head] = logits.masked_fill(~left[mine], -torch.inf).softmax(-1) @ value[mine]
+        return out.transpose(0, 1)[None].to(kwargs.get("dtype", torch.float32)), None
+
+    def _left(self, before, count, sliding_window):
+        """Say which positions are left for which query, bool (kv_heads, queries, positions)."""
+        kv_heads = len(before[0])
+        left = torch.zeros(kv_heads, count, count, dtype=torch.bool)
+        start = 0
+        for stored, length in zip(before, self.calls, strict=True):
+            for at in range(start, start + length):
+                for head in range(kv_heads):
+                    left[head, at, [p for p in stored[head] if p >= self.num_pads]] = True
+                    left[head, at, max(start, self.num_pads) : at + 1] = True
+                if sliding_window is not None:
+                    left[:, at, : max(0, at - sliding_window + 1)] = False
+                # A padded query has nothing to see; its result is of no consequence.
+                left[:, at, at] = True
+            start += length
+        return left
+
+    def _turned_logits(self, query, layer, head, before, places):
+        """Compare queries with keys that stand where each call found them."""
+        rows, start = [], 0
+        for stored, stands, length in zip(before, places, self.calls, strict=True):
+            at = torch.arange(len(query))
+            at[stored[head]] = torch.tensor(stands[head], dtype=torch.int64)
+            keys = self.turned_keys(layer, head, list(range(len(query))), at.tolist())
+            rows.append(query[start : start + length] @ keys.T)
+            start += length
+        return torch.cat(rows)
+
+    def _policy_of(self, layer, query, key, value, config):
+        """Give the policy; where budgets depend on all layers, read the preferences of a first run."""
+        if not self.policy.needs().preferences:
+            return self.policy
+        first = self.calls[0]
+        self.wants[layer] = float(
+            preference(
+                self.policy,
+                key[None, :, :first].float().numpy(),
+                queries=query[None, :, :first].float().numpy(),
+                valid=self._valid(key.shape[0], list(range(first))),
+            )[0]
+        )
+        if self.layer_budgets is None:
+            return LayerBudgets(self.policy, (first,) * config.num_hidden_layers)
+        return LayerBudgets(self.policy, self.layer_budgets)
+
+    def settle_budgets(self):
+        """After a first run over the prompt alone, fix the layers' budgets."""
+        wants = [self.wants[layer] for layer in sorted(self.wants)]
+        self.layer_budgets = tuple(self.policy.layer_budgets(wants, self.calls[0]))
+
+    def _valid(self, kv_heads, positions):
+        rows = [positions] * kv_heads if not positions or isinstance(positions[0], int) else positions
+        return (torch.tensor(rows) >= self.num_pads)[None].numpy()
+
+    def _replay(self, policy, layer, num_layers, query, key, value, sliding_window):
+        """Give what is left before each call: lists of positions, one per head, and where their keys stand."""
+        kv_heads = key.shape[0]
+        stored = [[] for _ in range(kv_heads)]
+        stands = [[] for _ in range(kv_heads)]
+        before, places, state = [], [], None
+        seen = since = carried = 0
+        evicted = False
+        for length in self.calls:
+            before.append([list(row) for row in stored])
+            places.append([list(row) for row in stands])
+            new = list(range(seen, seen + length))
+            stored = [row + new for row in stored]
+            stands = [row + new for row in stands]
+            seen, since = seen + length, since + length
+            if policy is None or (evicted and (self.every is None or since < self.every)):
+                continue
+            width = max(map(len, stored))
+            index = torch.tensor([[-1] * (width - len(row)) + row for row in stored])
+            valid = index >= self.num_pads
+            if sliding_window is not None:
+                valid &= index > seen - sliding_window
+            rows = torch.arange(kv_heads)[:, None]
+            where = index.clamp(min=0)
+            # Queries reach back across an eviction as far as tokens are kept for sure.
+            wanted = min(policy.num_queries(width), carried + since, width)
+            keys = key[rows, where]
+            if self.turned_keys is not None:
+                keys = torch.zeros_like(keys)
+                for head, row in enumerate(stored):
+                    keys[head, width - len(row) :] = self.turned_keys(layer, head, row, stands[head])
+            decision = evict(
+                policy,
+                keys[None].float().numpy(),
+                values=value[rows, where][None].float().numpy(),
+                queries=query[None, :, seen - wanted : seen].float().numpy() if wanted else None,
+                layer=layer,
+                num_layers=num_layers,
+                valid=valid[None].numpy(),
+                state=state,
+                tokens_seen=seen,
+            )
+            evicted, since = True, 0
+            protected = policy.num_protected(decision.budget)
+            carried = protected if protected <= decision.budget and not policy.needs().state else 0
+            kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
+            if decision.state is not None:
+                widest = max(map(len, kept))
+                state = {name: np.zeros_like(sums[:, :, :widest]) for name, sums in decision.state.items()}
+                for name, sums in decision.state.items():
+                    for head, row in enumerate(kept):
+                        state[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
+            if any(len(row) < width for row in kept):
+                stored = [[int(index[h, i]) for i in row] for h, row in enumerate(kept)]
+                if self.turned_keys is not None:
+                    stands = [list(range(seen - len(row), seen)) for row in stored]
+                else:
+                    stands = [list(row) for row in stored]
+        self.kept[layer] = stored
+        return before, places
+
+
+@torch.inference_mode()
+def reference_logits(model, ids, policy, calls, *, every=None, num_pads=0, **options):
+    """Logits of all tokens of one row, and per layer the positions that are left at the end, one list per head."""
+    assert sum(calls) == len(ids)
+    slow = SlowReference(policy, calls, every=every, num_pads=num_pads, **options)
+    positions = (torch.arange(len(ids)) - num_pads).clamp(min=0)[None]
+    mask = (torch.arange(len(ids)) >= num_pads).long()[None]
+    with attending(model, slow):
+        if policy.needs().preferences:
+            model(ids[None], attention_mask=mask, position_ids=positions, use_cache=False)
+            slow.settle_budgets()
+        logits = model(ids[None], attention_mask=mask, position_ids=positions, use_cache=False).logits[0]
+    return logits, slow.kept
+
+
+def reference_generate(model, prompt, policy, num_new, **options):
+    """Greedy decoding by recomputing everything for every token."""
+    ids = prompt
+    for step in range(num_new):
+        logits, _ = reference_logits(model, ids, policy, [len(prompt)] + [1] * step, **options)
+        ids = torch.cat([ids, logits[-1].argmax()[None]])
+    return ids
+
+
+@contextmanager
+def attending(model, function):
+    """Run a model under another attention function, without masks."""
+    AttentionInterface.register(NAME, function)
+    AttentionMaskInterface.register(NAME, lambda **_: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
