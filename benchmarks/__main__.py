@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from .contests import THREADS, contests
+from .contests import contests
 from .measure import ROOT, Contest, Row, child, in_turns, peak_memory
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -33,7 +33,7 @@ def machine(device: str) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "cpu": f"{kind}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": str(THREADS),
+        "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **versions,
     }
@@ -50,10 +50,9 @@ def measured(contest: Contest, rounds: int, device: str, *, tiny: bool) -> Row:
     memory = memory_to = memory_met = None
     memory_target = ""
     if contest.measure_memory:
-        flags = ["--tiny"] if tiny else []
+        flags = ["--device", device, "--threads", str(torch.get_num_threads()), *(["--tiny"] * tiny)]
         memory, memory_to = (
-            float(child("-m", "benchmarks", "--device", device, "--memory", contest.name, str(side), *flags))
-            for side in (0, 1)
+            float(child("-m", "benchmarks", "--memory", contest.name, str(side), *flags)) for side in (0, 1)
         )
         if contest.memory_at_most is not None:
             memory_target, memory_met = f"at most {contest.memory_at_most:g} MB", memory <= contest.memory_at_most
@@ -83,7 +82,8 @@ def with_kvpress(contest: Contest, arguments: argparse.Namespace) -> Row:
     python = Path(arguments.kvpress_python)
     if not python.exists():
         return Row(name=contest.name, note="NOT MEASURED: no environment with kvpress, see make .venv-kvpress")
-    flags = ["--rounds", str(arguments.rounds), "--device", arguments.device, *(["--tiny"] * arguments.tiny)]
+    flags = ["--rounds", str(arguments.rounds), "--device", arguments.device, "--threads", str(arguments.threads)]
+    flags += ["--tiny"] * arguments.tiny
     return Row(**json.loads(child("-m", "benchmarks", "--one", contest.name, *flags, python=str(python))))
 
 
@@ -154,6 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; NumPy's are set by OPENBLAS_NUM_THREADS")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: whether everything runs, not how fast")
     parser.add_argument("--list", action="store_true", help="name the rows")
@@ -168,6 +169,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line asks."""
     given = parse(arguments)
+    torch.set_num_threads(given.threads)
     known = contests(given.device)
     if given.memory:
         name, side = given.memory

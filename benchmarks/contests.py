@@ -33,8 +33,6 @@ class Shape(NamedTuple):
 SHAPES = (Shape(8, 32768, 128, 614), Shape(8, 8192, 128, 154), Shape(3, 4096, 64, 154))
 MIDDLE = SHAPES[1]
 TINY = Shape(2, 96, 8, 6, 2)
-# What this process may use, as the targets say.
-THREADS = 2
 
 
 def _normal(library: str, device: str, *shape: int) -> Any:
@@ -125,7 +123,6 @@ def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
 
 def contests(device: str = "cpu") -> dict[str, Contest]:
     """Give all contests by name, those with kvpress under names that start with "kvpress"."""
-    torch.set_num_threads(THREADS)
     wait: Any = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     where = ("torch", device)
     found = []
