@@ -17,7 +17,11 @@ PAGE = Path(__file__).parent / "policies.md"
 BEGIN, END = "% support table: begin\n", "% support table: end\n"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
 # Fields without a default, beyond budget and base.
-OPTIONS: dict[str, dict[str, Any]] = {"LayerBudgets": {"budgets": (512,)}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LayerBudgets": {"budgets": (512,)},
+    "LayerShares": {"shares": (1,)},
+    "PerLayer": {"policies": (graphkv.SnapKV(budget=512),)},
+}
 
 
 def policies() -> list[Policy]:

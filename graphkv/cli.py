@@ -68,6 +68,45 @@ def demo(
     )
 
 
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Question about the document. Default: about a fact that is placed in it.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
+    policy: Annotated[
+        str, typer.Option(help="A method such as snapkv, h2o or keydiff; +graphkv puts the graph on top.")
+    ] = "snapkv+graphkv",
+    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer to look at first. Default: where most was suppressed.")
+    ] = None,
+    head: Annotated[int | None, typer.Option(min=0, help="KV head to look at first. Default: likewise.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for inspect.png and inspect.html.")] = Path("graphkv-inspect"),
+) -> None:
+    """Evict one prompt by one policy, and show token by token what was kept, dropped or suppressed, and by whom."""
+    tokens = parse_budget(budget)
+    from .demo.inspect import main  # noqa: PLC0415 - torch and transformers take seconds to import
+
+    main(
+        model=model,
+        text=text,
+        question=question,
+        budget=tokens,
+        policy=policy,
+        backend=backend,
+        seed=seed,
+        layer=layer,
+        head=head,
+        output=output,
+    )
+
+
 @app.command(name="eval")
 def evaluate(
     suite: Annotated[str | None, typer.Option(help="Settings that come with graphkv: quick or standard.")] = None,
@@ -152,6 +191,90 @@ def evaluate(
         raise BackendUnavailableError(f"graphkv eval needs: pip install 'graphkv[eval]' ({error})") from error
     settings = load_config(suite, config, {name: value for name, value in given.items() if value is not None})
     main(settings, output=output, workers=workers, threads=threads)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of graphkv eval, finished or not.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to report, such as nll, kl, match or score. Repeatable. Default: nll, and score or match."
+        ),
+    ] = None,
+    effect: Annotated[float, typer.Option(help="Difference for which the number of prompts needed is given.")] = 0.1,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report, in the run.")] = None,
+) -> None:
+    """Write what a run found as Markdown and as one HTML page with plots."""
+    try:
+        from .evaluation.report import main  # noqa: PLC0415 - matplotlib and scipy take seconds to import
+    except ImportError as error:
+        raise BackendUnavailableError(f"graphkv report needs: pip install 'graphkv[eval]' ({error})") from error
+    main(run, output=output, metrics=metric or [], effect=effect)
+
+
+@app.command()
+def tune(
+    base: Annotated[str, typer.Option(help="Policy under the graph, such as snapkv or h2o(num_recent=32).")] = "snapkv",
+    budget: Annotated[int, typer.Option(min=1, help="Tokens to keep per KV head in the average layer.")] = 256,
+    model: Annotated[
+        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="As of graphkv eval. Repeatable.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="As of graphkv eval. Repeatable.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="As of graphkv eval. Repeatable.")] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that are always kept.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per task and length to tune on.")] = 8,
+    held_out: Annotated[int, typer.Option(min=1, help="Prompts per task and length to report on.")] = 40,
+    metric: Annotated[str, typer.Option(help="What to improve: nll, kl, match or score.")] = "nll",
+    evaluations: Annotated[int, typer.Option(min=1, help="About how many candidates to try.")] = 200,
+    graph_groups: Annotated[
+        int, typer.Option(min=0, help="Groups of layers with graph options of their own; 0: no graph.")
+    ] = 3,
+    group_size: Annotated[
+        int, typer.Option(min=0, help="Layers whose budgets are searched together; 0: budgets stay.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="As of graphkv eval.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. Default: one per core.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for preset.toml; a search that is there is continued.")] = Path(
+        "graphkv-tune"
+    ),
+) -> None:
+    """Search for graph options and layer budgets that suit a model and its tasks, and write them as a preset.
+
+    Candidates are chosen on the tuning split; what the best one is worth is measured on the held-out split.
+    """
+    try:
+        from .evaluation.config import load_config  # noqa: PLC0415 - torch and transformers take seconds to import
+        from .evaluation.tune import main  # noqa: PLC0415
+    except ImportError as error:
+        raise BackendUnavailableError(f"graphkv tune needs: pip install 'graphkv[tune]' ({error})") from error
+    given = {
+        "tasks": task,
+        "lengths": length,
+        "modes": mode,
+        "policies": [base],
+        "budgets": [budget],
+        "sinks": [sinks],
+        "prompts": prompts,
+        "split": "tuning",
+        "generate": metric == "score",
+        "model": model,
+        "text": None if text is None else str(text),
+    }
+    config = load_config(None, None, {name: value for name, value in given.items() if value is not None})
+    main(
+        config,
+        held_out=held_out,
+        metric=metric,
+        evaluations=evaluations,
+        graph_groups=graph_groups,
+        group_size=group_size,
+        seed=seed,
+        threads=threads,
+        output=output,
+    )
 
 
 def parse_budget(text: str) -> int | float:

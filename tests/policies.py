@@ -12,6 +12,8 @@ from graphkv import (
     KeyDiff,
     KNorm,
     LayerBudgets,
+    LayerShares,
+    PerLayer,
     PyramidKV,
     Random,
     RoCo,
@@ -46,6 +48,8 @@ def every_policy(budget, window=4):
         "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"])),
         "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"])),
         "layer-budgets": LayerBudgets(bases["knorm"], budgets=[1, budget, budget + 1, 2]),
+        "layer-shares": LayerShares(bases["knorm"], shares=[0, 1, 2, 1]),
+        "per-layer": PerLayer(bases["snapkv"], policies=[bases["snapkv"], GraphKV(bases["snapkv"])]),
     }
     graphs = {f"graphkv-{name}": GraphKV(base, neighbors=2) for name, base in bases.items()}
     degrees = {

@@ -318,4 +318,4 @@ def test_bins_average_over_heads_and_tokens():
     mask = np.zeros((1, 2, 4), dtype=bool)
     mask[0, 0, :2] = mask[0, 1, 0] = True
 
-    assert _binned(mask, np.asarray([0, 2, 4])).tolist() == [[0.75, 0.0]]
+    assert _binned(mask, 2).tolist() == [[0.75, 0.0]]

@@ -7,7 +7,7 @@ from .expected_attention import ExpectedAttention
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
-from .per_layer import LayerBudgets
+from .per_layer import LayerBudgets, LayerShares, PerLayer
 from .pyramidkv import PyramidKV
 from .random import Random
 from .roco import RoCo
@@ -27,6 +27,8 @@ __all__ = [
     "KNorm",
     "KeyDiff",
     "LayerBudgets",
+    "LayerShares",
+    "PerLayer",
     "PyramidKV",
     "Random",
     "RoCo",

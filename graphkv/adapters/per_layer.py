@@ -1,20 +1,40 @@
-"""A budget of its own for each layer, over any policy."""
+"""A budget of its own for each layer, or a policy of its own for each group of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
 
+from ..core import budgets as core_budgets
 from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
-from ..core.policy import LayerInputs, Requirements, Wrapper
+from ..core.policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from ..core.types import Array
+from .cake import allocate
 
-__all__ = ["LayerBudgets"]
+__all__ = ["LayerBudgets", "LayerShares", "PerLayer"]
 
 
 @dataclass(frozen=True)
-class LayerBudgets(Wrapper):
+class SettledBudgets(Wrapper):
+    """Any policy, with budgets that stand before a layer is read."""
+
+    def needs(self) -> Requirements:
+        """Need what the base needs, but no preferences: the budgets stand."""
+        return replace(super().needs(), preferences=False)
+
+    def preference(self, inputs: LayerInputs, /) -> Array | None:
+        """Want nothing."""
+        return None
+
+    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Give the numbers."""
+        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]
+
+
+@dataclass(frozen=True)
+class LayerBudgets(SettledBudgets):
     """Any policy, with one budget per layer that was worked out elsewhere.
 
     Parameters
@@ -54,14 +74,141 @@ class LayerBudgets(Wrapper):
             raise ArgumentError(f"budgets must have one entry for each of {num_layers} layers; got {len(self.budgets)}")
         return self.budgets[layer]
 
+
+@dataclass(frozen=True)
+class LayerShares(SettledBudgets):
+    """Any policy, whose budget is shared out over the layers in given proportions.
+
+    The layers' budgets add up to exactly layers x budget, whatever the budget; no layer gets more tokens than there
+    are, or fewer than the base protects at the average budget.
+
+    Parameters
+    ----------
+    base : Policy
+        Where importance, protection and the average budget come from.
+    shares : sequence of int or float
+        One number per layer, at least 0. Only their proportions matter; integers that add up to layers x budget are
+        the budgets themselves, within those bounds.
+
+    Raises
+    ------
+    ArgumentError
+        If a share is negative or not finite or, in use, if the model has another number of layers.
+    ArgumentTypeError
+        If `base` is no Policy or `shares` no sequence of numbers.
+
+    Examples
+    --------
+    >>> from graphkv import KNorm, LayerShares
+    >>> policy = LayerShares(KNorm(budget=20), shares=(3, 1))
+    >>> policy.layer_budget(100, 0, 2), policy.layer_budget(100, 1, 2)
+    (30, 10)
+    >>> policy.layer_budget(25, 0, 2), policy.layer_budget(25, 1, 2)
+    (25, 15)
+    """
+
+    shares: Sequence[int | float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.shares, str) or not isinstance(self.shares, Sequence):
+            raise ArgumentTypeError(f"shares must be a sequence of numbers; got {type(self.shares).__name__}")
+        shares = tuple(checks.finite_weight(f"shares[{layer}]", share) for layer, share in enumerate(self.shares))
+        object.__setattr__(self, "shares", shares)
+
+    def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
+        """Give the layer's share of the whole."""
+        if len(self.shares) != num_layers:
+            raise ArgumentError(f"shares must have one entry for each of {num_layers} layers; got {len(self.shares)}")
+        average = min(core_budgets.tokens_of(self.base.budget, num_tokens), num_tokens)
+        least = min(self.base.num_protected(average), average)
+        return _allocated(tuple(self.shares), num_layers * average, num_tokens, least)[layer]
+
+
+@lru_cache(maxsize=64)
+def _allocated(shares: tuple[float, ...], total: int, most: int, least: int, /) -> list[int]:
+    """Work the budgets of all layers out once, not once per layer."""
+    return allocate(shares, total, most, least)
+
+
+@dataclass(frozen=True)
+class PerLayer(Wrapper):
+    """Policies that take turns from the lowest layers to the highest.
+
+    Of L layers and G policies, policy ``layer * G // L`` scores a layer: G groups of successive layers, as equal as
+    whole layers can be.
+
+    Parameters
+    ----------
+    base : Policy
+        Speaks for all layers together: budgets, protected tokens, queries and running state.
+    policies : sequence of Policy
+        The lowest layers' policy first: each one `base` itself, or wrappers such as `GraphKV` around it.
+
+    Raises
+    ------
+    ArgumentError
+        If there are no policies, or one of them does not stand on `base`.
+    ArgumentTypeError
+        If `base` or a policy is none.
+
+    Examples
+    --------
+    No graph in the lower half of the layers:
+
+    >>> from graphkv import GraphKV, KNorm, PerLayer
+    >>> base = KNorm(budget=20)
+    >>> PerLayer(base, policies=(base, GraphKV(base))).budget
+    20
+    """
+
+    policies: Sequence[Policy]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.policies, str) or not isinstance(self.policies, Sequence):
+            raise ArgumentTypeError(f"policies must be a sequence of policies; got {type(self.policies).__name__}")
+        if not self.policies:
+            raise ArgumentError("policies must hold at least one policy; got none")
+        for number, policy in enumerate(self.policies):
+            checks.instance(f"policies[{number}]", policy, Policy)
+            if not _stands_on(policy, self.base):
+                raise ArgumentError(f"policies[{number}] must be base or a wrapper around it; got {policy!r}")
+        object.__setattr__(self, "policies", tuple(self.policies))
+
+    def _of(self, inputs: LayerInputs, /) -> Policy:
+        return self.policies[inputs.layer * len(self.policies) // inputs.num_layers]
+
+    def score(self, inputs: LayerInputs, /) -> Array:
+        """Let the layer's policy score."""
+        return self._of(inputs).score(inputs)
+
+    def assess(self, inputs: LayerInputs, /) -> Assessment:
+        """Let the layer's policy assess."""
+        return self._of(inputs).assess(inputs)
+
     def needs(self) -> Requirements:
-        """Need what the base needs, but no preferences: the budgets stand."""
-        return replace(super().needs(), preferences=False)
+        """Need what any of the policies needs."""
+        return reduce(lambda needs, policy: needs.joined(policy.needs()), self.policies, self.base.needs())
 
-    def preference(self, inputs: LayerInputs, /) -> Array | None:
-        """Want nothing."""
-        return None
+    def num_queries(self, num_tokens: int, /) -> int:
+        """Ask for the queries of the policy that needs most."""
+        return max(policy.num_queries(num_tokens) for policy in (self.base, *self.policies))
 
-    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
-        """Give the numbers."""
-        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]
+    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
+        """Give the widest head of any policy."""
+        return max(policy.widest_head(budget, num_tokens, kv_heads) for policy in self.policies)
+
+    def flops(self, shape: LayerShape, /) -> int:
+        """Count those of the costliest layer."""
+        return max(policy.flops(shape) for policy in self.policies)
+
+    def bytes(self, shape: LayerShape, /) -> int:
+        """Compare the largest arrays of all policies."""
+        return max(policy.bytes(shape) for policy in self.policies)
+
+
+def _stands_on(policy: Policy, base: Policy, /) -> bool:
+    while policy != base and isinstance(policy, Wrapper):
+        policy = policy.base
+    return policy == base

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.utils import logging
 
 from .. import __version__
 from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
 from ..core.policy import Policy
-from ..core.selection import select
 from ..evaluation.model import DEFAULT_MODEL, load_model
 from ..evaluation.policies import make_policy
-from ..integrations.transformers import EvictingCache, observing
+from ..integrations.transformers import EvictingCache, Fate, fates, observing
+from .files import check_folder, write_files
 from .picture import draw
+from .progress import progress
 from .prompt import Prompt, make_prompt, read_paragraphs
 from .result import Result
 
@@ -58,20 +55,11 @@ def main(
             raise ArgumentError(f"{name} must not be empty")
     if answer is not None and question is None:
         raise ArgumentError("--answer must come with --question")
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(f"--output must be a folder; {output} is a file")
+    check_folder(output)
     document = None if text is None else read_paragraphs(text)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
-    console, errors = Console(), Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("Starting")
-
-        def say(step: str) -> None:
-            progress.update(task, description=step)
-
+    console = Console()
+    with progress() as say:
         language_model, tokenizer = load_model(model, say)
         room = int(language_model.config.max_position_embeddings) - max_new_tokens
         prompt = make_prompt(tokenizer, document, question, answer, room)
@@ -101,12 +89,13 @@ def main(
                 **{name: version(name) for name in ("numpy", "torch", "transformers")},
             },
         }
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            _replace(output / "report.json", lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
-            _replace(output / "kept.png", lambda path: draw(path, results, prompt))
-        except OSError as error:
-            raise ArgumentError(f"--output {output} cannot be written: {error.strerror or error}") from error
+        write_files(
+            output,
+            {
+                "report.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+                "kept.png": lambda path: draw(path, results, prompt),
+            },
+        )
     console.print(_table(results, report))
     console.print(f"Expected: {expected}", highlight=False, markup=False)
     console.print(f"Report:   {output / 'report.json'}", highlight=False, markup=False, soft_wrap=True)
@@ -169,7 +158,7 @@ def _try_policy(
         cache.evict(policy, backend=decider)
     eviction_seconds = time.perf_counter() - start
     stored, nbytes = [layer.num_stored for layer in cache.layers], cache.nbytes
-    kept, suppressed = _fates(cache)
+    found = np.stack([fates(layer)[0] for layer in cache.layers])
     nll = reader.nll(cache.copy(), expected)
     answer, speed = reader.answer(cache)
     wanted = reader.prompt.must_contain
@@ -183,35 +172,9 @@ def _try_policy(
         expected_answer_nll=nll,
         decode_tokens_per_second=speed,
         eviction_seconds=eviction_seconds,
-        kept=kept,
-        suppressed=suppressed,
+        kept=found >= Fate.KEPT,
+        suppressed=found == Fate.SUPPRESSED,
     )
-
-
-def _fates(cache: EvictingCache) -> tuple[Any, Any]:
-    """Say of every layer, head and token whether it was kept, and whether the signal suppressed it."""
-    kept, suppressed = [], []
-    for layer in cache.layers:
-        everything = torch.zeros((*layer.keys.shape[:2], layer.num_seen), dtype=torch.bool)[0]
-        if layer.record is None:
-            kept.append(~everything)
-            suppressed.append(everything)
-            continue
-        # An unused slot of a head with a smaller budget is at -1: a column more takes it.
-        wider = torch.cat([everything, everything[:, :1]], dim=-1)
-        mask = wider.scatter(-1, layer.true_positions[0] % wider.shape[-1], True)[:, :-1]
-        kept.append(mask)
-        (decision,) = layer.record.decisions
-        if decision.scores is decision.importance or decision.head_budgets is not None:
-            suppressed.append(everything)
-            continue
-        alone = select(decision.importance, decision.budget, protected=decision.protected, backend=decision.backend)
-        suppressed.append(everything.scatter(-1, _host(decision, alone), True) & ~mask)
-    return torch.stack(kept).numpy(), torch.stack(suppressed).numpy()
-
-
-def _host(decision: Any, indices: Any) -> torch.Tensor:
-    return torch.tensor(decision.backend.to_numpy(indices), dtype=torch.int64)[0]
 
 
 def _table(results: list[Result], report: dict[str, Any]) -> Table:
@@ -237,16 +200,3 @@ def _table(results: list[Result], report: dict[str, Any]) -> Table:
             f"{result.decode_tokens_per_second:.1f}",
         )
     return table
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        write(scratch)
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

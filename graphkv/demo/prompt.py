@@ -31,7 +31,7 @@ class Prompt:
     token_ids : torch.Tensor, shape (1, N), int64
         The whole prompt, up to where the answer begins.
     words : list of str
-        The text of each token.
+        The text of each token; together the whole prompt. Empty for all but the first token of one character.
     expected : str or None
         The expected answer; None if only the full cache can tell.
     must_contain : str or None
@@ -93,7 +93,7 @@ def make_prompt(
     begin = whole.index(document)
     return Prompt(
         token_ids=torch.asarray([ids]),
-        words=[whole[start:stop] for start, stop in offsets],
+        words=_words(whole, offsets),
         expected=fact or answer,
         must_contain=NUMBER if fact else answer,
         document=_span(offsets, begin, begin + len(document)),
@@ -131,6 +131,12 @@ def _middle(paragraphs: list[str]) -> int:
     """Give the paragraph boundary that is nearest to half of the text."""
     ends = list(accumulate((len(paragraph) for paragraph in paragraphs), initial=0))
     return min(range(len(ends)), key=lambda boundary: abs(ends[boundary] - ends[-1] / 2))
+
+
+def _words(whole: str, offsets: list[tuple[int, int]]) -> list[str]:
+    """Cut the text at the tokens. Several tokens may share one character, and some leave a space to nobody."""
+    ends = [stop for _, stop in offsets]
+    return [whole[begin:end] for begin, end in zip([0, *ends], [*ends[:-1], len(whole)], strict=False)]
 
 
 def _span(offsets: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:

@@ -24,13 +24,14 @@ from . import statistics
 from .config import Config
 from .data import Row, data_prompts, read_rows
 from .model import DEFAULT_MODEL
+from .presets import SUFFIX, load_preset
 from .records import Record, Run, read_records
 from .runner import missing
 from .tasks import Prompt, PromptMaker, seeds_of
 from .team import Team, load
 from .text import Text, default_text, read_text
 
-__all__ = ["main"]
+__all__ = ["identity_of", "main", "session_now", "written_prompts"]
 
 PACKAGES = ("numpy", "scipy", "tokenizers", "torch", "transformers")
 
@@ -55,8 +56,8 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     rows = None if config.data is None else read_rows(Path(config.data), config.metric)
     text = default_text() if config.text is None else read_text(Path(config.text))
     model, tokenizer = load(config, threads)
-    prompts = _written(model, tokenizer, text, config) if rows is None else _read(model, tokenizer, rows, errors)
-    run = Run(output, _identity(config, model, text), _session())
+    prompts = written_prompts(model, tokenizer, text, config) if rows is None else _read(model, tokenizer, rows, errors)
+    run = Run(output, identity_of(config, model, text), session_now())
     pending = [prompt for prompt in prompts if missing(prompt, config, run.done)]
     with Team(model, tokenizer, config, min(workers, len(pending)), threads) as team:
         del model
@@ -70,7 +71,7 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     print(f"Records: {run.path}")
 
 
-def _written(model: Any, tokenizer: Any, text: Text, config: Config) -> list[Prompt]:
+def written_prompts(model: Any, tokenizer: Any, text: Text, config: Config) -> list[Prompt]:
     """Make the prompts of tasks: all lengths of a seed before the next one, so that a broken-off run is balanced."""
     maker = PromptMaker(tokenizer, text)
     prompts = [
@@ -143,16 +144,17 @@ def _shown(found: statistics.Interval | None) -> str:
     return f"{found.mean:.3f}" if found.count < 2 else f"{found.mean:.3f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def _identity(config: Config, model: Any, text: Text) -> dict[str, Any]:
+def identity_of(config: Config, model: Any, text: Text) -> dict[str, Any]:
     """Everything that the numbers depend on and that stays the same in every session of a run."""
     data = None if config.data is None else hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    presets = {name: load_preset(Path(name)).as_toml() for name in config.policies if name.endswith(SUFFIX)}
     return {
         "config": config.as_json(),
         "model": {"name": config.model or DEFAULT_MODEL, "sha256": _hash_of(model), "dtype": str(model.dtype)},
         "text": {"name": text.name, "sha256": text.sha256()},
         "data": {"sha256": data},
         "threads": torch.get_num_threads(),
-    }
+    } | ({"presets": presets} if presets else {})
 
 
 def _hash_of(model: Any) -> str:
@@ -164,7 +166,7 @@ def _hash_of(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _session() -> dict[str, Any]:
+def session_now() -> dict[str, Any]:
     """What this session works with."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -11,6 +11,7 @@ from typing import Any
 from ..core import checks
 from ..core.errors import ArgumentError
 from .policies import make_policy
+from .presses import PREFIX, check_press
 from .tasks import seeds_of, task_names
 from .text import SPLITS
 
@@ -37,7 +38,7 @@ class Config:
     budgets : tuple of int
         Tokens per KV head. A budget that holds the whole prompt is left out.
     policies : tuple of str
-        Names that `make_policy` knows. The full cache is always measured as well.
+        Names that `make_policy` knows, or ``kvpress:`` and a press of it. The full cache is always measured as well.
     modes : tuple of str
     sinks : tuple of int
         First tokens that all policies keep; several numbers are several runs of everything but the prompt.
@@ -95,7 +96,10 @@ class Config:
             task_names(tasks)
         seeds_of(self.split, checks.count("seed", self.seed), self.prompts)
         for policy in self.policies:
-            make_policy(policy, self.budgets[0], sinks=self.sinks[0])
+            if policy.startswith(PREFIX):
+                check_press(policy)
+            else:
+                make_policy(policy, self.budgets[0], sinks=self.sinks[0])
         for name in ("model", "text", "data", "metric"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

@@ -1,12 +1,13 @@
-"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(neighbors=4)``."""
+"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(neighbors=4)``, ``preset.toml``."""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ..adapters import (
     CAKE,
@@ -16,20 +17,22 @@ from ..adapters import (
     ExpectedAttention,
     KeyDiff,
     KNorm,
+    LayerShares,
+    PerLayer,
     PyramidKV,
     Random,
     RoCo,
     SnapKV,
     StreamingLLM,
 )
-from ..adapters.attention import first_tokens
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.eviction import evict
-from ..core.policy import GraphKV, LayerInputs, Policy, Wrapper
+from ..core.policy import GraphKV, Policy, Wrapper
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache
+from .presets import SUFFIX, Preset, load_preset
 
-__all__ = ["BASES", "Sinks", "make_policy", "running_states"]
+__all__ = ["BASES", "base_of", "call", "make_policy", "make_preset", "parse", "running_states"]
 
 BASES: dict[str, Callable[..., Policy]] = {
     "random": Random,
@@ -46,34 +49,7 @@ BASES: dict[str, Callable[..., Policy]] = {
     "keydiff": KeyDiff,
 }
 GRAPHS: dict[str, Callable[..., GraphKV]] = {"graphkv": GraphKV, "graphkv-paper": GraphKV.paper}
-PART = re.compile(r"\s*([a-z0-9-]+)\s*(?:\((.*)\))?\s*")
-
-
-@dataclass(frozen=True)
-class Sinks(Wrapper):
-    """Any policy, with the first tokens kept as well: for bases that have no sinks of their own.
-
-    Parameters
-    ----------
-    base : Policy
-    num_sinks : int
-        First tokens, padding not counted, that are kept before all others.
-    """
-
-    num_sinks: int
-
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks too."""
-        return self.base.num_protected(budget) + self.num_sinks
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the sinks too."""
-        protected, sinks = self.base.protect(inputs), first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
-        return sinks if protected is None else protected | sinks
-
-    def assess(self, inputs: LayerInputs, /) -> Any:
-        """Let the base score."""
-        return replace(self.base.assess(inputs), protected=self.protect(inputs))
+PART = re.compile(r"\s*([A-Za-z0-9-]+)\s*(?:\((.*)\))?\s*")
 
 
 def make_policy(name: str, budget: int | float, *, sinks: int | None = None, seed: int = 0) -> Policy | None:
@@ -83,7 +59,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     ----------
     name : str
         ``full``, or a base with options in parentheses, and on top of it ``+graphkv`` with options, or
-        ``+graphkv-paper``.
+        ``+graphkv-paper``; or the path of a preset, which ends in ``.toml``, see `graphkv.evaluation.presets`.
     budget : int or float
         Tokens to keep per KV head, or their share.
     sinks : int, optional
@@ -94,7 +70,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     Raises
     ------
     ArgumentError
-        If the name or an option is unknown.
+        If the name or an option is unknown, or a preset is none.
 
     Examples
     --------
@@ -103,32 +79,70 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     """
     if name == "full":
         return None
+    if name.endswith(SUFFIX):
+        return make_preset(load_preset(Path(name)), budget, sinks=sinks, seed=seed, name=name)
     base, plus, graph = name.partition("+")
     made = _make_base(base, name, budget, sinks, seed)
     if not plus:
         return made
-    kind, options = _parse(graph, name)
+    kind, options = parse(graph, name)
     if kind not in GRAPHS:
         raise _unknown(name)
-    result: Policy = _call(GRAPHS[kind], name, made, **options)
+    result: Policy = call(GRAPHS[kind], name, made, **options)
     return result
 
 
 def _make_base(base: str, name: str, budget: int | float, sinks: int | None, seed: int) -> Policy:
-    kind, options = _parse(base, name)
+    kind, options = parse(base, name)
+    return _call_base(kind, options, name, budget, sinks, seed)
+
+
+def _call_base(
+    kind: str, options: dict[str, Any], name: str, budget: int | float, sinks: int | None, seed: int
+) -> Policy:
     if kind not in BASES:
         raise _unknown(name)
     if kind == "random":
         options = {"seed": seed} | options
-    made: Policy = _call(BASES[kind], name, budget=budget, **options)
-    if sinks is None:
-        return made
-    if hasattr(made, "num_sinks"):
-        return cast("Policy", replace(cast("Any", made), num_sinks=sinks))
-    return Sinks(made, sinks) if sinks else made
+    if sinks is not None:
+        options = {"num_sinks": sinks} | options
+    made: Policy = call(BASES[kind], name, budget=budget, **options)
+    return made
 
 
-def _parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
+def make_preset(
+    preset: Preset, budget: int | float, *, sinks: int | None = None, seed: int = 0, name: str = "preset"
+) -> Policy:
+    """Make the policy of a preset.
+
+    Parameters
+    ----------
+    preset : Preset
+    budget : int or float
+        Tokens to keep per KV head in the average layer, or their share.
+    sinks : int, optional
+        Instead of those of the preset.
+    seed : int
+        Of the random policy.
+    name : str
+        What errors call the preset.
+
+    Raises
+    ------
+    ArgumentError
+        If the base or an option is unknown or wrong.
+    """
+    if preset.base not in BASES:
+        raise ArgumentError(f"--policy {name}: base must be one of {', '.join(BASES)}; got {preset.base!r}")
+    sinks = preset.sinks if sinks is None else sinks
+    policy = base = _call_base(preset.base, dict(preset.options), f"{name}, options", budget, sinks, seed)
+    graphs = [call(GraphKV, f"{name}, graph[{number}]", base, **each) for number, each in enumerate(preset.graph)]
+    if graphs:
+        policy = graphs[0] if len(graphs) == 1 else PerLayer(base, graphs)
+    return LayerShares(policy, preset.layer_budgets) if preset.layer_budgets else policy
+
+
+def parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
     """Take ``snapkv(window=8, pooling=max)`` apart."""
     match = PART.fullmatch(part)
     if match is None:
@@ -145,7 +159,8 @@ def _parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
     return match[1], options
 
 
-def _call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+def call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+    """Make a policy, or say in an ArgumentError which of its options is wrong."""
     try:
         return make(*args, **options)
     except (ArgumentError, ArgumentTypeError) as error:
@@ -158,7 +173,8 @@ def _call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> An
 def _unknown(name: str) -> ArgumentError:
     known = ", ".join(["full", *BASES])
     return ArgumentError(
-        f"--policy must be one of {known}, or one of them with +graphkv or +graphkv-paper; got {name!r}"
+        f"--policy must be one of {known}, or one of them with +graphkv or +graphkv-paper, or a preset.toml; "
+        f"got {name!r}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import ArgumentError
 
-__all__ = ["SCHEMA", "Record", "Run", "read_records"]
+__all__ = ["SCHEMA", "Record", "Run", "read_header", "read_records"]
 
 # Raised whenever a field changes its meaning; runs of another schema are not continued.
 SCHEMA = 1
@@ -69,6 +69,9 @@ class Record:
         Relative error of the attention outputs, averaged over layers and heads. None where not asked for.
     attention_mass : float or None
         Share of the full cache's attention that falls on kept tokens, likewise.
+    redundancy : float or None
+        Mean cosine of two different kept keys of a head, averaged over layers and heads: the lower, the more diverse.
+        None in runs that did not measure it.
     """
 
     prompt: str
@@ -93,6 +96,7 @@ class Record:
     text: str | None = None
     output_error: float | None = None
     attention_mass: float | None = None
+    redundancy: float | None = None
 
     @property
     def key(self) -> str:
@@ -132,6 +136,31 @@ def read_records(folder: Path, /) -> list[Record]:
         raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_header(folder: Path, /) -> dict[str, Any]:
+    """Read what a run is: its configuration, hashes and sessions.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Folder of the run.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no run, or its ``run.json`` is damaged.
+    """
+    path = folder / HEADER
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ArgumentError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ArgumentError(f"{path} is damaged: it must hold an object")
+    return found
 
 
 def _parse(line: bytes, where: str) -> Record:

@@ -17,6 +17,7 @@ from . import metrics
 from .closeness import MOST_QUERIES, Probe, make_probe
 from .config import Config
 from .policies import base_of, make_policy, running_states
+from .presses import PREFIX, read_under_press
 from .records import Record, record_key
 from .tasks import Prompt, Question
 
@@ -97,10 +98,12 @@ def stack(caches: Sequence[EvictingCache]) -> EvictingCache:
 class Site:
     """A cache that is evicted, and what is asked from it.
 
-    `questions` maps the index of a question to what is left to read of it when the cache has been evicted.
+    `ids` are what the cache has read; `questions` maps the index of a question to what is left to read of it when the
+    cache has been evicted.
     """
 
     mode: str
+    ids: tuple[int, ...]
     cache: EvictingCache
     questions: dict[int, tuple[int, ...]]
     states: States
@@ -131,7 +134,8 @@ class Reading:
 
     def _policies(self, budget: int, sinks: int) -> dict[str, Policy]:
         seed = self.prompt.seed or 0
-        made = {name: make_policy(name, budget, sinks=sinks, seed=seed) for name in self.config.policies}
+        ours = [name for name in self.config.policies[1:] if not name.startswith(PREFIX)]
+        made = {name: make_policy(name, budget, sinks=sinks, seed=seed) for name in ours}
         return {name: policy for name, policy in made.items() if policy is not None}
 
     def _all_policies(self) -> list[Policy]:
@@ -153,7 +157,8 @@ class Reading:
         context = EvictingCache(num_queries=max(wanted, default=0))
         self.model(self._tokens(self.prompt.ids), past_key_values=context, logits_to_keep=1)
         later = {index: self.prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
-        agnostic = Site(mode="agnostic", cache=context, questions=later, states=self._states(context, {}))
+        states = self._states(context, {})
+        agnostic = Site(mode="agnostic", ids=self.prompt.ids, cache=context, questions=later, states=states)
         # Only running sums need all queries, and those are worked out.
         windows = [policy.num_queries(num_tokens) for policy in policies if not policy.needs().state]
         for layer in context.layers:
@@ -167,7 +172,11 @@ class Reading:
             cache = context.copy()
             self.model(self._tokens(inside), past_key_values=cache, logits_to_keep=1)
             yield Site(
-                mode="aware", cache=cache, questions={index: (last,)}, states=self._states(cache, agnostic.states)
+                mode="aware",
+                ids=(*self.prompt.ids, *inside),
+                cache=cache,
+                questions={index: (last,)},
+                states=self._states(cache, states),
             )
 
     def _states(self, cache: EvictingCache, before: States) -> States:
@@ -195,8 +204,9 @@ class Reading:
     def _answer_cell(self, site: Site, budget: int, sinks: int) -> list[Record]:
         """Evict by every policy, and answer as few batches."""
         batches: dict[tuple[int, ...], list[tuple[str, EvictingCache]]] = {}
-        for name, policy in self._policies(budget, sinks).items():
-            cache = self._evict(site, name, policy, budget)
+        policies = self._policies(budget, sinks)
+        for name in self.config.policies[1:]:
+            cache = self._shrink(site, name, policies.get(name), budget)
             batches.setdefault(tuple(layer.num_stored for layer in cache.layers), []).append((name, cache))
         records = []
         for group in batches.values():
@@ -205,12 +215,16 @@ class Reading:
         order = {name: place for place, name in enumerate(self.config.policies)}
         return sorted(records, key=lambda record: (record.question, order[record.policy]))
 
-    def _evict(self, site: Site, name: str, policy: Policy, budget: int) -> EvictingCache:
-        cache = site.cache.copy()
-        states = site.states.get(_stateful_base(policy))
-        for layer, state in zip(cache.layers, states or (), strict=False):
-            layer.state = state
-        cache.evict(policy)
+    def _shrink(self, site: Site, name: str, policy: Policy | None, budget: int) -> EvictingCache:
+        """Give the cache that a policy, or a press where there is none, leaves; make sure of its size."""
+        if policy is None:
+            cache = read_under_press(self.model, self._tokens(site.ids), name, budget, site.cache)
+        else:
+            cache = site.cache.copy()
+            states = site.states.get(_stateful_base(policy))
+            for layer, state in zip(cache.layers, states or (), strict=False):
+                layer.state = state
+            cache.evict(policy)
         # Sliding layers of a model that has others too are left alone by every policy.
         kept = [int((layer.true_positions >= 0).sum()) for layer in cache.layers if layer.evicts]
         kv_heads = cache.layers[0].keys.shape[1]
@@ -274,7 +288,9 @@ class Reading:
         prompt, question = self.prompt, self.prompt.questions[index]
         told, full = logits.float().log_softmax(-1), site.logits[index]
         answer = torch.tensor(question.answer, device=told.device)
-        error, mass = site.probes[index].compare(cache) if index in site.probes else (None, None)
+        # A press does not say which tokens it kept.
+        probe = None if name.startswith(PREFIX) else site.probes.get(index)
+        error, mass = (None, None) if probe is None else probe.compare(cache)
         return Record(
             prompt=prompt.name,
             task=question.task,
@@ -298,7 +314,13 @@ class Reading:
             text=text,
             output_error=error,
             attention_mass=mass,
+            redundancy=_redundancy(cache),
         )
+
+
+def _redundancy(cache: EvictingCache) -> float:
+    """Give the mean cosine of two different kept keys, over the layers that can be evicted."""
+    return round(float(torch.stack([layer.redundancy.mean() for layer in cache.layers if layer.evicts]).mean()), 6)
 
 
 def _stateful_base(policy: Policy) -> Policy | None:

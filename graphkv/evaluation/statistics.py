@@ -32,7 +32,15 @@ __all__ = [
 ]
 
 # What can be averaged, and whether more of it is better.
-METRICS = {"nll": False, "kl": False, "match": True, "score": True, "output_error": False, "attention_mass": True}
+METRICS = {
+    "nll": False,
+    "kl": False,
+    "match": True,
+    "score": True,
+    "output_error": False,
+    "attention_mass": True,
+    "redundancy": False,
+}
 RESAMPLES = 9999
 FULL = "full"
 

@@ -24,7 +24,7 @@ __all__ = ["TASKS", "Prompt", "PromptMaker", "Question", "Task", "encode_questio
 
 KINDS = ("number", "word", "uuid")
 DEPTHS = tuple((2 * step + 1) / 20 for step in range(10))
-CONTINUATION_TOKENS = 64
+CONTINUATION_TOKENS = 32
 # Below that, common words are hardly more common than others.
 FEWEST_ENTRIES = 60
 MARKER = "<<document>>"

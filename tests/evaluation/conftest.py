@@ -21,7 +21,9 @@ def model():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return byte_tokenizer()
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "User: {% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

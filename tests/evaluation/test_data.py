@@ -30,7 +30,7 @@ def test_rows_of_one_context_share_a_prompt(tmp_path, tokenizer):
 
     assert [len(prompt.questions) for prompt in prompts] == [2, 1]
     assert cut == 0
-    assert tokenizer.decode(prompts[0].ids) == "Ann is here."
+    assert tokenizer.decode(prompts[0].ids) == "User: Ann is here."
     assert tokenizer.decode(prompts[0].questions[1].ids) == "\n\nWhere?\n"
     assert tokenizer.decode(prompts[0].questions[1].answer) == "Ann"
 
@@ -39,11 +39,11 @@ def test_a_context_that_does_not_fit_loses_its_middle(tmp_path, tokenizer):
     rows = read_rows(write(tmp_path / "a.jsonl", {**ROW, "context": "a" * 100 + "b" * 100}))
     prompts, cut = data_prompts(rows, tokenizer, 60)
 
-    # 60 less the question's 7 and the answer's 5.
-    assert tokenizer.decode(prompts[0].ids) == "a" * 24 + "b" * 24
+    # 60 less the template's 6, the question's 7 and the answer's 5.
+    assert tokenizer.decode(prompts[0].ids) == "User: " + "a" * 21 + "b" * 21
     assert cut == 1
-    with pytest.raises(ArgumentError, match="must fit into the model's 12 positions"):
-        data_prompts(rows, tokenizer, 12)
+    with pytest.raises(ArgumentError, match="must fit into the model's 18 positions"):
+        data_prompts(rows, tokenizer, 18)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from graphkv import CAKE, H2O, ArgumentError, GraphKV, KNorm, Random, SnapKV
-from graphkv.evaluation.policies import BASES, Sinks, make_policy
+from graphkv import CAKE, TOVA, ArgumentError, GraphKV, KNorm, Random, SnapKV, StreamingLLM
+from graphkv.evaluation.policies import BASES, make_policy
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,10 @@ def test_a_name_is_a_policy(name, expected):
     assert make_policy(name, 64, seed=5) == expected
 
 
-def test_sinks_are_the_base_s_own_where_it_has_some():
+def test_sinks_go_to_the_base_unless_it_names_its_own():
     assert make_policy("snapkv", 64, sinks=3) == SnapKV(budget=64, num_sinks=3)
-    assert make_policy("h2o", 64, sinks=3) == Sinks(H2O(budget=64), 3)
-    assert make_policy("h2o", 64, sinks=0) == H2O(budget=64)
-    assert make_policy("tova+graphkv", 64, sinks=3).num_protected(64) == 4
+    assert make_policy("streaming-llm", 64, sinks=0) == StreamingLLM(budget=64, num_sinks=0)
+    assert make_policy("tova(num_sinks=2)+graphkv", 64, sinks=3) == GraphKV(TOVA(budget=64, num_sinks=2))
 
 
 @pytest.mark.parametrize("name", [*BASES, *(f"{base}+graphkv" for base in BASES)])

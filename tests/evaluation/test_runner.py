@@ -100,12 +100,12 @@ def test_only_what_is_missing_is_given_and_it_is_the_same(model, tokenizer, prom
 def test_every_policy_keeps_exactly_its_budget(model, tokenizer, prompt, monkeypatch, sinks):
     kept = {}
 
-    def watch(self, site, name, policy, budget, evict=runner.Reading._evict):
-        cache = evict(self, site, name, policy, budget)
+    def watch(self, site, name, policy, budget, shrink=runner.Reading._shrink):
+        cache = shrink(self, site, name, policy, budget)
         kept[name, site.mode] = [layer.num_stored for layer in cache.layers]
         return cache
 
-    monkeypatch.setattr(runner.Reading, "_evict", watch)
+    monkeypatch.setattr(runner.Reading, "_shrink", watch)
     evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=EVERYBODY, sinks=(sinks,)))
 
     assert {name for name, _ in kept} == set(EVERYBODY)

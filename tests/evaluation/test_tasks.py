@@ -48,12 +48,14 @@ def test_a_needle_lies_where_the_record_says_and_near_the_depth_of_its_seed(make
     for seed in HELD_OUT[:10]:
         prompt, text = prompt_of(maker, tokenizer, task, seed)
         (question,) = prompt.questions
-        begin = re.search(r"^The secret|^def visit_\w+\(value, ", text, re.MULTILINE).start()
+        begin = re.search(r"^(User: )?(?P<needle>The secret|def visit_\w+\(value, )", text, re.MULTILINE).start(
+            "needle"
+        )
         # A token is a byte here.
         assert question.depth == round(len(text[:begin].encode()) / LENGTH, 4)
         # Paragraphs are cut at 400 letters, so a place is never further away than half of that, and the needle itself.
         assert abs(question.depth - DEPTHS[seed % 10]) < 300 / LENGTH
-        assert begin == 0 or text[:begin].endswith("\n")
+        assert begin == len("User: ") or text[:begin].endswith("\n")
 
 
 def test_seeds_go_through_all_kinds_and_depths(maker):
@@ -94,7 +96,7 @@ def test_a_continuation_is_what_the_text_goes_on_with(maker, tokenizer):
 
     source = "\n\n".join(maker.text.of_split("held-out"))
     assert len(question.ids) == 1
-    assert len(question.answer) == 64
+    assert len(question.answer) == 32
     assert question.modes == ("agnostic",)
     assert text[-200:] + following in source
 
@@ -130,7 +132,7 @@ def test_common_words_come_30_and_3_times_in_a_long_list(maker, tokenizer):
 
 def test_frequent_words_follow_their_law(maker, tokenizer):
     prompt, text = prompt_of(maker, tokenizer, "frequent-words")
-    entries = text.partition("\n")[0].split()
+    entries = text.removeprefix("User: ").split()
     counts = Counter(entries)
     ranked = counts.most_common()
 

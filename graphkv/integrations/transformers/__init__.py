@@ -15,5 +15,17 @@ All state lives in the cache, so requests that share a model never touch each ot
 from .cache import EvictingCache
 from .layer import EvictingLayer, EvictionRecord
 from .models import evicting, observing
+from .report import Fate, LayerStats, Suppressions, fates, scored
 
-__all__ = ["EvictingCache", "EvictingLayer", "EvictionRecord", "evicting", "observing"]
+__all__ = [
+    "EvictingCache",
+    "EvictingLayer",
+    "EvictionRecord",
+    "Fate",
+    "LayerStats",
+    "Suppressions",
+    "evicting",
+    "fates",
+    "observing",
+    "scored",
+]

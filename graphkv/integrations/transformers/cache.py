@@ -15,6 +15,7 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from .layer import EvictingLayer, Settings
+from .report import LayerStats, describe, layer_stats
 
 __all__ = ["EvictingCache", "met_by", "not_compiled"]
 
@@ -26,6 +27,18 @@ def not_compiled(function: Function) -> Function:
     """Cut a model here under torch.compile: what a cache keeps is not to be traced."""
     disable: Any = torch.compiler.disable
     return cast("Function", disable(function))
+
+
+class Origin:
+    """Which cache handed out a tensor of keys, and for which layer; copies and files of the tensor do not know it."""
+
+    def __init__(self, cache: EvictingCache | None = None, layer: int = 0) -> None:
+        self.cache: Callable[[], EvictingCache | None] = (lambda: None) if cache is None else weakref.ref(cache)
+        self.layer = layer
+
+    def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
+        """Forget the cache."""
+        return Origin, ()
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
@@ -119,7 +132,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         # The attention function receives this very tensor, and so finds its way back.
-        keys.graphkv_cache = weakref.ref(self), layer_idx
+        keys.graphkv_origin = Origin(self, layer_idx)
         return keys, values
 
     def _check_finished(self) -> None:
@@ -225,6 +238,26 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
 
+    def stats(self) -> tuple[LayerStats, ...]:
+        """Say what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.
+
+        Returns
+        -------
+        tuple of LayerStats
+            One per layer. Arrays are on the host, so this waits for an accelerator.
+        """
+        return tuple(layer_stats(index, layer) for index, layer in enumerate(self.layers))
+
+    def report(self) -> str:
+        """Put `stats` into plain text: whether anything was dropped, why not if not, totals and a line per layer.
+
+        Returns
+        -------
+        str
+            In lines without a newline at the end.
+        """
+        return describe(self)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored keys and values."""
@@ -233,9 +266,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
 def met_by(keys: torch.Tensor) -> tuple[EvictingCache | None, EvictingLayer | None]:
     """Find the cache and the layer that a tensor of keys was handed out by; None and None for other tensors."""
-    reference, layer = getattr(keys, "graphkv_cache", (lambda: None, 0))
-    cache = reference()
-    return cache, None if cache is None else cache.layers[layer]
+    origin = getattr(keys, "graphkv_origin", None)
+    cache = None if origin is None else origin.cache()
+    return cache, None if origin is None or cache is None else cache.layers[origin.layer]
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:

@@ -463,6 +463,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return int(self.keys.shape[-2]) if self.is_initialized and self.keys.numel() else 0
 
     @property
+    def redundancy(self) -> torch.Tensor:
+        """The mean cosine of two different stored keys, shape (batch, kv_heads), float32."""
+        return _redundancy(self.keys, self.valid)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of stored keys and values."""
         return int(self.keys.nbytes + self.values.nbytes) if self.is_initialized else 0

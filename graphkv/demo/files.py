@@ -1,0 +1,41 @@
+"""Where the results go."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ArgumentError
+
+__all__ = ["check_folder", "write_files"]
+
+
+def check_folder(output: Path) -> None:
+    """Refuse a file where a folder is to be, before the first slow step."""
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(f"--output must be a folder; {output} is a file")
+
+
+def write_files(output: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Write some files into a folder, each whole or not at all."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, write in writers.items():
+            _replace(output / name, write)
+    except OSError as error:
+        raise ArgumentError(f"--output {output} cannot be written: {error.strerror or error}") from error
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        write(scratch)
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""kvpress's own presses on the same prompts: ``kvpress:SnapKVPress``, ``kvpress:KnormPress(...)``.
+
+A press evicts while it reads, so each press and budget reads the prompt once more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..core.errors import ArgumentError, BackendUnavailableError
+from ..integrations.transformers import EvictingCache
+from .policies import call, parse
+
+__all__ = ["PREFIX", "check_press", "read_under_press"]
+
+PREFIX = "kvpress:"
+
+
+def check_press(name: str) -> None:
+    """Say in an error what is wrong with a name such as ``kvpress:SnapKVPress(window_size=32)``."""
+    _make(name, 0.5)
+
+
+def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full: EvictingCache) -> EvictingCache:
+    """Read a prompt under a press; give the cache that it leaves.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    ids : torch.Tensor, shape (1, N), int64
+    name : str
+    budget : int
+        Tokens to keep per KV head.
+    full : EvictingCache
+        That has read the same prompt.
+
+    Returns
+    -------
+    EvictingCache
+        Positions are places in the cache, because a press does not say which tokens it kept.
+    """
+    # kvpress keeps the integer part of N (1 - ratio): half a token more keeps rounding away from the next integer.
+    press = _make(name, 1 - (budget + 0.5) / ids.shape[1])
+    compressed = DynamicCache()
+    with press(model):
+        model(ids, past_key_values=compressed, logits_to_keep=1)
+    result = full.copy()
+    for layer, left in zip(result.layers, compressed.layers, strict=True):
+        layer.keys, layer.values = left.keys, left.values
+        places = torch.arange(left.keys.shape[2], device=left.keys.device)
+        layer.positions = places.expand(left.keys.shape[:3])
+        layer.queries = None
+    return result
+
+
+def _make(name: str, ratio: float) -> Any:
+    try:
+        import kvpress  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise BackendUnavailableError(f"--policy {name} needs: pip install 'graphkv[kvpress]' ({error})") from error
+    kind, options = parse(name.removeprefix(PREFIX), name)
+    press = getattr(kvpress, kind, None)
+    if not (isinstance(press, type) and issubclass(press, kvpress.ScorerPress)):
+        raise ArgumentError(f"--policy {name} must name a ScorerPress of kvpress; {kind!r} is none")
+    return call(press, name, compression_ratio=ratio, **options)

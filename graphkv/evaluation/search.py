@@ -1,0 +1,210 @@
+"""Search for a preset by CMA-ES: options of the graph per group of layers, then budgets, one group after the other.
+
+The search of budgets follows EvolKV (arXiv:2509.08315): groups of successive layers from the bottom up, a fresh search
+over the budgets inside each, the best of all groups so far carried on. Unlike there, every candidate keeps exactly as
+many tokens as the budget says, so that its objective needs no term for the cache's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cma
+import numpy as np
+
+from ..adapters.cake import allocate
+from ..core import checks
+from .presets import Preset
+
+__all__ = ["BudgetSpace", "Evaluate", "GraphSpace", "minimise", "search"]
+
+# Losses of presets, lower is better.
+Evaluate = Callable[[Sequence[Preset]], Sequence[float]]
+SIGNALS = ("decay", "enhance", "evict")
+MOST_NEIGHBORS = 16
+MOST_ROUNDS = 3
+# A layer's share lies between the average divided and multiplied by this.
+WIDEST = 4.0
+STEP = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSpace:
+    """Options of the graph for groups of layers, as points in the unit cube.
+
+    Attributes
+    ----------
+    groups : int
+        Groups of successive layers, each with five options of its own: share of sources (0 to 1), neighbors (1 to 16,
+        by their logarithm), rounds (0 to 3; 0 is no graph), strength (0 to 1) and signal.
+    """
+
+    groups: int
+
+    def start(self) -> list[float]:
+        """Give the point of the default options of `GraphKV`."""
+        return [0.3, 0.0, 1.5 / (MOST_ROUNDS + 1), 1.0, 0.5 / len(SIGNALS)] * self.groups
+
+    def place(self, preset: Preset, point: Sequence[float], /) -> Preset:
+        """Put the options of a point into a preset."""
+        return replace(
+            preset, graph=tuple(self._options(each) for each in np.reshape(point, (self.groups, 5)).tolist())
+        )
+
+    def _options(self, point: Sequence[float]) -> Mapping[str, Any]:
+        sources, neighbors, rounds, strength, signal = point
+        if _step(rounds, MOST_ROUNDS + 1) == 0:
+            return {"rounds": 0}
+        return {
+            "source_ratio": round(sources, 3),
+            "neighbors": round(MOST_NEIGHBORS**neighbors),
+            "rounds": _step(rounds, MOST_ROUNDS + 1),
+            "strength": round(strength, 3),
+            "signal": SIGNALS[_step(signal, len(SIGNALS))],
+        }
+
+
+def _step(value: float, steps: int) -> int:
+    """Cut [0, 1] into equal steps."""
+    return min(steps - 1, int(value * steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpace:
+    """Budgets of some layers, as points in the unit cube; the other layers make room in proportion.
+
+    Attributes
+    ----------
+    layers : range
+        The layers whose budgets a point holds.
+    budget : int
+        Tokens per KV head in the average layer.
+    least, most : int
+        Bounds of a layer's budget.
+    """
+
+    layers: range
+    budget: int
+    least: int
+    most: int
+
+    def start(self) -> list[float]:
+        """Give the point of average budgets."""
+        return [0.5] * len(self.layers)
+
+    def place(self, preset: Preset, point: Sequence[float], /) -> Preset:
+        """Put the budgets of a point into a preset; all layers together keep layers x budget tokens, exactly."""
+        shares = [float(share) for share in preset.layer_budgets]
+        for layer, value in zip(self.layers, point, strict=True):
+            shares[layer] = self.budget * WIDEST ** (2 * float(value) - 1)
+        total = len(shares) * self.budget
+        return replace(preset, layer_budgets=tuple(allocate(shares, total, self.most, self.least)))
+
+
+def minimise(
+    evaluate: Evaluate, space: GraphSpace | BudgetSpace, best: tuple[float, Preset], *, evaluations: int, seed: int
+) -> tuple[float, Preset]:
+    """Search one space with CMA-ES, in whole generations.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Gives the losses of a generation.
+    space : GraphSpace or BudgetSpace
+    best : tuple of float and Preset
+        The best so far: what is not searched stays as it is there.
+    evaluations : int
+        At most so many candidates, but at least one generation.
+    seed : int
+
+    Returns
+    -------
+    loss : float
+    preset : Preset
+        The better of `best` and all candidates, the earlier one where they are equal.
+    """
+    fixed = best[1]
+    options = {
+        "bounds": [0, 1],
+        "randn": np.random.RandomState(seed).randn,
+        # Numbers come from `randn`; nobody else's random numbers are touched.
+        "seed": float("nan"),
+        "verbose": -9,
+    }
+    evolution = cma.CMAEvolutionStrategy(space.start(), STEP, options)
+    for _ in range(max(1, evaluations // evolution.popsize)):
+        points = evolution.ask()
+        candidates = [space.place(fixed, np.clip(point, 0, 1)) for point in points]
+        losses = [float(loss) for loss in evaluate(candidates)]
+        evolution.tell(points, losses)
+        found = min(range(len(losses)), key=losses.__getitem__)
+        if losses[found] < best[0]:
+            best = losses[found], candidates[found]
+        if evolution.stop():
+            break
+    return best
+
+
+def search(
+    evaluate: Evaluate,
+    start: Preset,
+    *,
+    num_layers: int,
+    budget: int,
+    least: int,
+    most: int,
+    evaluations: int,
+    graph_groups: int = 3,
+    group_size: int = 8,
+    seed: int = 0,
+) -> tuple[float, Preset]:
+    """Search for the best preset over a base.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Gives the losses of presets; lower is better.
+    start : Preset
+        The base without a graph, with the layer budgets to start from where they are searched. It is a candidate too.
+    num_layers : int
+    budget : int
+        Tokens per KV head in the average layer.
+    least, most : int
+        Bounds of a layer's budget.
+    evaluations : int
+        About how many candidates to evaluate; half of them for each search where there are two.
+    graph_groups : int
+        Groups of layers with graph options of their own. 0: no graph.
+    group_size : int
+        Layers whose budgets are searched together. 0: budgets stay as they are.
+    seed : int
+
+    Returns
+    -------
+    loss : float
+    preset : Preset
+    """
+    checks.count("evaluations", evaluations, minimum=1)
+    checks.count("graph_groups", graph_groups)
+    checks.count("group_size", group_size)
+    spaces: list[GraphSpace | BudgetSpace] = []
+    first = [start]
+    if graph_groups:
+        graph = GraphSpace(groups=min(graph_groups, num_layers))
+        first.append(graph.place(start, graph.start()))
+        spaces.append(graph)
+    if group_size:
+        spaces += [
+            BudgetSpace(layers=range(low, min(low + group_size, num_layers)), budget=budget, least=least, most=most)
+            for low in range(0, num_layers, group_size)
+        ]
+    losses = [float(loss) for loss in evaluate(first)]
+    best = min(zip(losses, first, strict=True), key=lambda pair: pair[0])
+    share = evaluations if not (graph_groups and group_size) else evaluations // 2
+    groups = sum(isinstance(space, BudgetSpace) for space in spaces)
+    for number, space in enumerate(spaces):
+        mine = share if isinstance(space, GraphSpace) else share // groups
+        best = minimise(evaluate, space, best, evaluations=mine, seed=seed + number)
+    return best

@@ -1,0 +1,356 @@
+"""What happened in a cache: numbers per layer, what became of every token, and a table to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ...core.backend import load
+from ...core.eviction import Eviction
+from ...core.selection import select, select_per_head
+from .layer import EvictingLayer, EvictionRecord
+
+if TYPE_CHECKING:
+    from .cache import EvictingCache
+
+__all__ = ["Fate", "LayerStats", "Suppressions", "describe", "fates", "layer_stats", "scored"]
+
+HostArray: TypeAlias = np.ndarray[Any, Any]
+COLUMNS = ("layer", "seen", "stored", "kept per head", "evicted", "MB", "MB freed", "ms")
+RECORDED_COLUMNS = ("cosine before", "after", "suppressed")
+
+
+class Fate(IntEnum):
+    """What became of a token in one head; from `KEPT` on it is still there."""
+
+    DROPPED = 0
+    SUPPRESSED = 1
+    KEPT = 2
+    PROTECTED = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Suppressions:
+    """Which source suppressed which token in the last eviction of a layer.
+
+    A token is suppressed where the importance alone, under the same budget, would have kept it and the scores after the
+    graph did not. There is one entry for every edge of weight above 0 that leads to a suppressed token and lowered its
+    score, and one with source -1 for a suppressed token without such an edge: one that others overtook because their
+    scores were raised, or that sank under ``signal="degree"``, which has no edges.
+
+    Entries are in order of row, head and token; then the strongest edge first, equal ones by source. So the first entry
+    of a token names the source that lowered it most. With ``recompute_sources=True`` the edges are those of the last
+    round.
+
+    Attributes
+    ----------
+    row, head : numpy.ndarray, shape (S,), int64
+    token, source : numpy.ndarray, shape (S,), int64
+        True positions, counted from the first token that the cache has seen.
+    weight : numpy.ndarray, shape (S,), float32 or wider
+        Cosine of the two keys that the graph compared; 0 where there is no source.
+    """
+
+    row: HostArray
+    head: HostArray
+    token: HostArray
+    source: HostArray
+    weight: HostArray
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerStats:
+    """What one layer of a cache has seen and done.
+
+    Attributes
+    ----------
+    layer : int
+    evicts : bool
+        False for the sliding-window layers of a model that also has full ones: these are left to themselves.
+    num_seen : int
+        Tokens that have passed through, per row.
+    num_stored : int
+        Slots per row and head that are stored.
+    num_kept : numpy.ndarray, shape (batch, kv_heads), int64
+        Of those, the ones that hold a token: neither padding nor unused.
+    num_evictions, num_dropped : int
+        Evictions that ran; tokens that they dropped per row, in the head that lost most.
+    budget : int or None
+        Tokens per row that the last eviction aimed at; None before the first.
+    nbytes, bytes_freed : int
+        Bytes of stored keys and values, and of those that evictions freed.
+    seconds : float
+        Time that the evictions took on the host.
+    redundancy_before, redundancy_after : numpy.ndarray, shape (batch, kv_heads), float32, or None
+        Mean cosine of two different cached keys before and after the last eviction. None in a cache without
+        ``record=True``.
+    num_suppressed : numpy.ndarray, shape (batch, kv_heads), int64, or None
+        Tokens that the last eviction suppressed. None likewise.
+    suppressions : Suppressions or None
+        Which source suppressed which. None likewise.
+    """
+
+    layer: int
+    evicts: bool
+    num_seen: int
+    num_stored: int
+    num_kept: HostArray
+    num_evictions: int
+    num_dropped: int
+    budget: int | None
+    nbytes: int
+    bytes_freed: int
+    seconds: float
+    redundancy_before: HostArray | None
+    redundancy_after: HostArray | None
+    num_suppressed: HostArray | None
+    suppressions: Suppressions | None
+
+
+def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
+    """Take stock of one layer; copies to the host what lies elsewhere."""
+    record = layer.record
+    if layer.valid is not None:
+        num_kept = _host(layer.valid.sum(dim=-1))
+    else:
+        rows = tuple(layer.keys.shape[:2]) if layer.is_initialized else (0, 0)
+        num_kept = np.full(rows, layer.num_stored, dtype=np.int64)
+    suppressed = None if record is None else _suppressed(record)
+    return LayerStats(
+        layer=index,
+        evicts=layer.evicts,
+        num_seen=layer.num_seen,
+        num_stored=layer.num_stored,
+        num_kept=num_kept,
+        num_evictions=layer.num_evictions,
+        num_dropped=layer.num_dropped,
+        budget=layer.budget,
+        nbytes=layer.nbytes,
+        bytes_freed=layer.bytes_freed,
+        seconds=layer.seconds,
+        redundancy_before=None if record is None else _host(record.redundancy_before),
+        redundancy_after=None if record is None else _host(record.redundancy_after),
+        num_suppressed=None if suppressed is None else suppressed.sum(axis=-1),
+        suppressions=None if record is None or suppressed is None else _suppressions(record, suppressed),
+    )
+
+
+def fates(layer: EvictingLayer) -> HostArray:
+    """Say what became of every token that a layer has seen.
+
+    Parameters
+    ----------
+    layer : EvictingLayer
+
+    Returns
+    -------
+    numpy.ndarray, shape (batch, kv_heads, num_seen), uint8
+        A `Fate` for each true position. Padding counts as dropped. Without a record of the last eviction nothing is
+        known to be suppressed or protected, and of earlier evictions nothing is known but that a token went.
+    """
+    stored = _host(layer.true_positions)
+    visible = None if layer.valid is None else _host(layer.valid)
+    found = np.full((*stored.shape[:2], layer.num_seen), Fate.DROPPED, dtype=np.uint8)
+    _mark(found, stored, Fate.KEPT, visible)
+    if layer.record is not None:
+        positions = _host(layer.record.positions)
+        _mark(found, positions, Fate.SUPPRESSED, _suppressed(layer.record))
+        _mark(found, positions, Fate.PROTECTED, _protected(layer.record))
+    return found
+
+
+def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
+    """Give the importance and the scores of the last eviction at true positions.
+
+    Parameters
+    ----------
+    layer : EvictingLayer
+
+    Returns
+    -------
+    importance, scores : numpy.ndarray, shape (batch, kv_heads, num_seen), float64
+        Before and after the graph; NaN where nothing was scored: without a record, for padding, and for tokens that
+        went earlier or came later.
+    """
+    shape = (*layer.keys.shape[:2], layer.num_seen)
+    importance, scores = np.full(shape, np.nan), np.full(shape, np.nan)
+    if layer.record is not None:
+        positions, valid = _host(layer.record.positions), _valid(layer.record)
+        for decision, rows in _parts(layer.record):
+            if decision.importance is not None and decision.scores is not None:
+                give, slots = decision.backend.to_numpy, np.nonzero(valid[rows])
+                where = (*slots[:2], positions[rows][slots])
+                importance[rows][where] = give(decision.importance)[slots]
+                scores[rows][where] = give(decision.scores)[slots]
+    return importance, scores
+
+
+def describe(cache: EvictingCache) -> str:
+    """Put a cache's totals, what was or was not evicted, and a line per layer into plain text."""
+    layers = cache.stats()
+    lines = [f"EvictingCache with policy {cache.policy}", _verdict(cache)]
+    if not any(each.num_seen for each in layers):
+        return "\n".join(lines)
+    freed, seconds = sum(each.bytes_freed for each in layers), sum(each.seconds for each in layers)
+    lines.append(
+        f"{cache.nbytes / 1e6:.2f} MB stored, {freed / 1e6:.2f} MB freed, {seconds * 1e3:.1f} ms in evictions."
+    )
+    recorded = [each for each in layers if each.num_suppressed is not None]
+    if recorded:
+        count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)
+        lines.append(f"{count} tokens were suppressed: the importance alone would have kept them.")
+    table = [(*COLUMNS, *(RECORDED_COLUMNS if recorded else ()))]
+    table += [_row(each, with_record=bool(recorded)) for each in layers]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines.append("")
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join(lines)
+
+
+def _verdict(cache: EvictingCache) -> str:
+    """Say in a sentence whether anything was dropped, and why not if not."""
+    layers = cache.layers
+    seen = layers[0].num_seen if layers else 0
+    ran = [layer for layer in layers if layer.num_evictions]
+    if any(layer.num_dropped for layer in ran):
+        times = sum(layer.num_evictions for layer in ran)
+        said = f"{times} evictions ran in {len(ran)} of {len(layers)} layers, over {seen} tokens."
+    elif ran:
+        budget = min(layer.budget or 0 for layer in ran)
+        said = f"Nothing was dropped: all {seen - ran[0].num_new} tokens fitted into the budget of {budget}."
+    elif not seen:
+        return "Nothing was evicted: the cache has seen no tokens."
+    elif any(layer.source is None or layer.awaits_queries for layer in layers):
+        return (
+            "Nothing was evicted: the model's attention did not tell the cache its queries. Run the model inside "
+            "evicting() or observing()."
+        )
+    elif not any(layer.evicts for layer in layers):
+        return "Nothing was evicted: every layer has a sliding window and is left to itself."
+    elif cache.policy is None:
+        return "Nothing was evicted: the cache has no policy, and evict(policy) was not called."
+    else:
+        return "Nothing was evicted yet: the eviction waits for crop() or the next forward call."
+    num_new = ran[0].num_new
+    return said + (f" {num_new} tokens have come since." if num_new else "")
+
+
+def _row(layer: LayerStats, *, with_record: bool) -> tuple[str, ...]:
+    least, most = (int(layer.num_kept.min()), int(layer.num_kept.max())) if layer.num_kept.size else (0, 0)
+    cells = (
+        str(layer.layer),
+        str(layer.num_seen),
+        str(layer.num_stored),
+        str(least) if least == most else f"{least} to {most}",
+        f"{layer.num_evictions} x" if layer.evicts else "sliding",
+        f"{layer.nbytes / 1e6:.2f}",
+        f"{layer.bytes_freed / 1e6:.2f}",
+        f"{layer.seconds * 1e3:.1f}",
+    )
+    if not with_record:
+        return cells
+    before, after, suppressed = layer.redundancy_before, layer.redundancy_after, layer.num_suppressed
+    if before is None or after is None or suppressed is None:
+        return (*cells, "-", "-", "-")
+    return (*cells, f"{before.mean():.3f}", f"{after.mean():.3f}", str(int(suppressed.sum())))
+
+
+def _parts(record: EvictionRecord) -> Iterator[tuple[Eviction, slice]]:
+    """Give every decision with the rows of the batch that it is about."""
+    if len(record.decisions) == 1:
+        yield record.decisions[0], slice(None)
+        return
+    for row, decision in enumerate(record.decisions):
+        yield decision, slice(row, row + 1)
+
+
+def _valid(record: EvictionRecord) -> HostArray:
+    if record.valid is None:
+        return np.ones(tuple(record.positions.shape), dtype=bool)
+    return _host(record.valid)
+
+
+def _suppressed(record: EvictionRecord) -> HostArray:
+    """Mark the slots (batch, kv_heads, N) that the importance alone would have kept and the eviction dropped."""
+    valid = _valid(record)
+    return np.concatenate([_overruled(decision, valid[rows]) & valid[rows] for decision, rows in _parts(record)])
+
+
+def _overruled(decision: Eviction, valid: HostArray) -> HostArray:
+    """Select once more, by the importance, and mark what only that keeps."""
+    found = np.zeros(valid.shape, dtype=bool)
+    if decision.importance is None:
+        return found
+    give, backend = decision.backend.to_numpy, load("numpy")
+    importance = give(decision.importance)
+    protected = None if decision.protected is None else give(decision.protected)
+    if decision.head_budgets is None:
+        alone = select(importance, decision.budget, protected=protected, valid=valid, backend=backend)
+    else:
+        shares, width = give(decision.head_budgets), decision.kept.shape[-1]
+        alone = select_per_head(importance, shares, width, protected, valid, backend=backend)
+    _mark(found, alone, True)
+    _mark(found, give(decision.kept), False)
+    return found
+
+
+def _protected(record: EvictionRecord) -> HostArray:
+    """Mark the slots (batch, kv_heads, N) that were kept before all others."""
+    found = np.zeros(tuple(record.positions.shape), dtype=bool)
+    for decision, rows in _parts(record):
+        if decision.protected is not None:
+            _mark(found[rows], decision.backend.to_numpy(decision.kept), True)
+            found[rows] &= decision.backend.to_numpy(decision.protected)
+    return found & _valid(record)
+
+
+def _suppressions(record: EvictionRecord, suppressed: HostArray) -> Suppressions:
+    """List the edges that lead to suppressed tokens, and the suppressed tokens without any."""
+    positions = _host(record.positions)
+    edges = [_edges(decision, suppressed[rows], rows.start or 0) for decision, rows in _parts(record)]
+    row, head, token, source, weight = (np.concatenate(column) for column in zip(*edges, strict=True))
+    source = np.where(source < 0, -1, positions[row, head, source])
+    token = positions[row, head, token]
+    order = np.lexsort((source, -weight, token, head, row))
+    return Suppressions(
+        row=row[order], head=head[order], token=token[order], source=source[order], weight=weight[order]
+    )
+
+
+def _edges(decision: Eviction, suppressed: HostArray, first_row: int) -> tuple[HostArray, ...]:
+    """Give row, head, slot of token, slot of source and weight, each of shape (S,)."""
+    give, graph = decision.backend.to_numpy, decision.graph
+    unexplained = suppressed.copy()
+    parts: list[tuple[HostArray, ...]] = []
+    if graph is not None and graph.num_neighbors:
+        shape = (*suppressed.shape[:2], -1)
+        neighbors, weights = give(graph.neighbors).reshape(shape), give(graph.weights).reshape(shape)
+        was_lowered = suppressed & (give(decision.scores) < give(decision.importance))
+        row, head, edge = np.nonzero(np.take_along_axis(was_lowered, neighbors, axis=-1) & (weights > 0))
+        token = neighbors[row, head, edge]
+        source = give(graph.sources)[row, head, edge // graph.num_neighbors]
+        parts.append((row, head, token, source, weights[row, head, edge]))
+        unexplained[row, head, token] = False
+    row, head, token = np.nonzero(unexplained)
+    parts.append((row, head, token, np.full_like(token, -1), np.zeros(token.shape, dtype=np.float32)))
+    row, *others = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return row + first_row, *others
+
+
+def _mark(found: HostArray, where: HostArray, value: Any, which: HostArray | None = None) -> None:
+    """Set `found` (batch, kv_heads, N) at some positions (batch, kv_heads, b); those outside 0 to N - 1 are none."""
+    is_there = (where >= 0) & (where < found.shape[-1])
+    row, head, slot = np.nonzero(is_there if which is None else is_there & which)
+    found[row, head, where[row, head, slot]] = value
+
+
+def _host(tensor: torch.Tensor) -> HostArray:
+    return tensor.detach().cpu().numpy()
