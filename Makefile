@@ -17,7 +17,7 @@ test: .venv/installed-test
 
 # In its own environment: kvpress holds transformers back at 5.2, the oldest that we support.
 test-kvpress: .venv-kvpress/installed
-	OMP_NUM_THREADS=1 $(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/integrations tests/kvpress \
+	OMP_NUM_THREADS=1 $(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/evaluation tests/integrations tests/kvpress \
 		'tests/test_docs.py::test_python_blocks_run_in_order[kvpress]' $(ARGS)
 
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
@@ -51,7 +51,7 @@ docs: .venv/installed-test
 .venv-kvpress/installed: pyproject.toml constraints-kvpress.txt
 	test -x $(KVPRESS_BIN)/python || $(PYTHON) -m venv .venv-kvpress
 	$(KVPRESS_BIN)/python -m pip install --quiet --constraint constraints-kvpress.txt \
-		--editable '.[demo,kvpress,testing]' array-api-strict pytest-xdist
+		--editable '.[eval,kvpress,testing]' array-api-strict pytest-xdist
 	touch $@
 
 clean:

@@ -72,21 +72,24 @@ def tiny(kind, config, seed=0, **options):
     return kind(config(**options)).eval()
 
 
+def tiny_gemma3(**changes):
+    """Sliding and full layers, and another scale of the logits than 1 / sqrt(head_dim), as the real ones have."""
+    options = {
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    return tiny(Gemma3ForCausalLM, Gemma3TextConfig, **SIZES | options | changes)
+
+
 FAMILIES = {
     "llama": tiny_llama,
     "mistral-sliding": lambda: tiny(MistralForCausalLM, MistralConfig, **SIZES, sliding_window=24),
     "qwen2": lambda: tiny(Qwen2ForCausalLM, Qwen2Config, **SIZES),
     "qwen3": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, **SIZES, head_dim=8),
-    "gemma3-mixed": lambda: tiny(
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        **SIZES | {"num_hidden_layers": 4},
-        head_dim=8,
-        # Another scale than 1 / sqrt(head_dim), as the real ones have.
-        query_pre_attn_scalar=16,
-        sliding_window=12,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-    ),
+    "gemma3-mixed": tiny_gemma3,
     "phi3": lambda: tiny(Phi3ForCausalLM, Phi3Config, **SIZES),
     "gpt-neox": lambda: tiny(GPTNeoXForCausalLM, GPTNeoXConfig, **UNGROUPED),
     "opt": lambda: tiny(OPTForCausalLM, OPTConfig, **UNGROUPED, ffn_dim=64, word_embed_proj_dim=48),

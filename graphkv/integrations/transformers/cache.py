@@ -29,6 +29,18 @@ def not_compiled(function: Function) -> Function:
     return cast("Function", disable(function))
 
 
+class Origin:
+    """Which cache handed out a tensor of keys, and for which layer; copies and files of the tensor do not know it."""
+
+    def __init__(self, cache: EvictingCache | None = None, layer: int = 0) -> None:
+        self.cache: Callable[[], EvictingCache | None] = (lambda: None) if cache is None else weakref.ref(cache)
+        self.layer = layer
+
+    def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
+        """Forget the cache."""
+        return Origin, ()
+
+
 class EvictingCache(Cache):  # type: ignore[misc]
     """A transformers cache whose layers can be evicted and stay true.
 
@@ -120,7 +132,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         # The attention function receives this very tensor, and so finds its way back.
-        keys.graphkv_cache = weakref.ref(self), layer_idx
+        keys.graphkv_origin = Origin(self, layer_idx)
         return keys, values
 
     def _check_finished(self) -> None:
@@ -254,9 +266,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
 def met_by(keys: torch.Tensor) -> tuple[EvictingCache | None, EvictingLayer | None]:
     """Find the cache and the layer that a tensor of keys was handed out by; None and None for other tensors."""
-    reference, layer = getattr(keys, "graphkv_cache", (lambda: None, 0))
-    cache = reference()
-    return cache, None if cache is None else cache.layers[layer]
+    origin = getattr(keys, "graphkv_origin", None)
+    cache = None if origin is None else origin.cache()
+    return cache, None if origin is None or cache is None else cache.layers[origin.layer]
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
