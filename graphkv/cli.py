@@ -222,7 +222,9 @@ def tune(
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="As of graphkv eval. Repeatable.")] = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="As of graphkv eval. Repeatable.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="As of graphkv eval. Repeatable.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="agnostic: questions come after the eviction; aware: they are in the cache before it.")
+    ] = "agnostic",
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that are always kept.")] = 4,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per task and length to tune on.")] = 8,
     held_out: Annotated[int, typer.Option(min=1, help="Prompts per task and length to report on.")] = 40,
@@ -253,7 +255,7 @@ def tune(
     given = {
         "tasks": task,
         "lengths": length,
-        "modes": mode,
+        "modes": [mode],
         "policies": [base],
         "budgets": [budget],
         "sinks": [sinks],

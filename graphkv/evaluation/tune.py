@@ -121,12 +121,12 @@ class Losses:
         return [self.loss(name) for name in names]
 
     def loss(self, name: str) -> float:
-        """Average a metric over prompts, then over tasks, modes and lengths; turn it such that less is better."""
+        """Average a metric over prompts, then over tasks and lengths; turn it such that less is better."""
         cells: dict[tuple[Any, ...], list[float]] = {}
         for record in self.found[name]:
             value = getattr(record, self.metric)
             if value is not None:
-                cells.setdefault((record.task, record.mode, record.length), []).append(float(value))
+                cells.setdefault((record.task, record.length), []).append(float(value))
         if not cells:
             raise ArgumentError(f"--metric {self.metric} must be measured by the tasks; it is not")
         mean = float(np.mean([np.mean(values) for values in cells.values()]))
@@ -156,7 +156,7 @@ def main(
     Parameters
     ----------
     config : Config
-        Of the tuning split, with one policy (the base), one budget and one number of sinks.
+        Of the tuning split, with one policy (the base), one budget, one mode and one number of sinks.
     held_out : int
         Prompts per task and length to report on.
     metric : str
@@ -221,7 +221,7 @@ def main(
         "model": identity["model"]["name"],
         "tasks": list(config.tasks),
         "lengths": list(config.lengths),
-        "modes": list(config.modes),
+        "mode": config.modes[0],
         "budget": budget,
         "prompts": config.prompts,
         "split": config.split,
