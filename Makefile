@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 KVPRESS_BIN := .venv-kvpress/bin
 
-.PHONY: demo test test-kvpress thorough lint docs clean
+.PHONY: demo test test-kvpress thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
@@ -24,6 +24,10 @@ test-kvpress: .venv-kvpress/installed
 thorough: .venv/installed-test
 	GRAPHKV_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_conformance.py $(ARGS)
 
+# Ratios to the work that cannot be avoided: a table, and benchmarks/results.json. With kvpress where .venv-kvpress is.
+bench: .venv/installed-test
+	$(BIN)/python -m benchmarks $(ARGS)
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +38,7 @@ lint: .venv/installed-test
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python docs/performance.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
 
 # A stamp comes last, so that an interrupted installation is made again.

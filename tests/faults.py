@@ -77,6 +77,29 @@ def segment(values, index, num_segments, /, *, xp, ufunc, fault=""):
     return result
 
 
+def received_attention(queries, keys, valid, /, *, block_size, xp, fault=""):
+    groups = queries.shape[1] // keys.shape[1]
+    total = np.zeros((*keys.shape[:2], groups, keys.shape[2]), keys.dtype)
+    num_queries, num_tokens = queries.shape[2], keys.shape[2]
+    for b, h, i in np.ndindex(*queries.shape[:3]):
+        kv_head = h % keys.shape[1] if fault == "heads dealt out in turns" else h // groups
+        position = num_tokens - num_queries + i
+        sees = valid[b, kv_head].copy()
+        if fault != "looks ahead":
+            sees[position + 1 :] = False
+        if fault == "starts at the first position":
+            sees[i + 1 :] = False
+        if fault != "padding asks" and not valid[b, kv_head, position]:
+            continue
+        if not sees.any():
+            continue
+        scale = 1 if fault == "not scaled" else np.sqrt(keys.shape[-1])
+        logits = np.where(sees, np.nan_to_num(keys[b, kv_head]) @ queries[b, h, i] / scale, -np.inf)
+        weight = np.exp(logits - logits.max())
+        total[b, kv_head, h % groups] += weight / weight.sum()
+    return total
+
+
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
@@ -326,6 +349,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "top_k": top_k,
     "segment_product": partial(segment, ufunc=np.multiply),
     "segment_sum": partial(segment, ufunc=np.add),
+    "received_attention": received_attention,
     "build_graph": build_graph,
     "propagate": propagate,
     "degree": degree,
@@ -376,6 +400,13 @@ FAULTS = [
         },
     ),
     *faults_of("segment_sum", {"last write wins": "segment_sum_adds_what_shares_an_index"}),
+    *faults_of(
+        "received_attention",
+        dict.fromkeys(
+            ("looks ahead", "starts at the first position", "padding asks", "not scaled", "heads dealt out in turns"),
+            "received_attention_agrees_with_the_oracle",
+        ),
+    ),
     *faults_of(
         "build_graph",
         {

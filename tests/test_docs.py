@@ -76,6 +76,12 @@ def test_the_table_of_what_policies_need_is_current():
     assert done.returncode == 0
 
 
+def test_the_tables_of_measurements_are_current():
+    done = subprocess.run([sys.executable, DOCS / "performance.py", "--check"], check=False)
+
+    assert done.returncode == 0
+
+
 def test_pages_build_without_a_warning_and_need_no_network(tmp_path):
     for module, version in (
         ("sphinx", "9"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # A suppressed token with several sources.
-PLACE = "#layer=16&head=0&token=1562"
+PLACE = "#layer=16&amp;head=0&amp;token=1562"
+WIDTH, HEIGHT = 1240, 760
 
 
 def main() -> None:
@@ -22,10 +23,20 @@ def main() -> None:
         out = Path(scratch)
         subprocess.run([sys.executable, "-m", "graphkv", "inspect", "--output", scratch], check=True)
         shutil.copy(out / "inspect.png", HERE / "inspect.png")
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1240,760"]
+        # A frame, because Chromium takes its picture from the top of the page, wherever that has been scrolled to.
+        size = f'width="{WIDTH}" height="{HEIGHT}" style="border: 0"'
+        frame = f'<body style="margin: 0"><iframe src="inspect.html{PLACE}" {size}></iframe>'
+        (out / "frame.html").write_text(frame)
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--window-size={WIDTH},{HEIGHT}",
+        ]
         options += [f"--user-data-dir={out / 'profile'}", "--virtual-time-budget=5000"]
         picture = f"--screenshot={HERE / 'inspect-page.png'}"
-        subprocess.run([browser, *options, picture, (out / "inspect.html").as_uri() + PLACE], check=True)
+        subprocess.run([browser, *options, picture, (out / "frame.html").as_uri()], check=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import sqrt
 from typing import Any
 
 from ..core import primitives
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, LayerShape
+from ..core.primitives import window_attention
 from ..core.types import Array, Namespace
 
 __all__ = [
@@ -15,50 +15,12 @@ __all__ = [
     "group_heads",
     "last_rows",
     "pool",
+    "received",
     "token_rank",
     "window_attention",
     "window_bytes",
     "window_flops",
 ]
-
-
-def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
-    """Softmax attention of the last W positions to all N keys, causal inside the window.
-
-    Query heads are folded into the rows of one product per KV head, so no key is repeated.
-
-    Parameters
-    ----------
-    queries : array, shape (batch, query_heads, W, D)
-        The last W positions.
-    keys : array, shape (batch, kv_heads, N, D)
-    valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none.
-
-    Returns
-    -------
-    array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
-        Probabilities.
-    """
-    batch, query_heads, window, head_size = queries.shape
-    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
-    groups = query_heads // kv_heads
-    rows = xp.reshape(queries, (batch, kv_heads, groups * window, head_size))
-    logits = rows @ xp.matrix_transpose(keys) / sqrt(head_size)
-    logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
-
-    device = primitives.device_of(keys)
-    query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
-    causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
-    sees = causal & valid[:, :, None, None, :] & valid[:, :, None, num_tokens - window :, None]
-    lowest = xp.full_like(logits, -xp.inf)
-    logits = xp.where(sees, logits, lowest)
-    highest = xp.max(logits, axis=-1, keepdims=True)
-    # A padded query sees nothing: its row is all minus infinity, and stays all zero.
-    highest = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
-    weight = xp.exp(logits - highest)
-    total = xp.sum(weight, axis=-1, keepdims=True)
-    return weight / xp.where(total > 0, total, xp.ones_like(total))
 
 
 def group_heads(x: Array, reduction: str, /, *, xp: Namespace) -> Array:
@@ -114,19 +76,37 @@ def last_rows(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
     ArgumentError
         If neither queries nor attention of the last W positions are at hand.
     """
+    rows = _last(inputs, window, name=name)
+    if inputs.attention is None:
+        return window_attention(rows, inputs.keys, inputs.valid, xp=inputs.xp)
+    batch, query_heads, _, num_tokens = rows.shape
+    kv_heads = inputs.keys.shape[1]
+    return inputs.xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
+
+
+def received(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
+    """Sum what each token gets from the last W positions, as `last_rows` would give it row by row.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, query_heads / kv_heads, N)
+    """
     xp = inputs.xp
+    if inputs.attention is not None:
+        return xp.sum(last_rows(inputs, window, name=name), axis=-2)
+    receive = inputs.backend.received_attention or primitives.received_attention
+    return receive(_last(inputs, window, name=name), inputs.keys, inputs.valid, block_size=window, xp=xp)
+
+
+def _last(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
+    """Give the last W attention rows or queries, whichever are at hand."""
     rows = inputs.attention if inputs.attention is not None else inputs.queries
     argument = "attention" if inputs.attention is not None else "queries"
     if rows is None:
         raise ArgumentError(f"queries must be given for {name}: the last window={window} positions; got None")
     if rows.shape[2] < window:
         raise ArgumentError(f"{argument} must hold the last window={window} positions; got {rows.shape[2]}")
-    rows = rows[:, :, rows.shape[2] - window :, :]
-    if inputs.attention is None:
-        return window_attention(rows, inputs.keys, inputs.valid, xp=xp)
-    batch, query_heads, _, num_tokens = rows.shape
-    kv_heads = inputs.keys.shape[1]
-    return xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
+    return rows[:, :, rows.shape[2] - window :, :]
 
 
 def window_flops(policy: Any, shape: LayerShape, /) -> int:

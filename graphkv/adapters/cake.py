@@ -315,8 +315,9 @@ class CAKE(WindowPolicy):
         """
         return cls(budget=budget, window=32, kernel_size=5, gamma=200.0, tau1=tau1, tau2=tau2, schedule="code")
 
-    def score_past(self, inputs: LayerInputs, rows: Array, /) -> Array:
+    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
         """Weigh mean and variance."""
+        rows = attention.last_rows(inputs, window, name=type(self).__name__)
         return indicators(rows, kernel_size=self.kernel_size, gamma=self.gamma, xp=inputs.xp)
 
     def preference(self, inputs: LayerInputs, /) -> Array:

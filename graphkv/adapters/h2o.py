@@ -160,9 +160,8 @@ class H2O(SinkPolicy):
         """Add what the new positions give to every token."""
         xp = inputs.xp
         state = running.state_or_zeros(inputs, ("attention", "queries"), per_query_head=("attention",), name="H2O")
-        total = xp.matrix_transpose(state["attention"])
-        for rows in running.new_rows(inputs, self.block_size, name="H2O"):
-            total = running.accumulate(total, rows, xp=xp)
+        received = running.newly_received(inputs, self.block_size, name="H2O")
+        total = xp.matrix_transpose(state["attention"]) + received
         queries = state["queries"] + running.visible_queries(inputs)
         return {"attention": xp.matrix_transpose(total), "queries": queries}
 

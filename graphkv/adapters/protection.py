@@ -72,15 +72,15 @@ class WindowPolicy(SinkPolicy):
             raise ArgumentError(f"kernel_size must be odd; got {self.kernel_size}")
 
     @abstractmethod
-    def score_past(self, inputs: LayerInputs, rows: Array, /) -> Array:
+    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
         """Score the tokens before the window.
 
         Parameters
         ----------
         inputs : LayerInputs
             One layer.
-        rows : array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
-            Attention of the window, as probabilities.
+        window : int
+            W, at most N.
 
         Returns
         -------
@@ -98,7 +98,7 @@ class WindowPolicy(SinkPolicy):
     def score(self, inputs: LayerInputs, /) -> Array:
         """Score the past; inside the window, the importance is the place."""
         xp, window = inputs.xp, self.num_queries(inputs.num_tokens)
-        past = self.score_past(inputs, attention.last_rows(inputs, window, name=type(self).__name__))
+        past = self.score_past(inputs, window)
         place = xp.arange(1, window + 1, dtype=past.dtype, device=primitives.device_of(past))
         return xp.concat([past, xp.broadcast_to(place, (*past.shape[:-1], window))], axis=-1)
 

@@ -10,7 +10,7 @@ from ..core.policy import LayerInputs
 from ..core.types import Array, Namespace
 from . import attention
 
-__all__ = ["accumulate", "new_rows", "newest_tokens", "state_of", "state_or_zeros", "visible_queries"]
+__all__ = ["accumulate", "new_rows", "newest_tokens", "newly_received", "state_of", "state_or_zeros", "visible_queries"]
 
 
 def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
@@ -57,21 +57,40 @@ def new_rows(inputs: LayerInputs, block_size: int, /, *, name: str) -> Iterator[
         If there are fewer rows than new positions.
     """
     xp = inputs.xp
-    rows = inputs.attention if inputs.attention is not None else inputs.queries
-    argument = "attention" if inputs.attention is not None else "queries"
-    num_new = inputs.num_tokens - inputs.num_seen
-    num_given = 0 if rows is None else rows.shape[2]
-    if rows is None or num_given < num_new:
-        raise ArgumentError(f"{argument} must hold all {num_new} new positions for {name}; got {num_given}")
-    first = num_given - num_new
+    rows = _new_positions(inputs, name=name)
+    num_new = rows.shape[2]
     for start in range(0, num_new, block_size):
         stop = min(start + block_size, num_new)
         end = inputs.num_seen + stop
-        block, valid = rows[:, :, first + start : first + stop, :], inputs.valid[:, :, :end]
+        block, valid = rows[:, :, start:stop, :], inputs.valid[:, :, :end]
         if inputs.attention is None:
             yield attention.window_attention(block, inputs.keys[:, :, :end, :], valid, xp=xp)
         else:
             yield _given_rows(block[..., :end], valid, xp=xp)
+
+
+def newly_received(inputs: LayerInputs, block_size: int, /, *, name: str) -> Array:
+    """Sum what `new_rows` gives each token, without the rows where queries are at hand.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, query_heads / kv_heads, N)
+
+    Raises
+    ------
+    ArgumentError
+        If there are fewer rows than new positions.
+    """
+    xp, rows = inputs.xp, _new_positions(inputs, name=name)
+    if inputs.attention is None:
+        receive = inputs.backend.received_attention or primitives.received_attention
+        return receive(rows, inputs.keys, inputs.valid, block_size=block_size, xp=xp)
+    batch, kv_heads, num_tokens = inputs.valid.shape
+    shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
+    total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))
+    for block in new_rows(inputs, block_size, name=name):
+        total = accumulate(total, block, xp=xp)
+    return total
 
 
 def visible_queries(inputs: LayerInputs, /) -> Array:
@@ -122,6 +141,17 @@ def newest_tokens(valid: Array, num_recent: int, /, *, xp: Namespace) -> Array:
     """Mark the last `num_recent` tokens of each row that are not padding."""
     number = xp.sum(xp.astype(valid, xp.int64), axis=-1, keepdims=True)
     return valid & (attention.token_rank(valid, xp=xp) >= number - num_recent)
+
+
+def _new_positions(inputs: LayerInputs, /, *, name: str) -> Array:
+    """Give the attention rows or the queries, whichever are at hand, of the new positions."""
+    rows = inputs.attention if inputs.attention is not None else inputs.queries
+    argument = "attention" if inputs.attention is not None else "queries"
+    num_new = inputs.num_tokens - inputs.num_seen
+    num_given = 0 if rows is None else rows.shape[2]
+    if rows is None or num_given < num_new:
+        raise ArgumentError(f"{argument} must hold all {num_new} new positions for {name}; got {num_given}")
+    return rows[:, :, num_given - num_new :, :]
 
 
 def _given_rows(rows: Array, valid: Array, /, *, xp: Namespace) -> Array:

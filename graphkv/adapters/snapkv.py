@@ -13,13 +13,13 @@ from .protection import WindowPolicy
 __all__ = ["SnapKV", "votes"]
 
 
-def votes(window_attention: Array, /, *, kernel_size: int, pooling: str, group_reduction: str, xp: Namespace) -> Array:
-    """Sum the attention of the window's queries to each past token, reduce over query heads, then pool.
+def votes(received: Array, /, *, kernel_size: int, pooling: str, group_reduction: str, xp: Namespace) -> Array:
+    """Reduce what each past token gets from the window over query heads, then pool.
 
     Parameters
     ----------
-    window_attention : array, shape (batch, kv_heads, groups, W, N)
-        Probabilities of the last W positions.
+    received : array, shape (batch, kv_heads, groups, N - W)
+        Sums of probabilities over the last W positions.
     kernel_size : int
         Odd.
     pooling : str
@@ -31,8 +31,6 @@ def votes(window_attention: Array, /, *, kernel_size: int, pooling: str, group_r
     -------
     array, shape (batch, kv_heads, N - W)
     """
-    window, num_tokens = window_attention.shape[-2:]
-    received = xp.sum(window_attention[..., : num_tokens - window], axis=-2)
     return attention.pool(attention.group_heads(received, group_reduction, xp=xp), kernel_size, pooling, xp=xp)
 
 
@@ -115,10 +113,11 @@ class SnapKV(WindowPolicy):
         """
         return cls(budget=budget, window=32, kernel_size=7, pooling="max", group_reduction="mean", num_sinks=0)
 
-    def score_past(self, inputs: LayerInputs, rows: Array, /) -> Array:
+    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
         """Count the window's votes."""
+        received = attention.received(inputs, window, name=type(self).__name__)
         return votes(
-            rows,
+            received[..., : inputs.num_tokens - window],
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduction=self.group_reduction,

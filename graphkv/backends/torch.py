@@ -10,7 +10,9 @@ import torch
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.types import Array, Namespace
+from ..core.graph import _build_graph
+from ..core.types import Array, Graph, Namespace
+from . import streamed
 
 __all__ = ["BACKEND"]
 
@@ -39,6 +41,105 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     return result.scatter_add_(-1, index, values)
 
 
+def _normalised(keys: Array, /) -> Array:
+    length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
+    # Divided by infinity, everything becomes zero, infinity and NaN excepted.
+    length.masked_fill_(length == 0, torch.inf)
+    return torch.div(keys, length).nan_to_num_(nan=0.0)
+
+
+def _rankable(similarity: Array, places: Array, /) -> Array:
+    """Pack what may be overwritten into integers that are all different, ascending from the best."""
+    is_excluded = similarity < -2
+    # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of others are negative.
+    bits = similarity.clamp_(max=1.0).view(torch.int32).clamp_(min=0)
+    return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
+
+
+def _nearest(
+    keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, block: int
+) -> tuple[Array, Array]:
+    (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
+    of = _normalised(keys.gather(1, sources[..., None].expand(-1, -1, head_size)))
+    of.masked_fill_(is_padding.gather(1, sources)[..., None], 0.0)
+    bias = keys.new_zeros((num_rows, num_tokens)).masked_fill_(is_padding, streamed.EXCLUDED)
+    bias.scatter_(1, sources, streamed.EXCLUDED)
+    filling = -num_tokens % block
+    bias = torch.nn.functional.pad(bias, (0, filling), value=streamed.EXCLUDED)[:, None]
+    products = keys.new_empty(num_rows * num_sources * width)
+    first = torch.arange(num_rows * num_sources, device=keys.device).view(num_rows, num_sources, 1)
+    places = torch.arange(num_tokens + filling, device=keys.device)
+
+    best = places.new_empty((num_rows, num_sources, 0))
+    for start in range(0, num_tokens, width):
+        to = _normalised(keys[:, start : start + width])
+        if to.shape[1] % block:
+            to = torch.nn.functional.pad(to, (0, 0, 0, filling))
+        size = to.shape[1]
+        found = products[: num_rows * num_sources * size].view(num_rows, num_sources, size)
+        torch.bmm(of, to.mT, out=found).add_(bias[..., start : start + size])
+
+        blocks = found.view(-1, block)
+        highest = blocks.amax(dim=-1).view(num_rows, num_sources, -1)
+        num_blocks = highest.shape[-1]
+        chosen = _smallest(_rankable(highest, places[:num_blocks]), min(num_neighbors, num_blocks)) & 0xFFFFFFFF
+        near = blocks.index_select(0, (first * num_blocks + chosen).view(-1)).view(*chosen.shape, block)
+        near = _rankable(near, (chosen * block)[..., None] + places[start : start + block])
+        best = torch.cat([best, near.view(num_rows, num_sources, -1)], dim=-1)
+        best = _smallest(best, min(num_neighbors, best.shape[-1]))
+    weights = (best >> 32).neg_().clamp_(min=0).to(torch.int32).view(torch.float32)
+    return best & 0xFFFFFFFF, weights
+
+
+def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
+    """Stream the similarities of float32; what records gradients must not be written to, and takes the portable way."""
+    if keys.dtype != torch.float32 or (keys.requires_grad and torch.is_grad_enabled()):
+        return _build_graph(keys, importance, valid, **options)
+    return streamed.build_graph(keys, importance, valid, nearest=_nearest, **options)
+
+
+# Attention probabilities that exist at a time: 8 MB in float32, which a last-level cache holds.
+ATTENTION_SIZE = 1 << 21
+
+
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
+    """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
+    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+        return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
+    batch, query_heads, num_queries, head_size = queries.shape
+    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
+    num_rows, groups = batch * kv_heads, query_heads // kv_heads
+    asks = valid[..., num_tokens - num_queries :].reshape(num_rows, 1, num_queries, 1)
+    # Padding may hold anything, NaN included.
+    queries = queries.reshape(num_rows, groups, num_queries, head_size).masked_fill(~asks, 0.0)
+    queries.mul_(head_size**-0.5)
+    valid, keys = valid.reshape(num_rows, 1, num_tokens), keys.reshape(num_rows, num_tokens, head_size)
+
+    block_size = max(1, min(block_size, num_queries, ATTENTION_SIZE // max(groups * num_tokens, 1)))
+    height = max(1, ATTENTION_SIZE // max(groups * block_size * num_tokens, 1))
+    total = queries.new_zeros((num_rows, groups, num_tokens))
+    buffer = queries.new_empty(min(height, num_rows) * groups * block_size * num_tokens)
+    # Low enough to vanish next to any logit, and finite, so that a row which sees nothing is no NaN.
+    hidden = torch.finfo(queries.dtype).min / 2
+    future = torch.full((block_size, block_size), hidden, dtype=queries.dtype, device=queries.device).triu_(1)
+    for first in range(0, num_rows, height):
+        rows = slice(first, first + height)
+        seen = keys[rows].masked_fill(~valid[rows].mT, 0.0)
+        padding = torch.zeros_like(valid[rows], dtype=queries.dtype).masked_fill_(~valid[rows], hidden)
+        for start in range(0, num_queries, block_size):
+            stop = min(start + block_size, num_queries)
+            size, end = stop - start, num_tokens - num_queries + stop
+            block = queries[rows, :, start:stop].reshape(-1, groups * size, head_size)
+            logits = buffer[: block.shape[0] * groups * size * end].view(-1, groups * size, end)
+            torch.baddbmm(padding[..., :end], block, seen[:, :end].mT, out=logits)
+            logits = logits.view(-1, groups, size, end)
+            logits[..., end - size :].add_(future[:size, :size])
+            probabilities = torch.softmax(logits, dim=-1)
+            probabilities.mul_(asks[rows, :, start:stop])
+            total[rows, :, :end] += probabilities.sum(dim=-2)
+    return total.view(batch, kv_heads, groups, num_tokens)
+
+
 def to_numpy(x: Array) -> Any:
     """Copy to the host."""
     return x.detach().cpu().numpy()
@@ -51,4 +152,6 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+    received_attention=received_attention,
+    build_graph=build_graph,
 )

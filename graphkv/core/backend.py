@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from .errors import BackendError, BackendUnavailableError
@@ -47,6 +46,9 @@ class Backend:
         ``segment_product(values, index, num_segments, *, xp)``, see `graphkv.core.primitives.segment_product`.
     segment_sum : callable, optional
         As `segment_product`, with sums.
+    received_attention : callable, optional
+        ``received_attention(queries, keys, valid, *, block_size, xp)``, see
+        `graphkv.core.primitives.received_attention`.
     build_graph, propagate, degree, fuse, select : callable, optional
         Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
         `_propagate`, and so on) and must give the same result.
@@ -59,6 +61,7 @@ class Backend:
     top_k: Callable[..., Any] | None = None
     segment_product: Callable[..., Any] | None = None
     segment_sum: Callable[..., Any] | None = None
+    received_attention: Callable[..., Any] | None = None
     build_graph: Callable[..., Any] | None = None
     propagate: Callable[..., Any] | None = None
     degree: Callable[..., Any] | None = None
@@ -133,6 +136,8 @@ def load(name: str) -> Backend:
 
 def _load_entry_point(name: str) -> Backend:
     """Load the backend that an installed package offers under that name."""
+    from importlib import metadata  # noqa: PLC0415 - takes longer to import than graphkv, and few ask for it
+
     offers = list(metadata.entry_points(group=ENTRY_POINTS, name=name))
     if not offers:
         raise BackendError(

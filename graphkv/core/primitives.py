@@ -6,11 +6,22 @@ A backend may bring a faster form of each; the result must be the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 from .types import Array, Namespace
 
-__all__ = ["device_of", "packed_top_k", "segment_product", "segment_sum", "take_rows", "top_k", "widen"]
+__all__ = [
+    "device_of",
+    "packed_top_k",
+    "received_attention",
+    "segment_product",
+    "segment_sum",
+    "take_rows",
+    "top_k",
+    "widen",
+    "window_attention",
+]
 
 # A packed key holds, from high to low bits: tier (2), score (32), token index (29).
 SCORE_BITS = 32
@@ -128,6 +139,76 @@ def take_rows(x: Array, indices: Array, /, *, xp: Namespace) -> Array:
     rest = tuple(x.shape[axis + 1 :])
     index = xp.reshape(indices, (*indices.shape, *(1 for _ in rest)))
     return xp.take_along_axis(x, xp.broadcast_to(index, (*indices.shape, *rest)), axis=axis)
+
+
+def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
+    """Softmax attention of the last W positions to all N keys, causal inside the window.
+
+    Query heads are folded into the rows of one product per KV head, so no key is repeated.
+
+    Parameters
+    ----------
+    queries : array, shape (batch, query_heads, W, D)
+        The last W positions.
+    keys : array, shape (batch, kv_heads, N, D)
+    valid : array, shape (batch, kv_heads, N), bool
+        Padding receives no attention, and a padded query gives none.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
+        Probabilities.
+    """
+    batch, query_heads, window, head_size = queries.shape
+    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
+    groups = query_heads // kv_heads
+    rows = xp.reshape(queries, (batch, kv_heads, groups * window, head_size))
+    logits = rows @ xp.matrix_transpose(keys) / sqrt(head_size)
+    logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
+
+    device = device_of(keys)
+    query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
+    causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
+    sees = causal & valid[:, :, None, None, :] & valid[:, :, None, num_tokens - window :, None]
+    lowest = xp.full_like(logits, -xp.inf)
+    logits = xp.where(sees, logits, lowest)
+    highest = xp.max(logits, axis=-1, keepdims=True)
+    # A padded query sees nothing: its row is all minus infinity, and stays all zero.
+    highest = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
+    weight = xp.exp(logits - highest)
+    total = xp.sum(weight, axis=-1, keepdims=True)
+    return weight / xp.where(total > 0, total, xp.ones_like(total))
+
+
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
+    """Sum what each token gets from the last Q positions: the columns of `window_attention`, but never all its rows.
+
+    A row needs the keys up to its own position only, and all of them are at hand, so its softmax needs no second pass.
+
+    Parameters
+    ----------
+    queries : array, shape (batch, query_heads, Q, D)
+        The last Q positions.
+    keys : array, shape (batch, kv_heads, N, D)
+    valid : array, shape (batch, kv_heads, N), bool
+        Padding receives no attention, and a padded query gives none.
+    block_size : int
+        At most so many queries of a head have their rows in memory at a time. It changes nothing but rounding.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, query_heads / kv_heads, N)
+    """
+    batch, query_heads, num_queries, _ = queries.shape
+    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
+    shape = (batch, kv_heads, query_heads // kv_heads, num_tokens)
+    total = xp.zeros(shape, dtype=keys.dtype, device=device_of(keys))
+    for start in range(0, num_queries, block_size):
+        stop = min(start + block_size, num_queries)
+        end = num_tokens - num_queries + stop
+        rows = window_attention(queries[:, :, start:stop, :], keys[:, :, :end, :], valid[:, :, :end], xp=xp)
+        total = xp.concat([total[..., :end] + xp.sum(rows, axis=-2), total[..., end:]], axis=-1)
+    return total
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:

@@ -135,7 +135,7 @@ def _middle(paragraphs: list[str]) -> int:
 
 def _words(whole: str, offsets: list[tuple[int, int]]) -> list[str]:
     """Cut the text at the tokens. Several tokens may share one character, and some leave a space to nobody."""
-    ends = list(accumulate((stop for _, stop in offsets), max))
+    ends = [stop for _, stop in offsets]
     return [whole[begin:end] for begin, end in zip([0, *ends], [*ends[:-1], len(whole)], strict=False)]
 
 

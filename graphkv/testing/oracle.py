@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import inf, isfinite, isnan, sqrt
+from math import exp, inf, isfinite, isnan, sqrt
 
 __all__ = [
     "FREE",
@@ -21,6 +21,7 @@ __all__ = [
     "evict",
     "fuse",
     "propagate",
+    "received",
     "select",
     "top_k",
 ]
@@ -88,6 +89,23 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     if square_a in (0, inf) or square_b in (0, inf) or isnan(square_a) or isnan(square_b):
         return 0.0
     return dot / (sqrt(square_a) * sqrt(square_b))
+
+
+def received(
+    queries: Sequence[Sequence[float]], keys: Sequence[Sequence[float]], valid: Sequence[bool] | None = None
+) -> list[float]:
+    """Sum the causal softmax attention that each key gets from the queries of one head, the last positions."""
+    valid = [True] * len(keys) if valid is None else [bool(flag) for flag in valid]
+    total = [0.0] * len(keys)
+    for position, query in enumerate(queries, start=len(keys) - len(queries)):
+        seen = [j for j in range(position + 1) if valid[j]]
+        if not valid[position]:
+            continue
+        logits = [sum(x * y for x, y in zip(query, keys[j], strict=True)) / sqrt(len(query)) for j in seen]
+        weights = [exp(logit - max(logits)) for logit in logits]
+        for j, weight in zip(seen, weights, strict=True):
+            total[j] += weight / sum(weights)
+    return total
 
 
 def build_graph(

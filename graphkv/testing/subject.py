@@ -11,7 +11,17 @@ from ..core.backend import Backend
 __all__ = ["Subject", "describe", "label", "variants"]
 
 # The fields that a backend may leave as None; every property runs with and without them.
-OPTIONAL = ("top_k", "segment_product", "segment_sum", "build_graph", "propagate", "degree", "fuse", "select")
+OPTIONAL = (
+    "top_k",
+    "segment_product",
+    "segment_sum",
+    "received_attention",
+    "build_graph",
+    "propagate",
+    "degree",
+    "fuse",
+    "select",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

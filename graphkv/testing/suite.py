@@ -122,6 +122,34 @@ def test_segment_sum_adds_what_shares_an_index(
     asserts.equal(found, wanted, backend=backend, like=x)
 
 
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(0, 7), groups=st.integers(1, 2), dtype=st.sampled_from(FLOATS))
+def test_received_attention_agrees_with_the_oracle(
+    backend: Backend, data: Any, num_tokens: int, groups: int, dtype: str
+) -> None:
+    """Causal, softmax over what a query sees, padding left out whatever it holds, and blocks make no difference."""
+    batch, kv_heads, head_size = 2, 2, 3
+    rows = (batch, kv_heads * groups, data.draw(st.integers(0, num_tokens)), head_size)
+    queries = data.draw(arrays(np.float64, rows, elements=strategies.general()))
+    keys = data.draw(arrays(np.float64, (batch, kv_heads, num_tokens, head_size), elements=strategies.general()))
+    valid = data.draw(arrays(np.bool_, (batch, kv_heads, num_tokens), fill=st.nothing()))
+    x = asserts.make(backend, np.where(valid[..., None], keys, np.nan), dtype)
+    receive = backend.received_attention or primitives.received_attention
+
+    found = receive(
+        asserts.make(backend, queries, dtype),
+        x,
+        asserts.make(backend, valid),
+        block_size=data.draw(st.integers(1, 4)),
+        xp=backend.xp,
+    )
+
+    wanted = np.zeros((batch, kv_heads, groups, num_tokens), dtype=asserts.wide(backend, dtype))
+    for b, h, g in np.ndindex(*wanted.shape[:-1]):
+        wanted[b, h, g] = oracle.received(queries[b, h * groups + g].tolist(), keys[b, h].tolist(), valid[b, h])
+    asserts.close(found, wanted, backend=backend, like=x, scale=1.0)
+
+
 # -------------------------------------------------------------------------------------------------------- build_graph
 
 

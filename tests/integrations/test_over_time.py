@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from graphkv import (
     CAKE,
@@ -596,11 +597,25 @@ def test_bad_arguments_are_named(model, ids):
             model(ids[None, :3], past_key_values=cache, attention_mask=torch.tensor([[0] * 7]))
 
 
+class Compressed(DynamicCache):
+    """Stands in for quantized and offloaded caches, which are made from a dynamic one."""
+
+
+def test_caches_of_another_kind_are_refused_before_anything_runs(model, ids):
+    cache = Compressed()
+    with evicting(model, SNAPKV), pytest.raises(ArgumentError, match=r"past_key_values must be None.*got Compressed"):
+        model(ids[None, :N], past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
 def test_configurations_that_cannot_work_are_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
 
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ArgumentError, match=r"encoder-decoder|'sdpa' or 'eager'"), evicting(t5, SNAPKV):
+        pass
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(ArgumentError, match="attention"), evicting(bloom, SNAPKV):
         pass
     odd = tiny_llama()
     odd.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]

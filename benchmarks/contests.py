@@ -1,0 +1,208 @@
+"""Everything that is compared on random arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import graphkv
+from graphkv import H2O, SnapKV
+
+from .measure import Call, Contest
+
+__all__ = ["Shape", "contests"]
+
+
+class Shape(NamedTuple):
+    """Sizes of a graph step."""
+
+    heads: int
+    num_tokens: int
+    head_size: int
+    num_sources: int
+    num_neighbors: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads, N {self.num_tokens}, D {self.head_size}, K {self.num_sources}"
+
+
+SHAPES = (Shape(8, 32768, 128, 614), Shape(8, 8192, 128, 154), Shape(3, 4096, 64, 154))
+MIDDLE = SHAPES[1]
+TINY = Shape(2, 96, 8, 6, 2)
+
+
+def _normal(library: str, device: str, *shape: int) -> Any:
+    """Draw float32 without a wider array on the way, which would count as memory."""
+    if library == "numpy":
+        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+
+
+def _graph_step(shape: Shape, library: str, device: str) -> Call:
+    keys = _normal(library, device, shape.heads, shape.num_tokens, shape.head_size)
+    importance = _normal(library, device, shape.heads, shape.num_tokens)
+
+    def step() -> Any:
+        graph = graphkv.build_graph(keys, importance, num_sources=shape.num_sources, num_neighbors=shape.num_neighbors)
+        # The paper takes 0.3 of the budget as sources.
+        return graphkv.select(graphkv.propagate(importance, graph), round(shape.num_sources / 0.3))
+
+    return step
+
+
+def _bare_product(shape: Shape, library: str, device: str) -> Call:
+    keys = _normal(library, device, shape.heads, shape.num_tokens, shape.head_size)
+    sources = _normal(library, device, shape.heads, shape.num_sources, shape.head_size)
+    return lambda: sources @ keys.swapaxes(-1, -2)
+
+
+def _all_pairs(shape: Shape, library: str, device: str) -> Call:
+    """The mean cosine of each key with all others, as redundancy scores of the field have it; one head at a time."""
+    keys = _normal(library, device, shape.heads, shape.num_tokens, shape.head_size)
+
+    def redundancy() -> Any:
+        found = []
+        for head in torch.nn.functional.normalize(keys, dim=-1):
+            similarity = head @ head.mT
+            found.append(similarity.fill_diagonal_(0.0).mean(dim=-1))
+        return torch.stack(found)
+
+    return redundancy
+
+
+def _against(first: Callable[..., Call], second: Callable[..., Call], shape: Shape, *where: str) -> Any:
+    return lambda tiny: (first(TINY if tiny else shape, *where), second(TINY if tiny else shape, *where))
+
+
+def _grown(shape: Shape, grown: Shape, *where: str) -> Any:
+    def make(tiny: bool) -> tuple[Call, Call]:
+        small, large = (TINY, TINY) if tiny else (shape, grown)
+        return _graph_step(large, *where), _graph_step(small, *where)
+
+    return make
+
+
+def _h2o(num_tokens: int, heads: int, device: str) -> Callable[[bool], tuple[Call, Call]]:
+    """The accumulated attention of a prompt, and the same from the whole matrix."""
+
+    def make(tiny: bool) -> tuple[Call, Call]:
+        tokens = 64 if tiny else num_tokens
+        keys, queries = (_normal("torch", device, 1, heads, tokens, 64) for _ in range(2))
+
+        def dense() -> Any:
+            logits = (queries @ keys.mT).div_(sqrt(64))
+            future = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu_(1)
+            return logits.masked_fill_(future, -torch.inf).softmax(dim=-1).sum(dim=-2)
+
+        # One token fewer than there are, so that nothing but scoring is done: selection is a row of this table too.
+        policy = H2O(budget=tokens - 1)
+        return lambda: graphkv.evict(policy, keys, queries=queries), dense
+
+    return make
+
+
+def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
+    """Score and select, against kvpress on the same tensors."""
+
+    def make(tiny: bool) -> tuple[Call, Call]:
+        from .peer import kvpress_snapkv  # noqa: PLC0415 - only where kvpress is
+
+        tokens, window, budget = (128, 16, 32) if tiny else (16384, 64, 2048)
+        keys = _normal("torch", device, 1, 8, tokens, 128)
+        queries = _normal("torch", device, 1, 32, window, 128)
+        policy = SnapKV(budget=budget, window=window, kernel_size=5)
+        ours = lambda: graphkv.evict(policy, keys, queries=queries).kept  # noqa: E731
+        return ours, kvpress_snapkv(keys, queries, budget, window)
+
+    return make
+
+
+def contests(device: str = "cpu") -> dict[str, Contest]:
+    """Give all contests by name, those with kvpress under names that start with "kvpress"."""
+    wait: Any = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    where = ("torch", device)
+    found = []
+    for shape in SHAPES:
+        found.append(
+            Contest(
+                name=f"graph step, torch: {shape}",
+                make=_against(_graph_step, _bare_product, shape, *where),
+                of="build_graph + propagate + select",
+                to="bare product",
+                at_most=1.5,
+                measure_memory=True,
+                memory_at_most=96.0 if shape.num_tokens == 32768 else None,
+                synchronise=wait,
+            )
+        )
+    if device == "cpu":
+        found += [
+            Contest(
+                name=f"graph step, numpy: {shape}",
+                make=_against(_graph_step, _bare_product, shape, "numpy", device),
+                of="build_graph + propagate + select",
+                to="bare product",
+                at_most=2.0,
+                measure_memory=True,
+            )
+            for shape in SHAPES
+        ]
+    for num_tokens in (4096, 8192, 16384):
+        shape = MIDDLE._replace(num_tokens=num_tokens)
+        found.append(
+            Contest(
+                name=f"all pairs, torch: {shape}",
+                make=_against(_all_pairs, _graph_step, shape, *where),
+                of="all-pairs redundancy",
+                to="graph step",
+                at_least=15.0 if num_tokens == 8192 else None,
+                synchronise=wait,
+            )
+        )
+    for name, small, large in (
+        ("N", MIDDLE._replace(num_tokens=4096), MIDDLE),
+        ("N", MIDDLE, MIDDLE._replace(num_tokens=16384)),
+        ("N", MIDDLE._replace(num_tokens=16384), MIDDLE._replace(num_tokens=32768)),
+        ("K", MIDDLE, MIDDLE._replace(num_sources=308)),
+        ("heads", MIDDLE, MIDDLE._replace(heads=16)),
+    ):
+        found.append(
+            Contest(
+                name=f"twice the {name}, torch: {small}",
+                make=_grown(small, large, *where),
+                of=f"graph step at twice the {name}",
+                to="graph step",
+                at_most=2.2 if name == "N" else None,
+                synchronise=wait,
+            )
+        )
+    for num_tokens in (2048, 8192):
+        found.append(
+            Contest(
+                name=f"H2O prefill, torch: 9 heads, N {num_tokens}, D 64",
+                make=_h2o(num_tokens, 9, device),
+                of="H2O",
+                to="dense column sums",
+                at_most=1.3 if num_tokens == 2048 else None,
+                measure_memory=True,
+                memory_at_most=160.0 if num_tokens == 8192 else None,
+                synchronise=wait,
+            )
+        )
+    found.append(
+        Contest(
+            name="kvpress SnapKV: 32 query heads, 8 KV heads, N 16384, D 128, window 64",
+            make=_snapkv(device),
+            of="SnapKV score and select",
+            to="kvpress SnapKVPress.score and top-k",
+            at_most=0.5,
+            measure_memory=True,
+            memory_share_at_most=0.15,
+            synchronise=wait,
+        )
+    )
+    return {contest.name: contest for contest in found}

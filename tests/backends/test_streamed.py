@@ -1,0 +1,110 @@
+"""The streamed graph of NumPy and torch is the portable one, index by index, and never holds a K x N array."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from graphkv import build_graph
+from graphkv.backends import streamed
+from graphkv.core.backend import load
+
+FIELDS = ("sources", "neighbors", "weights")
+
+
+def both(name, keys, importance, **options):
+    """Give the graph of a backend, and that of the same without its override."""
+    backend = load(name)
+    keys, importance = backend.xp.asarray(keys), backend.xp.asarray(importance)
+    if options.get("valid") is not None:
+        options["valid"] = backend.xp.asarray(options["valid"])
+    backends = backend, dataclasses.replace(backend, build_graph=None)
+    return [build_graph(keys, importance, backend=each, **options) for each in backends]
+
+
+def assert_same(graphs):
+    for field in FIELDS:
+        ours, portable = (np.asarray(getattr(graph, field)) for graph in graphs)
+        np.testing.assert_array_equal(ours, portable, err_msg=field)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("seed", range(12))
+def test_streaming_gives_the_portable_graph(name, dtype, seed):
+    """Keys of ones and minus ones make cosines exact and nearly all of them ties; padding, chunks and odd sizes."""
+    rng = np.random.default_rng(seed)
+    num_tokens = int(rng.integers(1, 400))
+    rows = (2, int(rng.integers(1, 4)))
+    keys = rng.choice([-1.0, 1.0], (*rows, num_tokens, 16)).astype(dtype)
+    keys[..., rng.integers(0, num_tokens), :] = rng.choice([0.0, 1e-30, np.inf, np.nan])
+
+    graphs = both(
+        name,
+        keys,
+        rng.choice([0.0, 1.0, 2.0], (*rows, num_tokens)).astype("float32"),
+        num_sources=int(rng.integers(1, num_tokens + 1)),
+        num_neighbors=int(rng.integers(1, 40)),
+        valid=rng.random((*rows, num_tokens)) < rng.choice([1.0, 0.9, 0.2]),
+        chunk_size=int(rng.choice([1, 7, 33, 64, 100, 4096])),
+    )
+
+    assert_same(graphs)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("buffer_size", [1, 100, 10_000])
+def test_the_size_of_the_buffer_changes_nothing(name, buffer_size, monkeypatch):
+    monkeypatch.setattr(streamed, "BUFFER_SIZE", buffer_size)
+    rng = np.random.default_rng(0)
+    keys = rng.choice([-1.0, 1.0], (5, 300, 16)).astype("float32")
+
+    assert_same(both(name, keys, rng.random((5, 300)), num_sources=20, num_neighbors=6))
+
+
+def test_many_neighbors_in_one_block_are_all_found():
+    """The best M of a source may all stand in one block, where a maximum per block shows only one of them."""
+    keys = np.tile(np.eye(2, 16, dtype="float32")[1], (500, 1))
+    keys[0] = keys[64:80] = np.eye(2, 16, dtype="float32")[0]
+
+    graph = build_graph(keys, np.arange(500, 0, -1, dtype="float32"), num_sources=1, num_neighbors=16)
+
+    assert graph.neighbors.tolist() == [list(range(64, 80))]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_products_never_exceed_the_buffer(name, monkeypatch):
+    sizes = []
+    module = __import__(f"graphkv.backends.{name}", fromlist=["_nearest"])
+
+    def watched(keys, sources, is_padding, *, num_neighbors, width, block):
+        sizes.append(keys.shape[0] * sources.shape[1] * width)
+        return nearest(keys, sources, is_padding, num_neighbors=num_neighbors, width=width, block=block)
+
+    nearest = module._nearest
+    backend = load(name)
+    xp = backend.xp
+    backend = dataclasses.replace(
+        backend, build_graph=lambda *arrays, **options: streamed.build_graph(*arrays, nearest=watched, **options)
+    )
+    monkeypatch.setattr(streamed, "BUFFER_SIZE", 4096)
+
+    build_graph(xp.ones((6, 3000, 4)), xp.ones((6, 3000)), num_sources=50, num_neighbors=2, backend=backend)
+
+    assert max(sizes) <= 4096
+    assert sum(sizes) >= 6
+
+
+def test_keys_that_record_gradients_are_taken():
+    keys = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    graph = build_graph(keys, torch.arange(100.0).view(2, 50), num_sources=3, num_neighbors=2)
+
+    graph.weights.sum().backward()
+    assert torch.any(keys.grad != 0)
+    with torch.no_grad():
+        again = build_graph(keys, torch.arange(100.0).view(2, 50), num_sources=3, num_neighbors=2)
+    torch.testing.assert_close(graph.weights.detach(), again.weights)
