@@ -20,16 +20,18 @@ def cell(value: float | None, unit: str, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f} {unit}"
 
 
-def target(row: dict[str, Any], text: str, met: str) -> str:
+def target(row: dict[str, Any], text: str, met: str, busy: bool = False) -> str:
     """Render a target and whether it was met."""
     if not row[text]:
         return "-"
-    return f"{row[text]}: {'met' if row[met] else '**missed**'}"
+    return f"{row[text]}: {'not judged, machine busy' if busy else 'met' if row[met] else '**missed**'}"
 
 
 def table(results: dict[str, Any]) -> str:
     """Render one file of results in Markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    cores = int(results["machine"]["cpu"].split(" cores")[0].split()[-1])
+    several = int(results["machine"]["threads"]) > 1
     lines = [
         f"{machine}.",
         "",
@@ -43,7 +45,7 @@ def table(results: dict[str, Any]) -> str:
             cell(None if row["seconds"] is None else 1e3 * row["seconds"], "ms"),
             cell(None if row["seconds_to"] is None else 1e3 * row["seconds_to"], "ms"),
             cell(row["ratio"], row["unit"], 2),
-            target(row, "target", "met"),
+            target(row, "target", "met", busy=several and row["load"] > cores + 1),
             cell(row["memory"], "MB", 0),
             cell(row["memory_to"], "MB", 0),
             target(row, "memory_target", "memory_met"),

@@ -108,3 +108,21 @@ def test_keys_that_record_gradients_are_taken():
     with torch.no_grad():
         again = build_graph(keys, torch.arange(100.0).view(2, 50), num_sources=3, num_neighbors=2)
     torch.testing.assert_close(graph.weights.detach(), again.weights)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_cosines_that_rounding_lifts_above_one_are_ties(name):
+    """Clipped before they are ranked: among edges of weight 1, the lower token comes first."""
+    xp = load(name).xp
+    rng = np.random.default_rng(0)
+    key = rng.normal(size=64).astype("float32")
+    keys = np.concatenate([[key], key * rng.uniform(0.1, 10, (300, 1))]).astype("float32")
+
+    graph = build_graph(
+        xp.asarray(keys), xp.asarray(-np.arange(301, dtype="float32")), num_sources=1, num_neighbors=300
+    )
+
+    weights, neighbors = np.asarray(graph.weights)[0], np.asarray(graph.neighbors)[0]
+    tied = neighbors[weights == 1]
+    assert 50 < tied.size < 300
+    assert tied.tolist() == sorted(tied.tolist())
