@@ -162,7 +162,7 @@ def draw_quality(
         for base, panel in panels.items():
             for curve in references:
                 dash = "-" if curve.label == "full" else (0, (1, 2))
-                _draw_curve(panel, curve, 1, color=FAINT, linestyle=dash, linewidth=1.1, alpha=0.55)
+                _draw_curve(panel, curve, 1, color=FAINT, linestyle=dash, linewidth=1.1, marker="_", alpha=0.55)
             for place, curve in enumerate(bases[base]):
                 look = _look(variants, curve.label)
                 dash = DASHES[list(variants).index(curve.label) % len(DASHES)]
@@ -239,7 +239,7 @@ def draw_gains(gains: Sequence[Gain], variants: Sequence[str], *, label: str) ->
         titles[base] = len(titles) + len(heights)
         for budget in dict.fromkeys(gain.budget for gain in gains if gain.base == base):
             heights[base, budget] = len(titles) + len(heights)
-    with _drawing(0.2 * (len(titles) + len(heights)) + 1.15) as (figure, buffer):
+    with _drawing(0.2 * (len(titles) + len(heights)) + 1.4) as (figure, buffer):
         panel = figure.subplots()
         panel.axvline(0, color=INK, linewidth=0.9)
         for gain in gains:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -233,7 +234,9 @@ def main(
     write_preset(path, replace(best, about=about))
     report = replace(config, split="held-out", prompts=held_out, policies=(base, f"{base}+graphkv", str(path)))
     app.main(report, output=output / "held-out", workers=1, threads=threads)
-    Console().print(_comparison(read_records(output / "held-out"), metric, str(path), base))
+    # A file has no width; a table needs one.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(_comparison(read_records(output / "held-out"), metric, str(path), base))
     print(f"Preset:  {path}")
 
 
