@@ -60,4 +60,4 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-kvpress build dist docs/_build docs/generated graphkv-demo graphkv-inspect
+	rm -rf .venv .venv-kvpress build dist docs/_build docs/generated graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
