@@ -241,7 +241,9 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         if decision.scores is None:
             return scores
         best = decision.scores.masked_fill(is_forced, -torch.inf).amax()
-        return torch.where(is_forced, best + 1, decision.scores)
+        # kvpress's own mark, or the next number where adding 1 is lost in rounding.
+        mark = torch.maximum(best + 1, torch.nextafter(best, torch.full_like(best, torch.inf)))
+        return torch.where(is_forced, mark, decision.scores)
 
     def compress(
         self,
