@@ -225,6 +225,16 @@ def test_cake_gives_layers_what_they_prefer(model, ids):
             assert not layer.valid[row][:, : layer.num_stored - single.num_stored].any()
 
 
+def test_another_policy_does_not_inherit_the_budgets_of_cake(model, ids):
+    with observing(model):
+        cache = EvictingCache(num_queries=6)
+        read(model, cache, ids[:N], [N])
+        cache.evict(CAKE(budget=20, window=6, kernel_size=3))
+        assert len({layer.num_stored for layer in cache.layers}) > 1
+        cache.evict(KNorm(budget=9))
+        assert [layer.num_stored for layer in cache.layers] == [9] * 3
+
+
 def test_turns_are_evicted_too(model, ids):
     """A second question on an evicted cache, with the whole history passed again."""
     policy = POLICIES["snapkv+graphkv"]

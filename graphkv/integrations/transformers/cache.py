@@ -190,7 +190,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         ArgumentTypeError
             If `policy` is no Policy.
         """
-        policy = policy or self.policy
+        policy = self.policy if policy is None else policy
         if policy is None:
             raise ArgumentError("policy must be given to evict a cache that has none")
         checks.instance("policy", policy, Policy)
@@ -273,11 +273,11 @@ def met_by(keys: torch.Tensor) -> tuple[EvictingCache | None, EvictingLayer | No
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
     """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
-    if policy.needs().preferences and all(layer.row_budgets is None for layer in layers):
+    if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.preference(policy, backend=backend) for layer in layers]
         shares = [policy.layer_budgets(row, layers[0].num_seen) for row in zip(*wants, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
-            layer.row_budgets = torch.tensor(budgets)
+            layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     for layer in layers:
         layer.evict(policy, backend=backend)

@@ -94,7 +94,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
     budget : int or None
-        Tokens per row that the last eviction aimed at; an average over the batch where rows differ.
+        Tokens per row that the last eviction aimed at; the most of any row where rows differ.
     num_evictions, num_dropped, bytes_freed : int
         Evictions that ran; tokens that they dropped per row, in the head that lost most; bytes that they freed.
     seconds : float
@@ -123,6 +123,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.queries: torch.Tensor | None = None
         self.state: Mapping[str, torch.Tensor] = {}
         self.row_budgets: torch.Tensor | None = None
+        self.shared_by: Policy | None = None
         self.budget: int | None = None
         self.num_evictions = 0
         self.num_dropped = 0
@@ -324,7 +325,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def _by_rows(self, policy: Policy) -> Sequence[tuple[Policy, slice]]:
         """Give the policy for the whole batch, or one for every row where rows have budgets of their own."""
-        if self.row_budgets is None:
+        if self.row_budgets is None or policy != self.shared_by:
             return [(policy, slice(None))]
         return [
             (LayerBudgets(policy, (budget,) * self.num_layers), slice(row, row + 1))
