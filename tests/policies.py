@@ -51,7 +51,7 @@ def every_policy(budget, window=4):
         "layer-shares": LayerShares(bases["knorm"], shares=[0, 1, 2, 1]),
         "per-layer": PerLayer(bases["snapkv"], policies=[bases["snapkv"], GraphKV(bases["snapkv"])]),
     }
-    graphs = {f"graphkv-{name}": GraphKV(base, neighbors=2) for name, base in bases.items()}
+    graphs = {f"graphkv-{name}": GraphKV(base, signal="decay", neighbors=2) for name, base in bases.items()}
     degrees = {
         "degree-snapkv": GraphKV(bases["snapkv"], signal="degree"),
         "degree-knorm": GraphKV(bases["knorm"], signal="degree", exponent=2),

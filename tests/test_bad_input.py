@@ -341,13 +341,13 @@ POLICY_TABLE = {
     "budget bool": kind(lambda: Random(budget=True), "budget must be an integer or a float share; got True"),
     "base that is none": kind(lambda: GraphKV(None), "base must be a Policy; got NoneType"),
     "source_ratio above 1": value(
-        lambda: GraphKV(Random(budget=4), source_ratio=2), "source_ratio must lie in [0, 1]; got 2.0"
+        lambda: GraphKV(Random(budget=4), signal="decay", source_ratio=2), "source_ratio must lie in [0, 1]; got 2.0"
     ),
     "neighbors negative": value(
-        lambda: GraphKV(Random(budget=4), neighbors=-1), "neighbors must be at least 0; got -1"
+        lambda: GraphKV(Random(budget=4), signal="decay", neighbors=-1), "neighbors must be at least 0; got -1"
     ),
     "rounds of the sum": value(
-        lambda: GraphKV(Random(budget=4), accumulation="sum", rounds=3),
+        lambda: GraphKV(Random(budget=4), signal="decay", accumulation="sum", rounds=3),
         "rounds must be 1 with accumulation 'sum'; got 3",
     ),
     "unknown signal": value(
@@ -355,7 +355,8 @@ POLICY_TABLE = {
         "signal must be one of ['decay', 'degree', 'enhance', 'evict']; got 'x'",
     ),
     "flag that is none": kind(
-        lambda: GraphKV(Random(budget=4), recompute_sources=1), "recompute_sources must be True or False; got 1"
+        lambda: GraphKV(Random(budget=4), signal="decay", recompute_sources=1),
+        "recompute_sources must be True or False; got 1",
     ),
     "unrotated that is no flag": kind(
         lambda: GraphKV(Random(budget=4), unrotated="yes"), "unrotated must be True or False; got 'yes'"

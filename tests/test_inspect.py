@@ -25,9 +25,9 @@ from tests.integrations.tiny import FAMILIES, save_tiny_llama, tiny_llama
 
 N = 61  # no multiple of 4: the last byte of the fates is not full
 POLICIES = {
-    "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), source_ratio=0.5, neighbors=4),
-    "adakv+graphkv": GraphKV(AdaKV(SnapKV(budget=24, window=6)), source_ratio=0.5, neighbors=4),
-    "cake+graphkv": GraphKV(CAKE(budget=24, window=6), source_ratio=0.5, neighbors=4),
+    "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), signal="decay", source_ratio=0.5, neighbors=4),
+    "adakv+graphkv": GraphKV(AdaKV(SnapKV(budget=24, window=6)), signal="decay", source_ratio=0.5, neighbors=4),
+    "cake+graphkv": GraphKV(CAKE(budget=24, window=6), signal="decay", source_ratio=0.5, neighbors=4),
     # Negative importance; "evict" gives scores of minus infinity.
     "knorm+graphkv": GraphKV(KNorm(budget=24), signal="evict"),
     # Nobody's neighbor is lowered: what is suppressed has no source.

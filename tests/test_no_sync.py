@@ -45,7 +45,7 @@ def run_without_values(backend, *, signal="decay", accumulation="product", chunk
     for policy in (
         GraphKV(SnapKV(budget=20, window=4, num_sinks=2), signal=signal, accumulation=accumulation),
         GraphKV(StreamingLLM(budget=20)),
-        GraphKV(Random(budget=20), recompute_sources=True, rounds=2),
+        GraphKV(Random(budget=20), signal="decay", recompute_sources=True, rounds=2),
     ):
         eviction = evict(policy, x["keys"], queries=x["queries"], valid=x["valid"][:, 0], backend=backend)
         found[f"{type(policy.base).__name__} kept"] = eviction.kept

@@ -122,7 +122,7 @@ def test_a_backend_is_passed_by_value(elsewhere, monkeypatch):
     for name in ("stranger.backend", "stranger"):
         monkeypatch.delitem(sys.modules, name)
     keys = stranger.xp.asarray(np.random.default_rng(0).normal(size=(1, 2, 12, 4)))
-    policy = GraphKV(StreamingLLM(budget=8, num_sinks=2), source_ratio=0.5, neighbors=2)
+    policy = GraphKV(StreamingLLM(budget=8, num_sinks=2), signal="decay", source_ratio=0.5, neighbors=2)
 
     found = evict(policy, keys, backend=stranger.BACKEND)
 

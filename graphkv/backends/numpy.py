@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,73 +30,133 @@ def _smallest(keys: Array, k: int, /) -> Array:
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smallest=_smallest)
 
 
-def _normalised(keys: Array, /) -> Array:
+class _Scratch(threading.local):
+    """Memory that every thread keeps for its next graph: what is fresh from the system costs more than the product."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Array] = {}
+
+    def take(self, name: str, size: int, dtype: Any, /) -> Array:
+        found = self.buffers.get(name)
+        if found is None or found.dtype != dtype or found.size < size:
+            found = self.buffers[name] = np.empty(size, dtype)
+        return found[:size]
+
+
+_scratch = _Scratch()
+
+
+def _normalise(keys: Array, /, *, out: Array) -> None:
     length = np.sqrt(np.vecdot(keys, keys))
     usable = (length > 0) & np.isfinite(length)
-    directions = keys / np.where(usable, length, 1)[..., None]
-    directions[~usable] = 0
-    return directions
+    if not usable.all():
+        keys, length = np.where(usable[..., None], keys, 0), np.where(usable, length, 1)
+    np.divide(keys, length[..., None], out=out)
 
 
-def _ranked(similarity: Array, places: Array, count: int, /) -> tuple[Array, Array]:
-    """Take the best: by weight, then what may be a neighbor before what may not, then by place. Gives weights, places.
-
-    Places may come in any order in float32, and must ascend among equal weights in float64.
-    """
-    is_excluded = similarity < -2
+def _rankable(similarity: Array, /) -> Array:
+    """Clip cosines to weights, and leave what may not be a neighbor below them."""
     weights = np.clip(similarity, 0, 1)
-    if weights.dtype == np.float64:
-        weights[is_excluded] = streamed.EXCLUDED
-        best = np.argsort(-weights, axis=-1, kind="stable")[..., :count]
-        places = np.broadcast_to(places, weights.shape)
-        return np.take_along_axis(weights, best, -1), np.take_along_axis(places, best, -1)
-    # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of -0.0 are negative.
-    bits = np.maximum(weights.view(np.int32), 0)
-    best = _smallest((np.subtract(is_excluded, bits, dtype=np.int64) << 32) | places, count)
-    order = best >> 32
-    weights = (-order).astype(np.int32).view(np.float32)
-    return np.where(order > 0, np.float32(streamed.EXCLUDED), weights), best & 0xFFFFFFFF
+    weights[similarity < -2] = streamed.EXCLUDED
+    return weights
+
+
+def _best(values: Array, count: int, /) -> tuple[Array, Array]:
+    """Give the places of the highest values of every row, ascending, and the rows where equal ones had to stay behind.
+
+    Of equal values the first are taken.
+    """
+    num_rows, size = values.shape
+    if count == size:
+        return np.tile(np.arange(size), (num_rows, 1)), np.zeros(num_rows, dtype=bool)
+    lowest = np.partition(values, size - count, axis=-1)[:, size - count, None]
+    is_best = values >= lowest
+    surplus = np.count_nonzero(is_best, axis=-1) - count
+    is_tied = surplus > 0
+    if is_tied.any():
+        equal = values[is_tied] == lowest[is_tied]
+        left = np.count_nonzero(equal, axis=-1) - surplus[is_tied]
+        is_best[is_tied] &= ~equal | (np.cumsum(equal, axis=-1) <= left[:, None])
+    places = np.flatnonzero(is_best).reshape(num_rows, count)
+    places %= size
+    return places, is_tied
+
+
+def _best_in_blocks(similarity: Array, count: int, block: int, /) -> Array:
+    """Find what `_best` finds in all clipped similarities, by a look into the best blocks.
+
+    Block b holds the tokens b, b + B, b + 2 B, ... of B blocks: so the maxima of all blocks come from comparing halves
+    of rows, which is as fast as reading them. Blocks with equal maxima have no order, and send the row the long way.
+    """
+    num_rows, size = similarity.shape
+    num_blocks = size // block
+    if size % block or num_blocks <= count:
+        return _best(_rankable(similarity), count)[0]
+    half = size // 2
+    highest = _scratch.take("highest", num_rows * half, similarity.dtype).reshape(num_rows, half)
+    np.maximum(similarity[:, :half], similarity[:, half:], out=highest)
+    while half > num_blocks:
+        half //= 2
+        np.maximum(highest[:, :half], highest[:, half : 2 * half], out=highest[:, :half])
+    chosen, is_tied = _best(_rankable(highest[:, :half]), count)
+    candidates = (np.arange(0, size, num_blocks)[:, None] + chosen[:, None, :]).reshape(num_rows, -1)
+    near = similarity.reshape(-1).take(candidates + np.arange(0, similarity.size, size)[:, None])
+    places = np.take_along_axis(candidates, _best(_rankable(near), count)[0], -1)
+    if is_tied.any():
+        places[is_tied] = _best(_rankable(similarity[is_tied]), count)[0]
+    return places
 
 
 def _nearest(
-    keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, block: int
+    keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, height: int, block: int
 ) -> tuple[Array, Array]:
     (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
-    of = _normalised(np.take_along_axis(keys, sources[..., None], 1))
-    of[np.take_along_axis(is_padding, sources, 1)] = 0
-    filling = -num_tokens % block
-    bias = np.full((num_rows, num_tokens + filling), streamed.EXCLUDED, dtype=keys.dtype)
-    bias[:, :num_tokens][~is_padding] = 0
+    neighbors = np.empty((num_rows, num_sources, num_neighbors), dtype=np.int64)
+    similarities = np.empty(neighbors.shape, dtype=keys.dtype)
+    # One more entry of every direction says who may be a neighbor: the product adds it up on its way.
+    bias = np.where(is_padding, keys.dtype.type(streamed.EXCLUDED), keys.dtype.type(0))
     np.put_along_axis(bias, sources, streamed.EXCLUDED, 1)
-    products = np.empty(num_rows * num_sources * width, dtype=keys.dtype)
+    of = np.empty((num_rows, num_sources, head_size + 1), dtype=keys.dtype)
+    _normalise(np.take_along_axis(keys, sources[..., None], 1), out=of[..., :-1])
+    of[..., -1] = 1
 
-    weights = np.empty((num_rows, num_sources, 0), dtype=keys.dtype)
-    neighbors = np.empty(weights.shape, dtype=np.int64)
-    for start in range(0, num_tokens, width):
-        to = _normalised(keys[:, start : start + width])
-        if to.shape[1] % block:
-            to = np.pad(to, ((0, 0), (0, filling), (0, 0)))
-        size = to.shape[1]
-        # A block's tokens stand above each other: NumPy is slow at maxima along a short last axis.
-        to = to.reshape(num_rows, -1, block, head_size).swapaxes(1, 2).reshape(num_rows, size, head_size)
-        column_bias = bias[:, start : start + size].reshape(num_rows, -1, block).swapaxes(1, 2)
-        found = products[: num_rows * num_sources * size].reshape(num_rows, num_sources, size)
-        np.matmul(of, to.swapaxes(1, 2), out=found)
-        found += column_bias.reshape(num_rows, 1, size)
+    for first in range(0, num_rows, height):
+        rows = slice(first, min(first + height, num_rows))
+        num = rows.stop - first
+        places = np.empty((num * num_sources, 0), dtype=np.int64)
+        weights = np.empty(places.shape, dtype=keys.dtype)
+        for start, stop in _chunks(num_tokens, width, block):
+            size = stop - start
+            to = _scratch.take("directions", num * size * (head_size + 1), keys.dtype).reshape(num, size, -1)
+            _normalise(keys[rows, start:stop], out=to[..., :-1])
+            to[..., -1] = bias[rows, start:stop]
+            found = _scratch.take("products", num * num_sources * size, keys.dtype).reshape(num, num_sources, size)
+            np.matmul(of[rows], to.swapaxes(1, 2), out=found)
 
-        blocks = found.reshape(num_rows, num_sources, block, -1)
-        num_blocks = blocks.shape[-1]
-        _, chosen = _ranked(blocks.max(axis=-2), np.arange(num_blocks), min(num_neighbors, num_blocks))
-        chosen.sort(axis=-1)
-        near = np.take_along_axis(blocks, chosen[..., None, :], -1).swapaxes(2, 3)
-        places = start + chosen[..., None] * block + np.arange(block)
-        weights = np.concatenate([weights, near.reshape(num_rows, num_sources, -1)], axis=-1)
-        neighbors = np.concatenate([neighbors, places.reshape(num_rows, num_sources, -1)], axis=-1)
-        weights, neighbors = _ranked(weights, neighbors, min(num_neighbors, weights.shape[-1]))
-    return neighbors, weights
+            found = found.reshape(-1, size)
+            near = _best_in_blocks(found, min(num_neighbors, size), block)
+            places = np.concatenate([places, near + start], axis=-1)
+            weights = np.concatenate([weights, _rankable(np.take_along_axis(found, near, -1))], axis=-1)
+            if places.shape[-1] > num_neighbors:
+                # Earlier tokens stand first, so the lower one stays among equals.
+                best, _ = _best(weights, num_neighbors)
+                places, weights = np.take_along_axis(places, best, -1), np.take_along_axis(weights, best, -1)
+        order = np.argsort(-weights, axis=-1, kind="stable")
+        neighbors[rows] = np.take_along_axis(places, order, -1).reshape(num, num_sources, -1)
+        similarities[rows] = np.take_along_axis(weights, order, -1).reshape(num, num_sources, -1)
+    return neighbors, similarities
 
 
-build_graph = partial(streamed.build_graph, nearest=_nearest)
+def _chunks(num_tokens: int, width: int, block: int, /) -> Iterator[tuple[int, int]]:
+    """Cut the tokens up into chunks of whole blocks, and what is left."""
+    whole = num_tokens - num_tokens % block
+    for start in range(0, whole, width):
+        yield start, min(start + width, whole)
+    if whole < num_tokens:
+        yield whole, num_tokens
+
+
+build_graph = partial(streamed.build_graph, nearest=_nearest, block_size=16)
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:

@@ -2,10 +2,10 @@
 
 Per pair of tokens nothing is computed but the matrix product. While a chunk of similarities is in the cache it is read
 once more, for the maximum of every block of tokens; only the M best blocks of a source are looked at closer. That is
-exact: were one of the M best tokens in another block, each of the M chosen blocks would hold a better one. So are ties:
-blocks follow each other like their tokens, and are ranked like tokens.
+exact: were one of the M best tokens in another block, each of the M chosen blocks would hold a better one. So are ties,
+by each library's own way.
 
-Here stands what the libraries share: how the rows and tokens are cut up. The inner loop is native to each of them.
+Here stands what the libraries share: how the rows and tokens are cut up. The inner loops are native to each of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from ..core.backend import Backend
 from ..core.graph import _build_graph, clip_weights
 from ..core.types import Array, Graph
 
-__all__ = ["BLOCK_SIZE", "EXCLUDED", "build_graph"]
+__all__ = ["EXCLUDED", "build_graph"]
 
-# Tokens per block: the fewer, the more maxima to rank; the more, the more candidates.
-BLOCK_SIZE = 32
 # Similarities that exist at a time: 8 MB in float32, which a last-level cache holds along with the keys.
 BUFFER_SIZE = 1 << 21
 # Added to the similarity of what may not be a neighbor: the sum is below -2, and so below every cosine.
@@ -39,6 +37,7 @@ def build_graph(
     chunk_size: int,
     backend: Backend,
     nearest: Callable[..., tuple[Array, Array]],
+    block_size: int,
 ) -> Graph:
     """Build the graph without any array of K x N, and without a normalised copy of all keys.
 
@@ -47,9 +46,12 @@ def build_graph(
     keys, importance, valid, num_sources, num_neighbors, chunk_size, backend
         As for the portable body.
     nearest : callable
-        ``nearest(keys, sources, is_padding, num_neighbors=, width=, block=)`` finds, for keys (R, N, D), sources (R, K)
-        and padding (R, N), the neighbors (R, K, M) and their similarities. It computes `width` of these per source at a
-        time, a multiple of `block`. Clipped to weights, equal ones rank by place, and what is padding or a source last.
+        ``nearest(keys, sources, is_padding, num_neighbors=, width=, height=, block=)`` finds, for keys (R, N, D),
+        sources (R, K) and padding (R, N), the neighbors (R, K, M) and their similarities. At a time it computes `width`
+        of these per source, a multiple of `block`, for the sources of `height` rows. Clipped to weights, equal ones
+        rank by place, and what is padding or a source last.
+    block_size : int
+        Tokens per block: the fewer, the more maxima to rank; the more, the more candidates.
 
     Returns
     -------
@@ -67,28 +69,19 @@ def build_graph(
             chunk_size=chunk_size,
             backend=backend,
         )
-    xp, top_k, device = backend.xp, backend.top_k or primitives.top_k, primitives.device_of(keys)
+    xp, top_k = backend.xp, backend.top_k or primitives.top_k
     keys = xp.reshape(keys, (num_rows, num_tokens, head_size))
     is_padding = xp.reshape(~valid, (num_rows, num_tokens))
     sources = top_k(xp.reshape(importance, (num_rows, num_tokens)), num_sources, is_padding, xp=xp)
     sources = xp.sort(sources, axis=-1)
 
-    neighbors = xp.empty((num_rows, num_sources, num_neighbors), dtype=sources.dtype, device=device)
-    similarities = xp.empty(neighbors.shape, dtype=keys.dtype, device=device)
-    width = min(chunk_size, num_tokens, max(BLOCK_SIZE, BUFFER_SIZE // num_sources))
-    block = min(BLOCK_SIZE, width)
+    width = min(chunk_size, num_tokens, max(block_size, BUFFER_SIZE // num_sources))
+    block = min(block_size, width)
     width -= width % block
-    height = max(1, BUFFER_SIZE // (num_sources * width))
-    for first in range(0, num_rows, height):
-        rows = slice(first, first + height)
-        neighbors[rows, ...], similarities[rows, ...] = nearest(
-            keys[rows, ...],
-            sources[rows, ...],
-            is_padding[rows, ...],
-            num_neighbors=num_neighbors,
-            width=width,
-            block=block,
-        )
+    height = min(num_rows, max(1, BUFFER_SIZE // (num_sources * width)))
+    neighbors, similarities = nearest(
+        keys, sources, is_padding, num_neighbors=num_neighbors, width=width, height=height, block=block
+    )
     shape = (*leading, num_sources)
     return Graph(
         sources=xp.reshape(sources, shape),

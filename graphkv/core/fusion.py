@@ -13,7 +13,7 @@ __all__ = ["EXPONENT", "FUSIONS", "degree", "fuse"]
 
 # No power is smaller, so duplicates of everything else keep their places by importance; none is larger, so 0 stays 0.
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
-EXPONENT = 16
+EXPONENT = 8
 
 
 def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str | None = None) -> Array:

@@ -11,7 +11,7 @@ from . import budgets, checks
 from .backend import Backend
 from .errors import ArgumentError
 from .fusion import EXPONENT, FUSIONS, degree, fuse
-from .graph import build_graph
+from .graph import CHUNK_SIZE, build_graph
 from .propagation import SIGNALS, propagate
 from .types import Array, Graph, Namespace
 
@@ -440,9 +440,10 @@ def _graph_flops(policy: GraphKV, shape: LayerShape, /) -> int:
 
 
 def _graph_bytes(policy: GraphKV, shape: LayerShape, /) -> int:
-    """Hold the K x N similarities, or the normalised keys where those are more."""
+    """Hold the normalised keys, or a chunk of similarities where that is more, as the portable form does."""
     num_sources = 0 if policy.signal == "degree" else _graph_counts(policy, shape.budget)[0]
-    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * max(num_sources, shape.head_size)
+    similarities = num_sources * min(shape.num_tokens, CHUNK_SIZE)
+    return 4 * shape.batch * shape.kv_heads * max(similarities, shape.num_tokens * shape.head_size)
 
 
 @dataclass(frozen=True)
@@ -513,7 +514,7 @@ class GraphKV(Wrapper):
     source_ratio: float = 0.3
     neighbors: int | float = 1
     rounds: int = 1
-    signal: str = "decay"
+    signal: str = "degree"
     accumulation: str = "product"
     strength: float = 1.0
     recompute_sources: bool = False

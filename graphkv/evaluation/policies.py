@@ -1,4 +1,4 @@
-"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(neighbors=4)``, ``preset.toml``."""
+"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(signal='decay', neighbors=4)``, ``preset.toml``."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
 
     Examples
     --------
-    >>> make_policy("snapkv(window=8)+graphkv(neighbors=4)", 512).neighbors
+    >>> make_policy("snapkv(window=8)+graphkv(signal='decay', neighbors=4)", 512).neighbors
     4
     """
     if name == "full":
@@ -202,10 +202,13 @@ def running_states(
     Returns
     -------
     list of mapping
-        One per layer.
+        One per layer; empty where a sliding layer of a model that has others too is left alone.
     """
-    states = []
+    states: list[Mapping[str, Array]] = []
     for number, layer in enumerate(cache.layers):
+        if not layer.evicts:
+            states.append({})
+            continue
         num_new = layer.num_seen - (0 if before is None else next(iter(before[number].values())).shape[2])
         everything = evict(
             # A budget of everything: nothing is chosen, so the state is that of all tokens.

@@ -185,7 +185,7 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
     --------
     ::
 
-        with GraphKVPress(SnapKVPress(compression_ratio=0.5), neighbors=2)(model):
+        with GraphKVPress(SnapKVPress(compression_ratio=0.5), signal="decay", neighbors=2)(model):
             output = model.generate(**inputs, max_new_tokens=64)
     """
 

@@ -155,7 +155,7 @@ def test_it_works_above_and_below_a_graph(backend):
     def run(policy):
         return evict(policy, keys, queries=queries, backend=backend)
 
-    options = {"source_ratio": 0.5, "neighbors": 6}
+    options = {"signal": "decay", "source_ratio": 0.5, "neighbors": 6}
     shares, graph = run(AdaKV(SNAPKV)), run(GraphKV(SNAPKV, **options))
     above, below = run(GraphKV(AdaKV(SNAPKV), **options)), run(AdaKV(GraphKV(SNAPKV, **options)))
 

@@ -89,7 +89,7 @@ def test_every_library_keeps_the_same(backend, base, wrap):
 @each_base
 def test_a_graph_without_sources_is_the_base_at_every_step(backend, base):
     for options in ({"source_ratio": 0.0}, {"neighbors": 0}, {"rounds": 0}, {"strength": 0.0}):
-        graph = GraphKV(base, **options)
+        graph = GraphKV(base, signal="decay", **options)
         for (alone, kept), (with_graph, also_kept) in zip(
             decode(base, KEYS, QUERIES, 30, backend, values=VALUES),
             decode(graph, KEYS, QUERIES, 30, backend, values=VALUES),

@@ -20,7 +20,7 @@ def test_the_cost_of_window_attention_is_that_of_its_product_and_softmax():
 
 
 def test_a_graph_adds_its_cost_to_that_of_the_base():
-    policy = GraphKV(SnapKV(budget=20, window=10), source_ratio=0.5, rounds=2, recompute_sources=True)
+    policy = GraphKV(SnapKV(budget=20, window=10), signal="decay", source_ratio=0.5, rounds=2, recompute_sources=True)
 
     # P = 20 - 10, so K = 5; a graph for each of two rounds.
     assert policy.flops(SHAPE) == policy.base.flops(SHAPE) + 2 * 3 * 2 * 100 * 8 * (2 * 5 + 3)

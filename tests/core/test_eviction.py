@@ -95,7 +95,7 @@ def test_apply_gathers_any_array_of_the_tokens(backend):
 @each_backend
 def test_graphkv_is_the_three_steps_over_the_open_tokens(backend):
     keys, queries = make(backend, KEYS), make(backend, QUERIES)
-    policy = GraphKV(SNAPKV, source_ratio=0.5, neighbors=4, rounds=2, strength=0.5)
+    policy = GraphKV(SNAPKV, signal="decay", source_ratio=0.5, neighbors=4, rounds=2, strength=0.5)
 
     decision = evict(policy, keys, queries=queries, backend=backend)
 
@@ -115,7 +115,7 @@ def test_graphkv_is_the_three_steps_over_the_open_tokens(backend):
 @each_backend
 def test_recomputed_sources_are_a_loop_over_two_steps(backend):
     keys, queries = make(backend, KEYS), make(backend, QUERIES)
-    policy = GraphKV(SNAPKV, source_ratio=0.5, neighbors=4, rounds=3, recompute_sources=True)
+    policy = GraphKV(SNAPKV, signal="decay", source_ratio=0.5, neighbors=4, rounds=3, recompute_sources=True)
 
     decision = evict(policy, keys, queries=queries, backend=backend)
 
@@ -133,20 +133,20 @@ def test_graphkv_without_edges_is_the_base(backend, options):
     keys, queries = make(backend, KEYS), make(backend, QUERIES)
 
     alone = evict(SNAPKV, keys, queries=queries, backend=backend)
-    graph = evict(GraphKV(SNAPKV, **options), keys, queries=queries, backend=backend)
+    graph = evict(GraphKV(SNAPKV, signal="decay", **options), keys, queries=queries, backend=backend)
 
     np.testing.assert_array_equal(backend.to_numpy(graph.kept), backend.to_numpy(alone.kept))
 
 
 def test_sources_are_counted_from_what_the_base_may_still_choose():
-    decision = evict(GraphKV(SNAPKV, source_ratio=0.35, neighbors=0.2), KEYS, queries=QUERIES)
+    decision = evict(GraphKV(SNAPKV, signal="decay", source_ratio=0.35, neighbors=0.2), KEYS, queries=QUERIES)
 
     # Budget 20 less the window of 10 leaves P = 10: K = floor(3.5), M = 2.
     assert decision.graph.weights.shape == (2, 3, 3, 2)
 
 
 def test_a_source_ratio_is_a_share_also_as_an_integer():
-    decision = evict(GraphKV(SNAPKV, source_ratio=1, neighbors=1), KEYS, queries=QUERIES)
+    decision = evict(GraphKV(SNAPKV, signal="decay", source_ratio=1, neighbors=1), KEYS, queries=QUERIES)
 
     assert decision.graph.num_sources == 10
 
@@ -191,7 +191,7 @@ def test_inputs_are_not_written_to():
     keys.setflags(write=False)
     queries.setflags(write=False)
 
-    evict(GraphKV(SNAPKV, rounds=2), keys, queries=queries)
+    evict(GraphKV(SNAPKV, signal="decay", rounds=2), keys, queries=queries)
 
     np.testing.assert_array_equal(keys, KEYS.astype("f4"))
 
@@ -204,7 +204,7 @@ def test_policies_are_immutable_values():
 
 
 @each_backend
-@pytest.mark.parametrize("options", [{"neighbors": 3}, {"signal": "degree"}], ids=["decay", "degree"])
+@pytest.mark.parametrize("options", [{"signal": "decay", "neighbors": 3}, {}], ids=["decay", "degree"])
 def test_unrotated_keys_are_compared_in_place_of_the_cached_ones(backend, options):
     # Scores by position, so keys are for comparison only.
     base, cached, unrotated = StreamingLLM(budget=20), make(backend, KEYS), make(backend, KEYS[..., ::-1] ** 3)
@@ -245,15 +245,19 @@ def test_the_papers_preset_is_apart_from_the_default():
         (lambda: StreamingLLM(budget=9, num_sinks=-1), ArgumentError, "num_sinks must be at least 0"),
         (lambda: Random(budget=9, seed=0.5), ArgumentTypeError, "seed must be an integer; got 0.5"),
         (lambda: GraphKV(4), ArgumentTypeError, "base must be a Policy; got int"),
-        (lambda: GraphKV(SNAPKV, source_ratio=2.0), ArgumentError, "source_ratio must lie in"),
-        (lambda: GraphKV(SNAPKV, neighbors=-1), ArgumentError, "neighbors must be at least 0"),
+        (lambda: GraphKV(SNAPKV, signal="decay", source_ratio=2.0), ArgumentError, "source_ratio must lie in"),
+        (lambda: GraphKV(SNAPKV, signal="decay", neighbors=-1), ArgumentError, "neighbors must be at least 0"),
         (lambda: GraphKV(SNAPKV, signal="fade"), ArgumentError, "signal must be one of"),
         (
-            lambda: GraphKV(SNAPKV, accumulation="sum", rounds=2),
+            lambda: GraphKV(SNAPKV, signal="decay", accumulation="sum", rounds=2),
             ArgumentError,
             "rounds must be 1 with accumulation 'sum'",
         ),
-        (lambda: GraphKV(SNAPKV, recompute_sources=1), ArgumentTypeError, "recompute_sources must be True or False"),
+        (
+            lambda: GraphKV(SNAPKV, signal="decay", recompute_sources=1),
+            ArgumentTypeError,
+            "recompute_sources must be True or False",
+        ),
         (
             lambda: GraphKV(SNAPKV, signal="degree", neighbors=2),
             ArgumentError,

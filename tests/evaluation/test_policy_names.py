@@ -16,7 +16,10 @@ from graphkv.evaluation.policies import BASES, make_policy
         ("random(seed=7)", Random(budget=64, seed=7)),
         ("knorm+graphkv", GraphKV(KNorm(budget=64))),
         ("knorm+graphkv-paper", GraphKV.paper(KNorm(budget=64))),
-        ("cake+graphkv(neighbors=4, strength=0.5)", GraphKV(CAKE(budget=64), neighbors=4, strength=0.5)),
+        (
+            "cake+graphkv(signal='decay', neighbors=4, strength=0.5)",
+            GraphKV(CAKE(budget=64), signal="decay", neighbors=4, strength=0.5),
+        ),
     ],
 )
 def test_a_name_is_a_policy(name, expected):

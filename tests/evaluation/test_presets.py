@@ -37,7 +37,7 @@ def test_a_preset_comes_back_as_it_was_written(path):
 
 def test_a_preset_is_the_policy_that_it_names(path):
     base = SnapKV(budget=21, window=8, pooling="max", num_sinks=2)
-    graphs = (GraphKV(base, neighbors=3, strength=0.5), GraphKV(base, rounds=0))
+    graphs = (GraphKV(base, signal="decay", neighbors=3, strength=0.5), GraphKV(base, signal="decay", rounds=0))
     expected = LayerShares(PerLayer(base, graphs), (30, 20, 13))
 
     assert make_policy(str(path), 21) == expected
@@ -58,7 +58,7 @@ def test_parts_that_are_not_there_change_nothing(tmp_path):
     (tmp_path / "graph.toml").write_text('base = "h2o"\n[[graph]]\nrounds = 2\n')
 
     assert make_policy(str(tmp_path / "plain.toml"), 9) == make_policy("h2o", 9)
-    assert make_policy(str(tmp_path / "graph.toml"), 9) == make_policy("h2o+graphkv(rounds=2)", 9)
+    assert make_policy(str(tmp_path / "graph.toml"), 9) == make_policy("h2o+graphkv(signal='decay', rounds=2)", 9)
 
 
 @pytest.mark.parametrize(

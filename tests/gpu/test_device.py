@@ -13,8 +13,8 @@ POLICIES = {
     "snapkv": SnapKV(budget=128, window=16, num_sinks=2),
     "streaming": StreamingLLM(budget=128),
     "random": Random(budget=128),
-    "graphkv": GraphKV(SnapKV(budget=128, window=16), neighbors=4, rounds=2),
-    "graphkv-recompute": GraphKV(SnapKV(budget=128, window=16), rounds=2, recompute_sources=True),
+    "graphkv": GraphKV(SnapKV(budget=128, window=16), signal="decay", neighbors=4, rounds=2),
+    "graphkv-recompute": GraphKV(SnapKV(budget=128, window=16), signal="decay", rounds=2, recompute_sources=True),
     "graphkv-degree": GraphKV(SnapKV(budget=128, window=16), signal="degree"),
 }
 
@@ -128,7 +128,7 @@ def _wait(gpu) -> None:
 
 def test_two_streams_do_not_disturb_each_other_only_on_a_device(gpu):
     first, second = gpu.make(layer(4000)[0]), gpu.make(layer(4000)[0][..., ::-1].copy())
-    policy = GraphKV(Random(budget=500), neighbors=4)
+    policy = GraphKV(Random(budget=500), signal="decay", neighbors=4)
     expected = [gpu.host(evict(policy, keys).scores) for keys in (first, second)]
     _wait(gpu)
 

@@ -24,7 +24,7 @@ from tests.integrations.tiny import FAMILIES, tiny_llama
 
 N = 60
 BYTES_PER_TOKEN = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 floats
-GRAPH = {"neighbors": 4, "source_ratio": 0.5}
+GRAPH = {"signal": "decay", "neighbors": 4, "source_ratio": 0.5}
 POLICIES = {
     "snapkv": SnapKV(budget=24, window=6),
     "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), **GRAPH),
@@ -32,8 +32,8 @@ POLICIES = {
     # Another budget in every row and layer.
     "cake+graphkv": GraphKV(CAKE(budget=24, window=6), **GRAPH),
     "h2o+graphkv": GraphKV(H2O(budget=24), **GRAPH),
-    "keydiff+graphkv+evict": GraphKV(KeyDiff(budget=24), signal="evict", **GRAPH),
-    "snapkv+graphkv+degree": GraphKV(SnapKV(budget=24, window=6), signal="degree"),
+    "keydiff+graphkv+evict": GraphKV(KeyDiff(budget=24), **{**GRAPH, "signal": "evict"}),
+    "snapkv+graphkv+degree": GraphKV(SnapKV(budget=24, window=6)),
     "snapkv+graphkv+enhance": GraphKV(SnapKV(budget=24, window=6), signal="enhance", neighbors=8),
 }
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())

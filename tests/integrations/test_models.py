@@ -11,7 +11,7 @@ from tests.integrations.tiny import FAMILIES
 
 N = 40
 POLICIES = {
-    "snapkv+graphkv": GraphKV(SnapKV(budget=14, window=6, kernel_size=3), neighbors=3),
+    "snapkv+graphkv": GraphKV(SnapKV(budget=14, window=6, kernel_size=3), signal="decay", neighbors=3),
     "h2o": H2O(budget=12),
     "keydiff": KeyDiff(budget=10, num_sinks=1),
 }
