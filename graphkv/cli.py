@@ -80,7 +80,7 @@ def inspect(
     budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
     policy: Annotated[
         str, typer.Option(help="A method such as snapkv, h2o or keydiff; +graphkv puts the graph on top.")
-    ] = "snapkv+graphkv",
+    ] = "snapkv+graphkv-paper",
     backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
     layer: Annotated[

@@ -45,7 +45,7 @@ def every_policy(budget, window=4):
         "caote-snapkv": CAOTE(bases["snapkv"]),
         "caote-h2o": CAOTE(bases["h2o"]),
         "adakv-snapkv": AdaKV(bases["snapkv"]),
-        "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"])),
+        "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"], signal="decay")),
         "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"])),
         "layer-budgets": LayerBudgets(bases["knorm"], budgets=[1, budget, budget + 1, 2]),
         "layer-shares": LayerShares(bases["knorm"], shares=[0, 1, 2, 1]),
@@ -57,6 +57,6 @@ def every_policy(budget, window=4):
         "degree-knorm": GraphKV(bases["knorm"], signal="degree", exponent=2),
         "degree-h2o-max-rank": GraphKV(bases["h2o"], signal="degree", fusion="max_rank"),
         "degree-knorm-mean-rank": GraphKV(bases["knorm"], signal="degree", fusion="mean_rank"),
-        "degree-graphkv-snapkv": GraphKV(GraphKV(bases["snapkv"]), signal="degree"),
+        "degree-graphkv-snapkv": GraphKV(GraphKV(bases["snapkv"], signal="decay")),
     }
     return bases | wrappers | graphs | degrees

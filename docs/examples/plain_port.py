@@ -128,7 +128,7 @@ def degree(keys, valid=None, narrow=False):
     return [0.0 if one is None else sum(x * m for x, m in zip(one, mean, strict=True)) for one in directions]
 
 
-def fuse(importance, degrees, fusion="power", exponent=16, valid=None):
+def fuse(importance, degrees, fusion="power", exponent=8, valid=None):
     """The scores from the importance and from the distance to the other tokens."""
     if fusion not in ("power", "max_rank", "mean_rank") or exponent < 1:
         raise ValueError("fusion must be power, max_rank or mean_rank, and exponent at least 1")

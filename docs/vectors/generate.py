@@ -768,7 +768,7 @@ def error_cases() -> list[dict[str, Any]]:
         join("another_n_of_degrees", shapes, [1, 2], [0, 0, 0]),
         evict("neighbors_of_the_degree", foreign, base | {"signal": "degree", "neighbors": 2}, numbers([[KEYS]])),
         evict("rounds_of_the_degree", foreign, base | {"signal": "degree", "rounds": 2}, numbers([[KEYS]])),
-        evict("fusion_of_the_decay", foreign, base | {"fusion": "max_rank"}, numbers([[KEYS]])),
+        evict("fusion_of_the_decay", foreign, base | {"signal": "decay", "fusion": "max_rank"}, numbers([[KEYS]])),
         evict(
             "exponent_of_ranks",
             foreign,

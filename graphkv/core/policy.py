@@ -448,42 +448,44 @@ def _graph_bytes(policy: GraphKV, shape: LayerShape, /) -> int:
 
 @dataclass(frozen=True)
 class GraphKV(Wrapper):
-    """Any policy, with near-duplicates of its most important tokens ranked down.
+    """Any policy, with tokens that resemble others ranked down.
 
-    The base policy scores the tokens; `build_graph` links the best of them to their most similar tokens; `propagate`
-    lowers those; the budget is filled from the result. The graph lives over the tokens that the base may still choose:
-    neither padding nor protected ones (observation window, sinks, recents).
+    The base policy scores the tokens, the graph of similarities changes the scores, and the budget is filled from the
+    result. Only tokens that the base may still choose get new scores: neither padding nor protected ones (observation
+    window, sinks, recents).
 
-    With ``signal="degree"`` no edges are drawn: `degree` compares every key with the mean of all that are no padding,
-    and `fuse` puts that together with the importance of the tokens that the base may still choose.
+    With ``signal="degree"``, the default, `degree` compares every key with the mean of all that are no padding, and
+    `fuse` puts that together with the importance. No edges are drawn.
+
+    With the paper's ``signal="decay"``, or ``"enhance"`` or ``"evict"``, `build_graph` links the best of those tokens
+    to their most similar ones, and `propagate` lowers (or raises, or bars) the latter.
 
     Parameters
     ----------
     base : Policy
         Where importance, protection and budget come from.
+    signal : str
+        ``"degree"``; or ``"decay"``, ``"enhance"`` or ``"evict"``, see `propagate`.
+    fusion : str
+        For the degree: ``"power"``, ``"max_rank"`` or ``"mean_rank"``, see `fuse`.
+    exponent : int
+        For ``fusion="power"``: p, at least 1.
     source_ratio : float
-        K, the number of sources, as a share of P: the layer budget less the protected tokens. Rounded down, at least 1
-        when above 0.
+        For the other signals, like all that follow up to `recompute_sources`: K, the number of sources, as a share of
+        P, the layer budget less the protected tokens. Rounded down, at least 1 when above 0.
     neighbors : int or float
         M, the number of neighbors per source, or its share of P, rounded likewise.
     rounds : int
         T, the number of rounds.
-    signal : str
-        ``"decay"``, ``"enhance"`` or ``"evict"``, see `propagate`; or ``"degree"``.
     accumulation : str
         ``"product"`` or ``"sum"``, see `propagate`.
     strength : float
         g, in [0, 1].
     recompute_sources : bool
         Choose sources and edges anew before each round. Default: fixed, as in the paper's formula.
-    fusion : str
-        ``"power"``, ``"max_rank"`` or ``"mean_rank"``, see `fuse`. For ``signal="degree"`` only, which on the other
-        hand knows none of the options above but `signal`.
-    exponent : int
-        p, at least 1, for ``fusion="power"`` only.
     unrotated : bool
-        Compare the keys as they were before the rotary embedding, which `evict` must be given: then the distance
-        between two tokens in the text does not make them less alike. For every signal.
+        For every signal: compare the keys as they were before the rotary embedding, which `evict` must be given. Then
+        the distance between two tokens in the text does not make them less alike.
 
     Raises
     ------
@@ -495,6 +497,8 @@ class GraphKV(Wrapper):
 
     Notes
     -----
+    The degree signal is not in the paper. It is the default because it was better on a tuning split, with every base.
+
     That K counts only the tokens that are still open, that protected tokens stand outside the graph and that M may be
     a share of P are our reading of the paper, which gives the ratio 0.3 of the budget and says "adaptive" of the rest.
 
@@ -505,21 +509,23 @@ class GraphKV(Wrapper):
     Examples
     --------
     >>> from graphkv import GraphKV, SnapKV
-    >>> GraphKV(SnapKV(budget=512), neighbors=2).budget
+    >>> GraphKV(SnapKV(budget=512)).budget
     512
+    >>> GraphKV(SnapKV(budget=512), signal="decay", neighbors=2).neighbors
+    2
     """
 
     requirements: ClassVar[Requirements] = Requirements(flops=_graph_flops, bytes=_graph_bytes)
 
+    signal: str = "degree"
+    fusion: str = "power"
+    exponent: int = EXPONENT
     source_ratio: float = 0.3
     neighbors: int | float = 1
     rounds: int = 1
-    signal: str = "degree"
     accumulation: str = "product"
     strength: float = 1.0
     recompute_sources: bool = False
-    fusion: str = "power"
-    exponent: int = EXPONENT
     unrotated: bool = False
 
     def __post_init__(self) -> None:

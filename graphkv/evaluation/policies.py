@@ -1,4 +1,4 @@
-"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(signal='decay', neighbors=4)``, ``preset.toml``."""
+"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(exponent=4)``, ``preset.toml``."""
 
 from __future__ import annotations
 

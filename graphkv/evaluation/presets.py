@@ -10,10 +10,12 @@
     window = 32
 
     [[graph]]                        # options of GraphKV for the lowest layers
+    signal = "decay"
     source_ratio = 0.3
     neighbors = 2
 
     [[graph]]                        # for the layers above them; as many groups as there are tables
+    signal = "decay"
     rounds = 0                       # no graph there
 
     [about]                          # where it comes from; nobody reads it

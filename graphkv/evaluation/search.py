@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log
 from typing import Any
 
 import cma
@@ -16,15 +17,18 @@ import numpy as np
 
 from ..adapters.cake import allocate
 from ..core import checks
+from ..core.fusion import EXPONENT
 from .presets import Preset
 
 __all__ = ["BudgetSpace", "Evaluate", "GraphSpace", "minimise", "search"]
 
 # Losses of presets, lower is better.
 Evaluate = Callable[[Sequence[Preset]], Sequence[float]]
-SIGNALS = ("decay", "enhance", "evict")
+SIGNALS = ("decay", "degree", "enhance", "evict")
+NO_GRAPH = {"signal": "decay", "rounds": 0}
 MOST_NEIGHBORS = 16
 MOST_ROUNDS = 3
+MOST_EXPONENT = 32
 # A layer's share lies between the average divided and multiplied by this.
 WIDEST = 4.0
 STEP = 0.25
@@ -37,32 +41,37 @@ class GraphSpace:
     Attributes
     ----------
     groups : int
-        Groups of successive layers, each with five options of its own: share of sources (0 to 1), neighbors (1 to 16,
-        by their logarithm), rounds (0 to 3; 0 is no graph), strength (0 to 1) and signal.
+        Groups of successive layers, each with six options of its own: share of sources (0 to 1), neighbors (1 to 16,
+        by their logarithm), rounds (0 to 3; 0 is no graph), strength (0 to 1), signal, and the exponent of the degree
+        (1 to 32, by its logarithm), which has no use for the first four.
     """
 
     groups: int
 
     def start(self) -> list[float]:
         """Give the point of the default options of `GraphKV`."""
-        return [0.3, 0.0, 1.5 / (MOST_ROUNDS + 1), 1.0, 0.5 / len(SIGNALS)] * self.groups
+        signal = (SIGNALS.index("degree") + 0.5) / len(SIGNALS)
+        return [0.3, 0.0, 1.5 / (MOST_ROUNDS + 1), 1.0, signal, log(EXPONENT, MOST_EXPONENT)] * self.groups
 
     def place(self, preset: Preset, point: Sequence[float], /) -> Preset:
         """Put the options of a point into a preset."""
         return replace(
-            preset, graph=tuple(self._options(each) for each in np.reshape(point, (self.groups, 5)).tolist())
+            preset, graph=tuple(self._options(each) for each in np.reshape(point, (self.groups, 6)).tolist())
         )
 
     def _options(self, point: Sequence[float]) -> Mapping[str, Any]:
-        sources, neighbors, rounds, strength, signal = point
-        if _step(rounds, MOST_ROUNDS + 1) == 0:
-            return {"rounds": 0}
+        sources, neighbors, rounds, strength, signal, exponent = point
+        name, num_rounds = SIGNALS[_step(signal, len(SIGNALS))], _step(rounds, MOST_ROUNDS + 1)
+        if num_rounds == 0:
+            return NO_GRAPH
+        if name == "degree":
+            return {"signal": name, "exponent": round(MOST_EXPONENT**exponent)}
         return {
+            "signal": name,
             "source_ratio": round(sources, 3),
             "neighbors": round(MOST_NEIGHBORS**neighbors),
-            "rounds": _step(rounds, MOST_ROUNDS + 1),
+            "rounds": num_rounds,
             "strength": round(strength, 3),
-            "signal": SIGNALS[_step(signal, len(SIGNALS))],
         }
 
 

@@ -152,7 +152,7 @@ def test_a_source_ratio_is_a_share_also_as_an_integer():
 
 
 def test_a_budget_below_the_protected_tokens_leaves_no_room_for_a_graph():
-    decision = evict(GraphKV(SnapKV(budget=8, window=10)), KEYS, queries=QUERIES)
+    decision = evict(GraphKV(SnapKV(budget=8, window=10), signal="decay"), KEYS, queries=QUERIES)
 
     assert decision.graph.weights.shape == (2, 3, 0, 0)
     # The newest of the window.
@@ -278,7 +278,7 @@ def test_the_papers_preset_is_apart_from_the_default():
             "recompute_sources must be left out with signal 'degree'; got True",
         ),
         (
-            lambda: GraphKV(SNAPKV, fusion="max_rank"),
+            lambda: GraphKV(SNAPKV, signal="decay", fusion="max_rank"),
             ArgumentError,
             "fusion must be left out with signal 'decay'; got 'max_rank'",
         ),

@@ -14,7 +14,7 @@ FULL = Preset(
     base="snapkv",
     options={"window": 8, "pooling": "max"},
     sinks=2,
-    graph=({"neighbors": 3, "strength": 0.5}, {"rounds": 0}),
+    graph=({"signal": "decay", "neighbors": 3, "strength": 0.5}, {"signal": "decay", "rounds": 0}),
     layer_budgets=(30, 20, 13),
     about={"model": "tiny", "value": 1.5, "lengths": [64, 128]},
 )
@@ -55,7 +55,7 @@ def test_sinks_of_the_command_come_first(path):
 
 def test_parts_that_are_not_there_change_nothing(tmp_path):
     (tmp_path / "plain.toml").write_text('base = "h2o"')
-    (tmp_path / "graph.toml").write_text('base = "h2o"\n[[graph]]\nrounds = 2\n')
+    (tmp_path / "graph.toml").write_text('base = "h2o"\n[[graph]]\nsignal = "decay"\nrounds = 2\n')
 
     assert make_policy(str(tmp_path / "plain.toml"), 9) == make_policy("h2o", 9)
     assert make_policy(str(tmp_path / "graph.toml"), 9) == make_policy("h2o+graphkv(signal='decay', rounds=2)", 9)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -233,6 +234,22 @@ def test_another_policy_does_not_inherit_the_budgets_of_cake(model, ids):
         assert len({layer.num_stored for layer in cache.layers}) > 1
         cache.evict(KNorm(budget=9))
         assert [layer.num_stored for layer in cache.layers] == [9] * 3
+
+
+def test_a_cache_gives_its_memory_back_at_once(model, ids):
+    """Not when the garbage collector comes, which counts objects and no bytes."""
+    gc.disable()
+    try:
+        with observing(model):
+            cache = EvictingCache(num_queries=6)
+            read(model, cache, ids[:N], [N])
+            cache.evict(CAKE(budget=20, window=6, kernel_size=3))
+            cache.activate_past_recording()
+        caches = [weakref.ref(each) for each in (cache, cache.copy())]
+        del cache
+        assert [each() for each in caches] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_turns_are_evicted_too(model, ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -102,19 +103,14 @@ class EvictingCache(Cache):  # type: ignore[misc]
             num_queries=checks.count("num_queries", num_queries),
             backend=load(backend) if isinstance(backend, str) else backend,
         )
-        self._records_past = False
         self._has_warned = False
-        super().__init__(layer_class_to_replicate=self._new_layer)
+        # Not a method: a cache that holds itself keeps its memory until the garbage collector comes.
+        super().__init__(layer_class_to_replicate=partial(EvictingLayer, self.settings))
 
     @property
     def policy(self) -> Policy | None:
         """Who decides; fixed, because what an earlier budget dropped cannot come back."""
         return self.settings.policy
-
-    def _new_layer(self) -> EvictingLayer:
-        layer = EvictingLayer(self.settings)
-        layer.record_past = self._records_past
-        return layer
 
     @not_compiled
     def update(
@@ -226,7 +222,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def activate_past_recording(self) -> None:
         """Let evictions wait until `crop`, or the next forward call, as assisted decoding needs it."""
-        self._records_past = True
+        self.layer_class_to_replicate = partial(EvictingLayer, self.settings, record_past=True)
         for layer in self.layers:
             layer.activate_past_recording()
 
@@ -234,7 +230,6 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """Give an independent cache with the same contents, without copying tensors."""
         twin = EvictingCache()
         twin.__dict__.update(self.__dict__)
-        twin.layer_class_to_replicate = twin._new_layer
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
 

@@ -108,10 +108,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     # crop() takes back no more than has come since the last eviction.
     is_croppable = False
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, record_past: bool = False) -> None:
         super().__init__()
         self.settings = settings
-        self.record_past = False
+        self.record_past = record_past
         self._forget()
 
     def _forget(self) -> None:
