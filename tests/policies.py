@@ -46,7 +46,7 @@ def every_policy(budget, window=4):
         "caote-h2o": CAOTE(bases["h2o"]),
         "adakv-snapkv": AdaKV(bases["snapkv"]),
         "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"], signal="decay")),
-        "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"])),
+        "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"]), signal="decay"),
         "layer-budgets": LayerBudgets(bases["knorm"], budgets=[1, budget, budget + 1, 2]),
         "layer-shares": LayerShares(bases["knorm"], shares=[0, 1, 2, 1]),
         "per-layer": PerLayer(bases["snapkv"], policies=[bases["snapkv"], GraphKV(bases["snapkv"])]),
