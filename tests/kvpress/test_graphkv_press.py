@@ -328,7 +328,7 @@ def test_decoding_press_reaches_its_target(model, target):
         with DecodingPress(base, compression_interval=5, target_size=target)(model):
             return generate(model, prompts(batch=1), num_new=num_new).tolist()
 
-    decode(Spied(KnormPress(), source_ratio=0.5, neighbors=6), 12)
+    decode(Spied(KnormPress(), signal="decay", source_ratio=0.5, neighbors=6), 12)
     assert sizes == [(45, target)] * 4 + [(target + 5, target)] * 4
     # Without sources all is as with the base, but for the order, which decides ties from the second time on.
     assert decode(GraphKVPress(KnormPress(), signal="decay", source_ratio=0), 10) == decode(KnormPress(), 10)
