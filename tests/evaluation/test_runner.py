@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from graphkv import AdaKV, GraphKVError, SnapKV
+from graphkv import H2O, AdaKV, GraphKVError, SnapKV
 from graphkv.evaluation import runner
 from graphkv.evaluation.config import Config
-from graphkv.evaluation.policies import BASES, make_policy
+from graphkv.evaluation.policies import BASES, make_policy, running_states
 from graphkv.evaluation.runner import evaluate, stack
 from graphkv.integrations.transformers import EvictingCache, observing
 from tests.integrations.reference import reference_logits
+from tests.integrations.tiny import tiny_gemma3
 
 LENGTH = 240
 EVERYBODY = (*BASES, *(f"{base}+graphkv" for base in BASES))
@@ -240,3 +241,20 @@ def test_closeness_against_plain_loops(model, tokenizer, prompt):
 
     assert found.output_error == pytest.approx(float(torch.stack(errors).mean()), abs=1e-4)
     assert found.attention_mass == pytest.approx(float(torch.stack(masses).mean()), abs=1e-4)
+
+
+def test_running_sums_leave_the_sliding_layers_of_a_mixed_model_alone():
+    """Such layers hold their window only, and nobody evicts them."""
+    model, ids = tiny_gemma3().eval(), torch.arange(1, 31)[None]
+    with observing(model), torch.inference_mode():
+        cache = EvictingCache(num_queries=30)
+        model(ids[:, :20], past_key_values=cache)
+        before = running_states(H2O(budget=1), cache)
+        model(ids[:, 20:], past_key_values=cache)
+        states = running_states(H2O(budget=1), cache, before)
+        for layer, state in zip(cache.layers, states, strict=True):
+            layer.state = state
+        cache.evict(H2O(budget=20))
+
+    assert [bool(state) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2
+    assert [layer.num_stored for layer in cache.layers if layer.evicts] == [20, 20]
