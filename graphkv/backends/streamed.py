@@ -20,7 +20,7 @@ from ..core.types import Array, Graph
 
 __all__ = ["EXCLUDED", "build_graph"]
 
-# Similarities that exist at a time: 8 MB in float32, which a last-level cache holds along with the keys.
+# Similarities that exist at a time, and entries of directions: 8 MB each in float32, which a last-level cache holds.
 BUFFER_SIZE = 1 << 21
 # Added to the similarity of what may not be a neighbor: the sum is below -2, and so below every cosine.
 EXCLUDED = -4.0
@@ -75,10 +75,12 @@ def build_graph(
     sources = top_k(xp.reshape(importance, (num_rows, num_tokens)), num_sources, is_padding, xp=xp)
     sources = xp.sort(sources, axis=-1)
 
-    width = min(chunk_size, num_tokens, max(block_size, BUFFER_SIZE // num_sources))
+    # What a token needs: its similarities, and its direction.
+    per_token = max(num_sources, head_size + 1)
+    width = min(chunk_size, num_tokens, max(block_size, BUFFER_SIZE // per_token))
     block = min(block_size, width)
     width -= width % block
-    height = min(num_rows, max(1, BUFFER_SIZE // (num_sources * width)))
+    height = min(num_rows, max(1, BUFFER_SIZE // (per_token * width)))
     neighbors, similarities = nearest(
         keys, sources, is_padding, num_neighbors=num_neighbors, width=width, height=height, block=block
     )

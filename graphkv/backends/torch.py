@@ -19,11 +19,6 @@ __all__ = ["BACKEND"]
 
 
 def _smallest(keys: Array, k: int, /) -> Array:
-    if keys.device.type == "cpu":
-        # NumPy's partial selection is vectorised, and several times as fast.
-        best = np.partition(keys.numpy(), k - 1, axis=-1)[..., :k]
-        best.sort(axis=-1)
-        return torch.from_numpy(best)
     return torch.topk(keys, k, dim=-1, largest=False, sorted=True).values
 
 
@@ -60,6 +55,16 @@ def _rankable(similarity: Array, places: Array, /) -> Array:
     # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of others are negative.
     bits = similarity.clamp_(max=1.0).view(torch.int32).clamp_(min=0)
     return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
+
+
+def _smallest_of_candidates(keys: Array, k: int, /) -> Array:
+    """Use NumPy's partial selection where it can be had: it is vectorised, and several times as fast."""
+    # Not in `top_k`: what is compiled or mapped (torch.vmap) has no memory for NumPy to look at.
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+        return _smallest(keys, k)
+    best = np.partition(keys.numpy(), k - 1, axis=-1)[..., :k]
+    best.sort(axis=-1)
+    return torch.from_numpy(best)
 
 
 def _nearest(
@@ -107,11 +112,14 @@ def _nearest_of(
         blocks = found.view(-1, block)
         highest = blocks.amax(dim=-1).view(num_rows, num_sources, -1)
         num_blocks = highest.shape[-1]
-        chosen = _smallest(_rankable(highest, places[:num_blocks]), min(num_neighbors, num_blocks)) & 0xFFFFFFFF
+        chosen = (
+            _smallest_of_candidates(_rankable(highest, places[:num_blocks]), min(num_neighbors, num_blocks))
+            & 0xFFFFFFFF
+        )
         near = blocks.index_select(0, (first * num_blocks + chosen).view(-1)).view(*chosen.shape, block)
         near = _rankable(near, (chosen * block)[..., None] + places[start : start + block])
         best = torch.cat([best, near.view(num_rows, num_sources, -1)], dim=-1)
-        best = _smallest(best, min(num_neighbors, best.shape[-1]))
+        best = _smallest_of_candidates(best, min(num_neighbors, best.shape[-1]))
     weights = (best >> 32).neg_().clamp_(min=0).to(torch.int32).view(torch.float32)
     return best & 0xFFFFFFFF, weights
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from graphkv import build_graph
+from graphkv import build_graph, select
+from graphkv.backends import numpy as numpy_backend
 from graphkv.backends import streamed
 from graphkv.core.backend import load
 
@@ -75,13 +77,15 @@ def test_many_neighbors_in_one_block_are_all_found():
     assert graph.neighbors.tolist() == [list(range(64, 80))]
 
 
+@pytest.mark.parametrize("num_sources", [1, 50])
 @pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_products_never_exceed_the_buffer(name, monkeypatch):
+def test_products_and_directions_never_exceed_the_buffer(name, num_sources, monkeypatch):
+    """Many sources make many products; few sources of many rows make many directions."""
     sizes = []
     module = __import__(f"graphkv.backends.{name}", fromlist=["_nearest"])
 
     def watched(keys, sources, is_padding, *, width, height, **options):
-        sizes.append(sources.shape[1] * width * height)
+        sizes.extend(per_token * width * height for per_token in (sources.shape[1], keys.shape[2] + 1))
         return nearest(keys, sources, is_padding, width=width, height=height, **options)
 
     nearest = module._nearest
@@ -93,10 +97,53 @@ def test_products_never_exceed_the_buffer(name, monkeypatch):
     )
     monkeypatch.setattr(streamed, "BUFFER_SIZE", 4096)
 
-    build_graph(xp.ones((6, 3000, 4)), xp.ones((6, 3000)), num_sources=50, num_neighbors=2, backend=backend)
+    build_graph(xp.ones((6, 3000, 4)), xp.ones((6, 3000)), num_sources=num_sources, num_neighbors=2, backend=backend)
 
     assert max(sizes) <= 4096
     assert sizes
+
+
+def test_numpy_keeps_no_more_memory_than_the_buffer(monkeypatch):
+    """What a thread keeps for its next graph: products and directions of at most the buffer, half as many maxima."""
+    numpy = load("numpy")
+    found = {}
+
+    def in_a_thread():
+        rng = np.random.default_rng(0)
+        for num_rows, num_tokens, num_sources in ((64, 2000, 1), (2, 4000, 900)):
+            keys = rng.normal(size=(num_rows, num_tokens, 15)).astype("float32")
+            build_graph(keys, keys[..., 0], num_sources=num_sources, num_neighbors=2, backend=numpy)
+        found.update(numpy_backend._scratch.buffers)
+
+    monkeypatch.setattr(streamed, "BUFFER_SIZE", 1 << 16)
+    # A thread of its own has no memory from other tests.
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+
+    assert {name: buffer.size <= 1 << (15 if name == "highest" else 16) for name, buffer in found.items()} == {
+        "directions": True,
+        "products": True,
+        "highest": True,
+    }
+
+
+def test_torch_can_be_mapped_and_compiled_on_a_cpu():
+    """NumPy must not reach for memory that is not there."""
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    mapped = torch.vmap(lambda row: select(row, 5))(scores)
+    assert mapped.tolist() == select(scores, 5).tolist()
+
+    backend = load("torch")
+    keys = torch.randn(2, 200, 8, generator=torch.Generator().manual_seed(1))
+
+    def step(keys, importance):
+        graph = build_graph(keys, importance, num_sources=5, num_neighbors=3, backend=backend)
+        return graph.neighbors
+
+    torch._dynamo.reset()
+    whole = torch.compile(step, backend="eager", fullgraph=True)
+    assert whole(keys, keys[..., 0]).tolist() == step(keys, keys[..., 0]).tolist()
 
 
 def test_keys_that_record_gradients_are_taken():
