@@ -39,7 +39,7 @@ docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
 	$(BIN)/python docs/performance.py --check
-	$(BIN)/python docs/results/tables.py --check
+	$(BIN)/python docs/results.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
 
 # A stamp comes last, so that an interrupted installation is made again.

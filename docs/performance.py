@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marked import renew
+
 PAGE = Path(__file__).parent / "performance.md"
 RESULTS = Path(__file__).parents[1] / "benchmarks"
 TABLES = {"one thread": "results-1-thread.json", "two threads": "results.json"}
@@ -57,19 +59,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     """Rewrite the page, or check it."""
-    text = current = PAGE.read_text(encoding="utf-8")
-    for name, file in TABLES.items():
-        begin, end = f"% {name}: begin\n", f"% {name}: end\n"
-        head, rest = current.split(begin)
-        _, tail = rest.split(end)
-        results = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        current = f"{head}{begin}\n{table(results)}\n{end}{tail}"
-    if "--check" not in sys.argv:
-        PAGE.write_text(current, encoding="utf-8")
-        return 0
-    if current != text:
-        print(f"{PAGE.name} is not current: run python docs/performance.py")
-    return int(current != text)
+    results = {name: json.loads((RESULTS / file).read_text(encoding="utf-8")) for name, file in TABLES.items()}
+    return renew(PAGE, {name: table(each) for name, each in results.items()})
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marked import renew
+
 import graphkv
 from graphkv.core import LayerShape, Policy, Wrapper
 
 PAGE = Path(__file__).parent / "policies.md"
-BEGIN, END = "% support table: begin\n", "% support table: end\n"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
 # Fields without a default, beyond budget and base.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -65,16 +66,7 @@ def table() -> str:
 
 def main() -> int:
     """Rewrite the page, or check it."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    current = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
-    if "--check" not in sys.argv:
-        PAGE.write_text(current, encoding="utf-8")
-        return 0
-    if current != text:
-        print(f"{PAGE.name} is not current: run python docs/support.py")
-    return int(current != text)
+    return renew(PAGE, {"support table": table()})
 
 
 if __name__ == "__main__":
