@@ -4,8 +4,7 @@ Three things that kvpress leaves open are settled here:
 
 * Kept tokens stay in the order of the prompt, so a later step that goes by position finds a window where it looks.
 * What a press forces is told from what it merely likes, and protected by a mask: it takes no part in the graph.
-* What kvpress would get wrong in silence, padding for instance, is an error. So is a model of which `PolicyPress` cannot
-  see what each head reads.
+* What kvpress would get wrong in silence, padding for instance, is an error.
 """
 
 from __future__ import annotations
@@ -88,6 +87,15 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         """Share of the last prompt that was evicted, averaged over the layers that have read it; 0 before."""
         return sum(self._evicted.values()) / max(1, len(self._evicted))
 
+    def post_init_from_model(self, model: Any) -> None:
+        """Refuse a model that kvpress cannot find its way in; kvpress calls this."""
+        _check_model(model)
+
+    def forward_hook(self, module: torch.nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Refuse a call that kvpress cannot follow, and let it go on with any other; kvpress calls this."""
+        _check_call(module, kwargs)
+        return super().forward_hook(module, input, kwargs, output)
+
     def compress(
         self,
         module: torch.nn.Module,
@@ -97,7 +105,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the keys and values that stay; kvpress calls this.
+        """Return the keys and values that stay; kvpress calls this.
 
         Parameters
         ----------
@@ -225,8 +233,14 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         self.base_press.compression_ratio = value
 
     def post_init_from_model(self, model: Any) -> None:
-        """Let the base look at the model."""
+        """Refuse a model that kvpress cannot find its way in, and let the base look at any other."""
+        _check_model(model)
         self.base_press.post_init_from_model(model)
+
+    def forward_hook(self, module: torch.nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Refuse a call that kvpress cannot follow, and let it go on with any other; kvpress calls this."""
+        _check_call(module, kwargs)
+        return super().forward_hook(module, input, kwargs, output)
 
     def score(
         self,
@@ -400,8 +414,9 @@ def _queries_of(layer: Any, keys: torch.Tensor, values: torch.Tensor, kwargs: di
         ) from error
     else:
         raise ArgumentError(
-            f"model must let PolicyPress see its queries, by transformers' attention interface or PyTorch's "
-            f"scaled_dot_product_attention; {kind.__name__} of layer {layer.layer_idx} calls neither"
+            "model must attend by transformers' attention interface or PyTorch's scaled_dot_product_attention, for "
+            f"PolicyPress to see what its heads read; {kind.__name__} of layer {layer.layer_idx} does not (some do "
+            "when loaded with attn_implementation='sdpa')"
         )
     # A quantised cache gives back other numbers than it was given.
     is_rounded = isinstance(kwargs["past_key_values"], QuantizedCache)
@@ -409,7 +424,8 @@ def _queries_of(layer: Any, keys: torch.Tensor, values: torch.Tensor, kwargs: di
         if not _are_heads_of(cached, read, is_rounded):
             raise ArgumentError(
                 f"model must attend to the very keys and values that it caches, head by head; {kind.__name__} of layer "
-                f"{layer.layer_idx}, run a second time, reads other {name} than it cached"
+                f"{layer.layer_idx}, run a second time, reads other {name} than it cached (in a ComposedPress, "
+                "PolicyPress comes first)"
             )
     scale = 1.0 if seen.scale is None else seen.scale * seen.query.shape[-1] ** 0.5
     return seen.query if abs(scale - 1) < 1e-6 else seen.query * scale
@@ -423,28 +439,68 @@ def _are_heads_of(cached: torch.Tensor, read: torch.Tensor, is_rounded: bool) ->
     if is_rounded:
         return True
     cached = cached.detach()[:, :, None]
-    difference = read.unflatten(1, (heads, -1)) - cached
+    difference = read.reshape(batch, heads, -1, *rest) - cached
     # The same sums in the same order give the same bits; more is allowed where a device does not repeat itself. What is
     # not a number differs from nothing.
-    return not bool((difference.norm(dim=-1) > 0.02 * cached.norm(dim=-1)).any())
+    differs: torch.Tensor = difference.norm(dim=-1) > 0.02 * cached.norm(dim=-1)
+    return not bool(differs.any())
+
+
+def _check_model(model: Any) -> None:
+    """Refuse a model in which kvpress finds no attention, or one that is never called."""
+    decoder = getattr(model, "model", None)
+    decoder = getattr(decoder, "language_model", decoder)
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", None) or [None]]
+    if not hasattr(decoder, "rotary_emb") or not all(hasattr(attention, "layer_idx") for attention in attentions):
+        raise ArgumentError(
+            "model must have what kvpress looks for: model.model.layers with one attention each, self_attn, and "
+            f"model.model.rotary_emb; {type(model).__name__} has not"
+        )
+
+
+def _check_call(layer: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a call in which kvpress finds no cache, or whose layer no longer sees all that is left in it."""
+    name = type(layer).__name__
+    lacking = [each for each in ("hidden_states", "past_key_values", "cache_position") if kwargs.get(each) is None]
+    if lacking:
+        raise ArgumentError(
+            "model must run with a cache, and hand hidden_states, past_key_values and cache_position to its attention "
+            f"by name, where kvpress looks for them; {name} got no {' and no '.join(lacking)}"
+        )
+    cache = kwargs["past_key_values"]
+    if not hasattr(cache, "layers"):
+        raise ArgumentError(f"past_key_values must be a Cache with layers; {name} got {type(cache).__name__}")
+    kinds = set(getattr(layer.config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(layer.config, "sliding_window", None) if kinds == {"sliding_attention"} else None
+    if window is None:
+        return
+    seen = int(kwargs["cache_position"][-1]) + 1
+    # One more token comes out of this step. From the window's length on, masks are cut to it, whatever is still stored.
+    if seen + 1 >= window:
+        raise ArgumentError(
+            "prompt and answer must be shorter than the sliding window where all layers slide: kvpress knows no "
+            f"sliding windows; {name} has read {seen} tokens, and its window is {window}"
+        )
 
 
 def _slides_beside_full_layers(layer: Any, cache: Any) -> bool:
     """Whether a layer slides in a model that has full layers too; the cache must know which do."""
-    kinds = list(getattr(layer.config, "layer_types", None) or [])
+    kinds: list[str] = list(getattr(layer.config, "layer_types", None) or [])
     name = type(layer).__name__
     if not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise ArgumentError(f"model must have full or sliding attention in every layer; {name} has {sorted(set(kinds))}")
+        raise ArgumentError(
+            f"model must have full or sliding attention in every layer; {name} has {sorted(set(kinds))}"
+        )
     if len(set(kinds)) < 2:
         return False
     # Masks of both kinds are made from the sizes of the first layer of each, as the cache has them.
-    slides = [kind == "sliding_attention" for kind in kinds]
+    slides: list[bool] = [kind == "sliding_attention" for kind in kinds]
     if [bool(each.is_sliding) for each in cache.layers] != slides:
         raise ArgumentError(
             "past_key_values must know which layers slide, as DynamicCache(config=model.config) does, or a later step "
             f"would get masks of the wrong size; {name}'s model mixes sliding and full layers"
         )
-    return slides[layer.layer_idx]
+    return slides[int(layer.layer_idx)]
 
 
 def _refuse_hidden_tokens(kwargs: dict[str, Any]) -> None:
