@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-__all__ = ["cache_argument", "first_query", "number_of", "tokens_to_remove"]
+__all__ = ["cache_argument", "first_query", "number_of", "tokens_to_remove", "with_cache"]
 
 
 def number_of(queries: Any) -> int:
@@ -40,3 +40,8 @@ def cache_argument(forward: Callable[..., Any]) -> str:
             if name in parameters:
                 return name
     raise RuntimeError("this release of transformers has another name for the cache; `make test-newest` tells more")
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that hands a cache to a model: ``model(ids, **with_cache(model, cache))``."""
+    return {cache_argument(model.forward): cache}
