@@ -369,7 +369,7 @@ def test_prompt_lookup_decoding_gives_what_plain_decoding_gives(model):
 def test_assisted_decoding_without_a_cache_of_ones_own_is_refused(model, ids):
     """generate() tells the cache that it made itself about rollbacks, not the one that evicting() supplies."""
     # Since 5.24 transformers asks the cache whether it can be cropped, and refuses it by itself.
-    refused = pytest.raises(ValueError, match="activate_past_recording|requires a cache that can be cropped")
+    refused = pytest.raises(ValueError, match=r"activate_past_recording|requires a cache that can be cropped")
     with evicting(model, SNAPKV), refused:
         greedy(model, ids[None, :N], 15, assistant_model=tiny_llama(seed=1))
 
