@@ -18,7 +18,7 @@ def test_the_transformers_quickstart_runs():
 
     exec(block.replace("max_new_tokens=64", "max_new_tokens=4, return_dict_in_generate=True"), names)
 
-    assert [layer.num_stored for layer in names["output"].past_key_values.layers] == [512 + 3] * 3
+    assert [layer.num_stored for layer in names["output"].cache.layers] == [512 + 3] * 3
 
 
 def test_the_array_quickstart_is_short():
