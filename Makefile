@@ -31,9 +31,10 @@ test-newest: smoke-newest
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(TRANSFORMERS_TESTS) $(ARGS)
 
 # Whether anything is evicted there at all; warnings are shown, and fail in test-newest only.
-smoke-newest: .venv-newest/pyvenv.cfg
+smoke-newest: .venv-newest/layered
 	$(BIN)/python -m pip --python .venv-newest/bin/python install --quiet --upgrade transformers
-	@.venv-newest/bin/python -c 'import transformers; print("The newest transformers is", transformers.__version__)'
+	@.venv-newest/bin/python -c 'import transformers; print("The newest transformers that pip finds:", transformers.__version__)'
+	@echo "The pinned one:" $$(grep ^transformers== constraints.txt)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -W default tests/integrations/test_smoke.py
 
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
@@ -77,12 +78,13 @@ docs: .venv/installed-test
 	touch $@
 
 # Another transformers on top of .venv: what is not installed in the new environment is found in the old one.
-.venv-5.23/pyvenv.cfg .venv-newest/pyvenv.cfg: .venv/installed-test
+.venv-5.23/layered .venv-newest/layered: .venv/installed-test
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	touch $@
 
-.venv-5.23/installed: .venv-5.23/pyvenv.cfg
+.venv-5.23/installed: .venv-5.23/layered
 	$(BIN)/python -m pip --python .venv-5.23/bin/python install --quiet transformers==5.23.0
 	touch $@
 
