@@ -363,7 +363,7 @@ def test_prompt_lookup_decoding_gives_what_plain_decoding_gives(model):
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["guesses that are right", "guesses that are wrong"])
-def test_assisted_decoding_gives_what_plain_decoding_gives(model, ids, seed):
+def test_assisted_decoding_inside_a_block_gives_what_plain_decoding_gives(model, ids, seed):
     """Guesses come with the prompt; they see what was kept of it, and the eviction does not see them."""
     with evicting(model, SNAPKV):
         expected = greedy(model, ids[None, :N], 15)
