@@ -29,11 +29,13 @@ class Source:
 
     Attributes
     ----------
+    kind : type or None
+        None if the layer was loaded without a model; `config` then has no more than `storage` saves of it.
     has_all_heads, has_whole_groups : bool
         Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
     """
 
-    kind: type
+    kind: type | None
     config: Any
     index: int
     has_all_heads: bool = True
