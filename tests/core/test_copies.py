@@ -30,8 +30,6 @@ each_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys()
 each_backend = pytest.mark.parametrize("name", LIBRARIES)
 POLICIES = every_policy(9)
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-# A graph, running sums, budgets of heads.
-COMPILED = [POLICIES["graphkv-h2o"], POLICIES["adakv-snapkv"]]
 MINE = dataclasses.replace(SPARSE, name="mine")
 
 
@@ -130,14 +128,15 @@ def decide(policy, backend):
     )
 
 
+# jax compiles for seconds: one policy with a graph and running sums is enough there.
+DECISIONS = [(library, policy) for library in ("numpy", "torch") for policy in POLICIES] + [("jax", "graphkv-h2o")]
+
+
 @each_copy
-@each_backend
-@each_policy
+@pytest.mark.parametrize(("name", "policy"), DECISIONS, ids=map("-".join, DECISIONS))
 def test_evictions_come_back_with_the_same_arrays(copied, name, policy):
-    if name == "jax" and policy not in COMPILED:
-        pytest.skip("jax compiles for seconds; policies with all kinds of arrays are enough there")
     backend = found(name)
-    decision = decide(policy, backend)
+    decision = decide(POLICIES[policy], backend)
     made = copied(decision)
 
     assert_same(made, decision)
