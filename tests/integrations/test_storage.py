@@ -259,7 +259,7 @@ def test_every_precision_is_saved(dtype, ids, tmp_path):
     read(model, cache, ids, [N, 2])
     made = by_file(cache, tmp_path / "cache", model=model)
 
-    assert made.layers[0].keys.dtype == made.layers[0].dtype == dtype
+    assert made.layers[0].keys.dtype == made.layers[0].values.dtype == dtype
     assert {each.dtype for each in made.layers[0].state.values()} == {
         each.dtype for each in cache.layers[0].state.values()
     }
@@ -348,7 +348,8 @@ def test_every_attribute_of_a_layer_is_saved_or_listed_as_not_saved(case, ids):
 
     assert sum(map(len, tables)) == len(set.union(*tables))
     for layer in cache.layers:
-        assert set(vars(layer)) == set.union(*tables)
+        # Releases of transformers before 5.24 note the dtype.
+        assert set(vars(layer)) | {"dtype"} == set.union(*tables)
 
 
 def test_every_setting_and_every_field_of_a_source_is_saved():
@@ -693,7 +694,7 @@ TAMPERED = {
     "fewer positions": (tensor("layers.0.positions", lambda x: x[..., 1:]), r"positions must have shape \(2, 2, 20"),
     "keys of three axes": (tensor("layers.0.keys", lambda x: x[0]), "layers.0.keys must have shape"),
     "whole keys": (tensor("layers.0.keys", lambda x: x.long()), "keys must be of dtype float; got torch.int64"),
-    "keys and values of two types": (tensor("layers.0.keys", lambda x: x.half()), "keys and values of one dtype"),
+    "query heads that do not fit": (tensor("layers.0.queries", lambda x: x[:, 1:]), "query heads for each of 2 KV"),
     "positions that are floats": (tensor("layers.0.positions", lambda x: x.float()), "must be of dtype torch.int64"),
     "positions in disorder": (tensor("layers.0.positions", lambda x: x.flip(-1)), "layers.0.positions must ascend"),
     "unused slots that are not masked": (tensor("layers.0.positions", lambda x: x * 0 - 1), "positions must ascend"),
@@ -706,7 +707,7 @@ TAMPERED = {
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_file_is_refused_by_what_is_wrong(name, ids, tmp_path):
     _, cache = in_the_middle("once", ids)
-    cache.layers[0].valid = None
+    cache.layers[0].valid, cache.layers[0].queries = None, torch.ones(2, 6, 3, 8)
     path, (change, words) = tmp_path / "cache", TAMPERED[name]
     cache.save(path)
     tampered(path, change)

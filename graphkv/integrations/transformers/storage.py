@@ -338,9 +338,7 @@ def _layer(
     layer.state = {key.removeprefix("state."): found.pop(key) for key in list(found) if key.startswith("state.")}
     if found or layer.num_seen:
         _check_tensors(found, layer.state, name, lengths)
-        for key, tensor in found.items():
-            setattr(layer, key, tensor)
-        layer.is_initialized, layer.dtype = True, layer.keys.dtype
+        _put(layer, found)
         _check_positions(layer, name)
     if given["row_budgets"] is not None:
         budgets = given["row_budgets"]
@@ -379,8 +377,8 @@ def _check_tensors(
         if not fits:
             shape = f"({', '.join(map(str, expected))})"
             raise ArgumentError(f"its {name}.{key} must have shape {shape}; got {tuple(tensor.shape)}")
-    if found["keys"].dtype != found["values"].dtype or own.get("query_heads", 0) % max(own["kv_heads"], 1):
-        raise ArgumentError(f"its {name} must have keys and values of one dtype, and query heads for each KV head")
+    if own.get("query_heads", 0) % max(own["kv_heads"], 1):
+        raise ArgumentError(f"its {name} must have as many query heads for each of {own['kv_heads']} KV heads")
     rows = (own["batch"], own["kv_heads"])
     for key, sums in state.items():
         if not sums.is_floating_point() or tuple(sums.shape[:2]) != rows or not 0 <= sums.shape[2] <= own["stored"]:
@@ -474,10 +472,14 @@ def _device_of(module: torch.nn.Module | None) -> torch.device | str:
 
 
 def _move(layer: EvictingLayer, device: torch.device | str) -> None:
-    if not layer.is_initialized:
-        return
-    for name in TENSORS:
-        tensor = getattr(layer, name)
-        setattr(layer, name, None if tensor is None else tensor.to(device))
-    layer.state = {name: sums.to(device) for name, sums in layer.state.items()}
-    layer.device = layer.keys.device
+    if layer.is_initialized:
+        found = {name: getattr(layer, name) for name in TENSORS}
+        _put(layer, {name: tensor.to(device) for name, tensor in found.items() if tensor is not None})
+        layer.state = {name: sums.to(device) for name, sums in layer.state.items()}
+
+
+def _put(layer: EvictingLayer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Let a layer have these tensors, as if they had come by `update`."""
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    for name, tensor in tensors.items():
+        setattr(layer, name, tensor)
