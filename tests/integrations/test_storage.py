@@ -285,14 +285,14 @@ def test_what_waits_for_a_crop_waits_after_loading(ids, tmp_path):
     cache.activate_past_recording()
     read(model, cache, ids, [N, 6])
     made = by_file(cache, tmp_path / "cache", model=model)
+    assert made.layers[0].due_at == cache.layers[0].due_at == N + 6
     for each in (cache, made):
-        assert each.layers[0].is_due
         each.crop(-3)
 
     assert stored(made) == stored(cache)
-    assert made.layers[0].num_stored == 14
+    assert made.layers[0].num_evictions == 1
     assert torch.equal(read(model, made, ids, [4]), read(model, cache, ids, [4]))
-    assert made.layers[0].is_due
+    assert made.layers[0].due_at is not None
 
 
 def test_a_cache_without_a_policy_is_evicted_after_loading(ids, tmp_path):
@@ -354,27 +354,37 @@ def test_every_attribute_of_a_layer_is_saved_or_listed_as_not_saved(case, ids):
 
 def test_every_setting_and_every_field_of_a_source_is_saved():
     assert {each.name for each in dataclasses.fields(Settings)} == {*storage.SETTINGS, "policy", "backend"}
-    assert {each.name for each in dataclasses.fields(Source)} == {*storage.SOURCE, "kind", "config"}
+    assert {each.name for each in dataclasses.fields(Source)} == {*storage.SOURCE, "kind", "config", "layer_kinds"}
 
 
 def test_every_attribute_of_a_cache_is_saved_or_follows():
-    assert set(vars(EvictingCache())) == {
-        "settings", "_has_warned", "layers", "layer_class_to_replicate", "offloading"
-    }  # fmt: skip
+    follows = {"settings", "layers", "layer_class_to_replicate", "offloading"}
+
+    assert set(vars(EvictingCache())) == {*storage.CACHE, "history", *follows}
+    assert set(vars(EvictingCache().history)) == {"num_summed", "sums", "recent"}
 
 
 def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
     """Each set to something that no other has and no fresh layer would have."""
     model, cache = in_the_middle("rows of different size", ids)
+    for number, name in enumerate(name for name, kinds in storage.CACHE.items() if name != "num_seen"):
+        setattr(cache, name, True if storage.CACHE[name] == (bool,) else 30 + number)
+    cache.history.num_summed, cache.history.sums = 6, torch.tensor([2**62, -5])
+    cache.history.recent = [torch.randint(97, (2, length)) for length in (3, 1)]
     for layer in cache.layers:
         stored, rows = layer.num_stored, layer.keys.shape[:2]
         layer.budget, layer.num_evictions, layer.num_dropped, layer.bytes_freed, layer.seconds = 21, 22, 23, 24, 2.5
-        layer.num_new, layer.sliding_window, layer.evicts, layer.is_due, layer.record_past = 26, 27, False, True, True
+        layer.num_new, layer.sliding_window, layer.evicts, layer.due_at, layer.record_past = 26, 27, False, 28, True
+        layer.certain, layer.has_holes, layer.queried = 29, True, torch.rand(2, layer.queries.shape[2]) > 0.5
         layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)
         layer.state = {"a.b": torch.rand(*rows, stored - 1, 3), "c": torch.rand(*rows, stored)}
         layer.source = dataclasses.replace(layer.source, has_all_heads=False, has_whole_groups=False)
     made = by_file(cache, tmp_path / "cache", model=model)
 
+    assert [getattr(made, name) for name in storage.CACHE] == [getattr(cache, name) for name in storage.CACHE]
+    assert made.history.num_summed == 6
+    assert made.history.sums.tolist() == [2**62, -5]
+    assert [each.tolist() for each in made.history.recent] == [each.tolist() for each in cache.history.recent]
     for layer, copied in zip(cache.layers, made.layers, strict=True):
         assert copied.queries is not None
         for name, value in vars(layer).items():
@@ -646,9 +656,21 @@ def tensor(name, function):
     return change
 
 
-def without_positions(header, tensors):
-    del tensors["layers.0.positions"]
-    header["layers"][0]["tensors"].remove("positions")
+def without(name, named=False):
+    def change(header, tensors):
+        del tensors[name]
+        if not named:
+            header["tensors"].remove(name)
+
+    return change
+
+
+def renamed(name, other):
+    def change(header, tensors):
+        tensors[other] = tensors.pop(name)
+        header["tensors"] = sorted(tensors)
+
+    return change
 
 
 DEEP = "[" * 5000 + "]" * 5000
@@ -666,11 +688,11 @@ TAMPERED = {
     "a missing setting": (lambda header, tensors: header["settings"].clear(), "its settings must hold every"),
     "a setting of another type": (at("settings", "every", value="4"), "its settings must have every of type int"),
     "a setting out of range": (at("settings", "every", value=0), "every must be at least 1"),
-    "a bool for a number": (at("layers", 0, "values", "num_seen", value=True), "num_seen of type int"),
-    "a negative number": (at("layers", 1, "values", "num_new", value=-1), "num_new of type int, not below 0; got '-1'"),
-    "not a number": (at("layers", 1, "values", "seconds", value=float("nan")), "seconds of type float"),
-    "layers of different age": (at("layers", 1, "values", "num_seen", value=90), "finished forward pass"),
-    "tokens that were never seen": (at("layers", 0, "values", "num_seen", value=9), "layers.0.positions must ascend"),
+    "a bool for a number": (at("layers", 0, "attention", "values", "num_seen", value=True), "num_seen of type int"),
+    "a negative number": (at("layers", 1, "attention", "values", "num_new", value=-1), "not below 0; got '-1'"),
+    "not a number": (at("layers", 1, "attention", "values", "seconds", value=float("nan")), "seconds of type float"),
+    "layers of different age": (at("layers", 1, "attention", "values", "num_seen", value=90), "finished forward pass"),
+    "tokens never seen": (at("layers", 0, "attention", "values", "num_seen", value=9), "positions must ascend"),
     "an unknown policy": (at("policy", value={"class": "os.system"}), "policy must be one of AdaKV.*got 'os.system'"),
     "a foreign policy": (at("policy", value={"foreign class": "x"}), "policy must be given"),
     "an unknown option": (at("policy", "sink", value=3), "SnapKV must be its own; it has no sink"),
@@ -680,15 +702,18 @@ TAMPERED = {
     "a layer less": (lambda header, tensors: header["layers"].pop(), r"no more tensors .*layers\.2\.keys"),
     "no model": (at("model", value=None), "its model must be described"),
     "half a model": (lambda header, tensors: header["model"].pop("head_dim"), "must be described by at"),
-    "a layer that the model lacks": (at("layers", 0, "source", "index", value=3), "layers.0 must be one of 3; got 3"),
-    "an attribute that is no tensor": (at("layers", 0, "tensors", value=["update"]), "tensors that a layer has; got"),
-    "a tensor named twice": (at("layers", 0, "tensors", 1, value="keys"), "must have keys and values"),
-    "a missing tensor": (lambda header, tensors: tensors.pop("layers.1.values") is None, "hold the tensor layers.1.v"),
-    "a surplus tensor": (lambda header, tensors: tensors.update(x=torch.ones(1)), r"no more tensors .* got \['x'\]"),
-    "no tensors": (
-        lambda header, tensors: [tensors.clear(), [each["tensors"].clear() for each in header["layers"]]],
-        "its layers.0 must have keys and values",
-    ),
+    "a layer that the model lacks": (at("layers", 0, "attention", "source", "index", value=3), "as index; got 3"),
+    "no list of tensors": (at("tensors", value=["x", ["y"]]), "it must hold the tensors that its header names"),
+    "an attribute that is no tensor": (renamed("layers.0.keys", "layers.0.update"), "must have keys and values"),
+    "a missing tensor": (without("layers.1.values", named=True), r"its header names; .*\['layers\.1\.values'\]"),
+    "a tensor that a layer needs": (without("layers.1.values"), "layers.1 must have keys and values; got .*'keys'"),
+    "a surplus tensor": (lambda header, tensors: tensors.update(x=torch.ones(1)), r"its header names; .* \['x'\]"),
+    "a tensor of no layer": (renamed("layers.2.queries", "layers.20.queries"), r"no more tensors .*layers\.20"),
+    "another class": (at("layers", 0, "kind", value="DynamicCache"), "must be EvictingLayer, .*; got 'DynamicCache'"),
+    "a kind without its part": (at("layers", 0, "kind", value="DummyLayer"), "parts of its kind; got 'DummyLayer'"),
+    "ids of other rows": (tensor("history.recent.0", lambda x: x[:1]), "its history must hold integers for each of 2"),
+    "ids that are no integers": (tensor("history.recent.0", lambda x: x * 0.5), "its history must hold integers"),
+    "a sum of nothing": (at("num_summed", value=3), "its history must hold integers for each of 2 rows, of no more"),
     "another batch": (tensor("layers.1.keys", lambda x: x[:1]), r"layers.1.keys must have shape \(2, kv_heads, stored"),
     "fewer values": (tensor("layers.1.values", lambda x: x[:, :, 1:]), r"layers.1.values must have shape \(2, 2, 20"),
     "fewer positions": (tensor("layers.0.positions", lambda x: x[..., 1:]), r"positions must have shape \(2, 2, 20"),
@@ -698,16 +723,19 @@ TAMPERED = {
     "positions that are floats": (tensor("layers.0.positions", lambda x: x.float()), "must be of dtype torch.int64"),
     "positions in disorder": (tensor("layers.0.positions", lambda x: x.flip(-1)), "layers.0.positions must ascend"),
     "unused slots that are not masked": (tensor("layers.0.positions", lambda x: x * 0 - 1), "positions must ascend"),
-    "no positions": (without_positions, "layers.0 must store 46 tokens, or say where they stood; it stores 20"),
-    "budgets of other rows": (at("layers", 0, "row_budgets", value=[3]), "row_budgets must be a count for each row"),
-    "budgets that are no counts": (at("layers", 0, "row_budgets", value=[3, "4"]), "row_budgets must be a count"),
+    "no positions": (without("layers.0.positions"), "must store 46 tokens, or .*; it stores 20"),
+    "budgets of other rows": (at("layers", 0, "attention", "row_budgets", value=[3]), "must be a count for each row"),
+    "budgets that are no counts": (at("layers", 0, "attention", "row_budgets", value=[3, "4"]), "must be a count"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_file_is_refused_by_what_is_wrong(name, ids, tmp_path):
     _, cache = in_the_middle("once", ids)
-    cache.layers[0].valid, cache.layers[0].queries = None, torch.ones(2, 6, 3, 8)
+    cache.layers[0].valid, cache.history.recent = None, [ids[:, : cache.num_seen]]
+    cache.history.num_summed, cache.history.sums = 0, None
+    for layer in cache.layers:
+        layer.queries = torch.ones(2, 6, 3, 8)
     path, (change, words) = tmp_path / "cache", TAMPERED[name]
     cache.save(path)
     tampered(path, change)
@@ -742,7 +770,7 @@ def test_layers_of_another_kind_are_refused(tmp_path):
 
     cache = EvictingCache()
     cache.layers.append(Other(cache.settings))
-    with pytest.raises(ArgumentError, match="whose layers are all EvictingLayers; got Other"):
+    with pytest.raises(ArgumentError, match=r"layers must be EvictingLayer, .*; got Other"):
         cache.save(tmp_path / "cache")
 
 
