@@ -358,7 +358,7 @@ def test_every_setting_and_every_field_of_a_source_is_saved():
 
 
 def test_every_attribute_of_a_cache_is_saved_or_follows():
-    follows = {"settings", "layers", "layer_class_to_replicate", "offloading"}
+    follows = {"settings", "layers", "layer_class_to_replicate", "offloading", "_latest"}
 
     assert set(vars(EvictingCache())) == {*storage.CACHE, "history", *follows}
     assert set(vars(EvictingCache().history)) == {"num_summed", "sums", "recent"}

@@ -120,12 +120,14 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
 def _source_of(module: Any, handout: Handout, query: torch.Tensor, key: torch.Tensor) -> Source:
     """Describe where keys come from, and whether all heads are here."""
     config, query_heads, known = module.config, query.shape[1], handout.layer.source
+    if known is not None and known.kind is type(module) and known.config is config and known.index == handout.index:
+        return known
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return Source(
         kind=type(module),
         config=config,
         index=handout.index,
-        layer_kinds=versions.layer_kinds(config) if known is None else known.layer_kinds,
+        layer_kinds=versions.layer_kinds(config),
         # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
         has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
         has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),
