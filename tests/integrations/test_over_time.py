@@ -414,7 +414,7 @@ def test_turned_keys_equal_recomputed_rotary_embeddings(ids, name):
     for number, layer in enumerate(cache.layers):
         for head in range(2):
             tokens = kept[number][head]
-            where = layer.places[0, head, -len(tokens) :].tolist()
+            where = layer.places[0, head, -len(tokens) :, 0].tolist()
             assert where == list(range(N + 20 - len(tokens), N + 20))
             keys = turned(number, head, tokens, where).float()
             torch.testing.assert_close(layer.keys[0, head, -len(tokens) :], keys, rtol=1e-5, atol=1e-4)

@@ -134,6 +134,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
         if cache is not None and layer is not None:
             kinds = set(getattr(module.config, "layer_types", None) or ())
             layer.observe(_source_of(module, query, key), query, scaling, kwargs.get("sliding_window"), len(kinds) > 1)
+            layer.locate(module, query.shape[2])
             cache.after_layer(layer)
         return result
 

@@ -118,6 +118,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_seen = 0
         self.num_new = 0
         self.positions: torch.Tensor | None = None
+        self.rotation: rotary.Rotation | None = None
         self.places: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
@@ -145,8 +146,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         new = new.expand(*key_states.shape[:2], num_new)
         if self.positions is not None:
             self.positions = torch.cat([self.positions, new], dim=-1)
-        if self.places is not None:
-            self.places = torch.cat([self.places, new], dim=-1)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, torch.ones_like(new, dtype=torch.bool)], dim=-1)
         self.num_seen += num_new
@@ -191,6 +190,18 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         elif not self.record_past:
             self.settle()
         self.awaits_queries = False
+
+    def locate(self, module: torch.nn.Module, num_new: int) -> None:
+        """Take note of how the keys are turned and where the new ones stand, if they may have to be turned."""
+        policy = self.settings.policy
+        may_turn = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
+        if not (may_turn and self.evicts):
+            return
+        rows, heads = self.keys.shape[:2]
+        self.rotation, new = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
+        if new is not None:
+            new = new.to(self.keys.device)[:, None].expand(-1, heads, -1, -1)
+            self.places = new if self.places is None else torch.cat([self.places, new], dim=2)
 
     def _hold(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
@@ -259,7 +270,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 num_layers=self.num_layers,
                 tokens_seen=self.num_seen,
                 state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
-                unrotated_keys=_give(self._unrotated_keys(rows, self.source), backend)
+                unrotated_keys=_give(self._unrotated_keys(rows), backend)
                 if each.needs().unrotated_keys
                 else None,
                 **self._inputs(each, rows, valid, backend),
@@ -343,10 +354,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             "backend": backend,
         }
 
-    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
-        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
-        stand = self.true_positions if self.places is None else self.places
-        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
+    def _unrotated_keys(self, rows: slice) -> torch.Tensor:
+        """Give the keys as they were before the rotary embedding."""
+        rotation = rotary.check(self.rotation, self.places)
+        return rotary.turn(self.keys[rows], rotation, None if self.places is None else self.places[rows])
 
     def _visible_from_now_on(self) -> torch.Tensor | None:
         """Give `valid` without what has left the sliding window."""
@@ -359,6 +370,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
         if kept.shape[-1] == self.num_stored and not is_ragged:
             return
+        rotation = rotary.check(self.rotation, self.places) if self.settings.rerotate else None
         freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
         index = kept.clamp(min=0)
         valid = None if self.valid is None else self.valid.gather(2, index)
@@ -373,12 +385,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_dropped += num_dropped
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
-        if self.settings.rerotate and self.source is not None:
-            stand = before.gather(2, index) if self.places is None else self.places.gather(2, index)
-            # Contiguous up to the last token seen: new tokens go on at their true positions.
-            self.places = torch.arange(self.num_seen - index.shape[-1], self.num_seen, device=index.device)
-            self.places = self.places.expand(index.shape)
-            self.keys = rotary.turn(self.keys, self.places - stand, self.source.kind, self.source.config, self.index)
+        if self.places is not None:
+            self.places = self.places.gather(2, index[..., None].expand(*index.shape, self.places.shape[-1]))
+            if rotation is not None:
+                # Contiguous up to the last token seen: new tokens go on at their true positions.
+                to = rotary.contiguous(self.places, self.valid)
+                self.keys, self.places = rotary.turn(self.keys, rotation, self.places, to), to
         self.bytes_freed += freed - self.nbytes
 
     def _carried_over(self, policy: Policy, budget: int) -> torch.Tensor | None:

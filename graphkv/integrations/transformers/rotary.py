@@ -1,74 +1,492 @@
-"""Turning cached keys to other positions, by the model's own rotary embedding."""
+"""Turning cached keys to other positions, as the model itself was seen to turn them.
+
+Model files rotate keys in many ways: whole heads or a part of them, halves or neighbors, in some layers or none, by
+one position per token or by three, and an attention function is told of none of it. So nothing is inferred from names
+of models: what turned the keys is read where the attention module has it, in the call that is going on, and the module
+is run once on an input of our own to see which numbers of a key it turns together. What does not fit is refused.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from ...core.errors import ArgumentError
+from . import versions
 
-__all__ = ["turn"]
+__all__ = ["Rotation", "check", "contiguous", "look", "turn"]
 
-# Their frequencies depend on the length of the text, so a turn has no fixed angle.
-LENGTH_DEPENDENT = ("dynamic", "longrope")
+# The place of a token that could not be found.
+UNKNOWN = torch.iinfo(torch.int64).min
+# Positions that frequencies are measured at: products with powers of two are exact in float32.
+FAR = tuple(2**power for power in range(0, 21, 4))
+AXES = (4, 3, 2)
 
 
-def turn(keys: torch.Tensor, steps: torch.Tensor, kind: type, config: Any, layer: int) -> torch.Tensor:
-    """Rotate keys on by a number of positions.
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """How a layer turns its keys: numbers `first` and `second` of a key by the angle in `columns`, pair by pair.
 
-    Rotations add up, so a key at position p turned by s is the key at position p + s.
+    Attributes
+    ----------
+    first, second, columns : tuple of int
+        One per pair; empty where keys are not turned.
+    frequencies : tuple of tuple of float
+        Angle per position, for each axis of the positions and each column of the model's cosines.
+    scaling : float
+        What turned numbers are multiplied by as well, as YaRN does.
+    refusal : str or None
+        Why keys of this layer cannot be turned.
+    """
+
+    first: tuple[int, ...] = ()
+    second: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    frequencies: tuple[tuple[float, ...], ...] = ()
+    scaling: float = 1.0
+    refusal: str | None = None
+
+    def angles(self, places: torch.Tensor) -> torch.Tensor:
+        """Compute the angle in every column, in float32 as models do, from places of shape (..., axes)."""
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=places.device)
+        return (places[..., None].float() * frequencies).sum(dim=-2)
+
+
+class Enough(Exception):  # noqa: N818
+    """Break off an attention module that has shown its keys."""
+
+
+class Onlooker:
+    """Stand in for a cache: take the keys and values of a module, and break it off."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take note."""
+        self.keys, self.values = keys, values
+        raise Enough
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Return 0: nothing came before."""
+        return 0
+
+
+class Bare:
+    """A module without its hooks, which nothing can be written to: running it leaves no trace."""
+
+    def __init__(self, module: Module) -> None:
+        self.__dict__["_bare"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_bare"], name)
+        return Bare(value) if isinstance(value, Module) else value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_bare"].forward(*args, **kwargs)
+
+
+def look(module: Module, known: Rotation | None, rows: int, first: int, num_new: int) -> tuple[Rotation, Any]:
+    """Find how a module turns its keys, and where its new tokens stand, from inside its forward call.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        An attention module whose call is going on.
+    known : Rotation or None
+        What was found in an earlier call.
+    rows, first, num_new : int
+        Rows of the batch, tokens seen before this call, and tokens of this call.
+
+    Returns
+    -------
+    tuple of Rotation and torch.Tensor or None
+        The places have shape (rows, num_new, axes), int64; None where nothing is turned.
+    """
+    calls = _calls(module)
+    inner = next(calls, None)
+    if inner is None:
+        return known or _refused(module, "its forward call cannot be looked into"), None
+    calls = chain([inner], calls)
+    seen = inner.get("position_embeddings")
+    if known is not None and (known.refusal or not known.first):
+        return known, None
+    cosines = _parts(seen)[0] if known is not None else None
+    kept = getattr(cosines, "graphkv_places", None)
+    # Layers of one forward call share their cosines.
+    if kept is not None and kept[:2] == (first, num_new):
+        return known, kept[2]
+    givers, candidates = _surroundings(calls)
+    candidates.append(torch.arange(first, first + num_new))
+    if known is None:
+        with torch.no_grad():
+            known = _find(module, inner, seen, givers, candidates, num_new)
+    if known.refusal or not known.first:
+        return known, None
+    places = _places(known, seen, candidates, rows, num_new)
+    for part in _parts(seen)[:1]:
+        part.graphkv_places = (first, num_new, places)
+    return known, places
+
+
+def check(rotation: Rotation | None, places: torch.Tensor | None) -> Rotation:
+    """Return the rotation if keys at these places can be turned, or say why they cannot.
+
+    Raises
+    ------
+    ArgumentError
+        If the layer's rotation or the place of a token is not known.
+    """
+    if rotation is None:
+        raise ArgumentError(
+            "turning keys needs a cache that looks at how they are turned: one with rerotate=True, with a policy of "
+            "unrotated keys or without a policy"
+        )
+    if rotation.refusal:
+        raise ArgumentError(rotation.refusal)
+    if rotation.first and (places is None or bool((places == UNKNOWN).any())):
+        raise ArgumentError(
+            "turning keys needs to know the position of every token; those that the model turned its keys by could not "
+            "be found in its calls"
+        )
+    return rotation
+
+
+def turn(
+    keys: torch.Tensor, rotation: Rotation, places: torch.Tensor | None, to: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rotate keys from where they stand to other places.
 
     Parameters
     ----------
     keys : torch.Tensor, shape (batch, kv_heads, N, D)
         After the rotary embedding.
-    steps : torch.Tensor, shape (batch, kv_heads, N), integer
-        May be negative.
-    kind : type
-        Class of the attention module that the keys come from.
-    config : transformers.PreTrainedConfig
-        Its configuration.
-    layer : int
-        Which layer it is.
+    rotation : Rotation
+        How they were rotated, see `check`.
+    places : torch.Tensor, shape (batch, kv_heads, N, axes), integer
+        Where they stand.
+    to : torch.Tensor, shape (batch, kv_heads, N, axes), integer, optional
+        Where they shall stand. None: back to before the rotary embedding.
 
     Returns
     -------
     torch.Tensor, shape (batch, kv_heads, N, D)
         In the dtype of the keys; computed in float32 at least.
     """
-    rotary, apply, layer_type = _rotary(kind, config, layer)
-    rotary = rotary.to(keys.device)
-    rows = keys.shape[0] * keys.shape[1]
-    flat = keys.reshape(rows, 1, *keys.shape[2:])
-    wide = flat if flat.dtype == torch.float64 else flat.float()
-    cos, sin = rotary(wide, steps.reshape(rows, -1), *([layer_type] if layer_type else []))
-    # YaRN scales what it rotates; here it has been scaled already.
-    scaling = float(getattr(rotary, f"{layer_type}_attention_scaling" if layer_type else "attention_scaling", 1.0))
-    _, turned = apply(wide, wide, cos / scaling, sin / scaling)
-    result: torch.Tensor = turned.to(keys.dtype).reshape(keys.shape)
-    return result
+    if not rotation.first or places is None:
+        return keys
+    angles = -rotation.angles(places)
+    if to is not None:
+        angles = rotation.angles(to) + angles
+    scale = 1 / rotation.scaling if to is None else 1.0
+    return _turned(keys, rotation, angles, scale)
 
 
-def _rotary(kind: type, config: Any, layer: int) -> tuple[Any, Any, str | None]:
-    """Build the rotary embedding of an attention module; give it with its function and the kind of the layer."""
-    names = vars(sys.modules[kind.__module__])
-    kinds = {
-        each
-        for name, each in names.items()
-        if name.endswith("RotaryEmbedding") and isinstance(each, type) and "Vision" not in name
-    }
-    apply = names.get("apply_rotary_pos_emb")
-    if len(kinds) != 1 or apply is None:
-        raise ArgumentError(
-            f"turning keys needs a model with one rotary embedding; that of {kind.__name__} has {len(kinds)}"
+def contiguous(places: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Compute places that follow on each other and end at the last of `places`, shape (batch, kv_heads, N, axes)."""
+    if valid is None:
+        valid = torch.ones_like(places[..., 0], dtype=torch.bool)
+    last = places.amax(dim=-1).masked_fill(~valid, 0).amax(dim=-1, keepdim=True)
+    after = valid.flip(-1).cumsum(dim=-1).flip(-1) - 1
+    return (last - after)[..., None].expand(places.shape)
+
+
+def _turned(keys: torch.Tensor, rotation: Rotation, angles: torch.Tensor, scale: float) -> torch.Tensor:
+    """Turn pairs of numbers by the angles of their columns, shape (..., columns)."""
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32), copy=True)
+    first, second, columns = (
+        torch.tensor(each, device=keys.device) for each in (rotation.first, rotation.second, rotation.columns)
+    )
+    angles = angles.to(wide.dtype)[..., columns]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    one, other = wide[..., first], wide[..., second]
+    wide[..., first] = one * cos - other * sin
+    wide[..., second] = other * cos + one * sin
+    return wide.to(keys.dtype)
+
+
+def _calls(module: Module) -> Iterator[Mapping[str, Any]]:
+    """Go through the variables of the calls that are going on, from the module's own outwards."""
+    frame, is_inside = sys._getframe(1), False
+    while frame is not None:
+        values = frame.f_locals
+        is_inside = is_inside or values.get("self") is module
+        if is_inside:
+            yield values
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _surroundings(calls: Iterator[Mapping[str, Any]]) -> tuple[list[Module], list[torch.Tensor]]:
+    """Collect rotary embeddings and positions, up to the module that has the rotary embedding."""
+    givers: list[Module] = []
+    positions: dict[int, torch.Tensor] = {}
+    for values in calls:
+        for named in (values, values.get("kwargs")):
+            given = named.get("position_ids") if isinstance(named, Mapping) else None
+            if isinstance(given, torch.Tensor):
+                positions[id(given)] = given
+        owner = values.get("self")
+        if isinstance(owner, Module):
+            givers += [each for each in owner.children() if "RotaryEmbedding" in type(each).__name__]
+        if givers:
+            break
+    return givers, list(positions.values())
+
+
+def _parts(seen: Any) -> tuple[torch.Tensor, ...]:
+    """Split what a model's rotary embedding gave into cosines and sines; nothing if it is not of that kind."""
+    if isinstance(seen, torch.Tensor) and seen.is_complex():
+        return seen.real, seen.imag
+    is_pair = isinstance(seen, tuple | list) and len(seen) == 2
+    return tuple(seen) if is_pair and all(isinstance(part, torch.Tensor) for part in seen) else ()
+
+
+def _refused(module: Module, why: str) -> Rotation:
+    return Rotation(refusal=f"turning keys needs to see how the model turns them; {type(module).__name__}: {why}")
+
+
+def _find(
+    module: Module,
+    inner: Mapping[str, Any],
+    seen: Any,
+    givers: list[Module],
+    candidates: list[torch.Tensor],
+    num_new: int,
+) -> Rotation:
+    """Find the rotation of a module that is being called with a rotary embedding, or why it cannot be found."""
+    if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+        return _refused(module, "it is given no rotary embedding")
+    if seen is None:
+        measured = [Rotation(frequencies=((0.0,),))]
+    else:
+        if not _parts(seen):
+            return _refused(module, "its rotary embedding is no pair of cosines and sines")
+        if not givers:
+            return _refused(module, "the rotary embedding that its positions went through was not found")
+        measured = [each for giver in givers for each in _measured(giver, module, seen)]
+        fixed = [each for each in measured if not each.refusal]
+        measured = [each for each in fixed if _is_explained(each, seen, candidates, num_new)] or (
+            [each for each in measured if each.refusal] if not fixed else []
         )
-    rotary = kinds.pop()(config=config)
-    takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    layer_type = str(config.layer_types[layer]) if takes_type else None
-    rope = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
-    if rope in LENGTH_DEPENDENT:
-        raise ArgumentError(f"turning keys needs rotary frequencies that do not depend on the length; got {rope!r}")
-    return rotary, apply, layer_type
+    if not measured:
+        return _refused(module, "its rotary embedding does not follow from positions alone")
+    if measured[0].refusal:
+        return measured[0]
+    return _probed(module, inner, seen, measured[0])
+
+
+def _measured(giver: Module, module: Module, seen: Any) -> Iterator[Rotation]:
+    """Measure the frequencies of a rotary embedding, one for each kind of layer that it knows."""
+    # A copy, since some change with the positions that they see.
+    twin = copy.copy(giver)
+    twin.__dict__["_buffers"] = {
+        name: None if buffer is None else buffer.detach().cpu().clone() for name, buffer in giver._buffers.items()
+    }
+    kinds: list[tuple[Any, ...]] = [()]
+    if "layer_type" in inspect.signature(type(giver).forward).parameters:
+        config: Any = module.config
+        types = list(config.layer_types)
+        own = types[int(module.layer_idx)]  # type: ignore[arg-type]
+        kinds = [(own,), *((each,) for each in sorted(set(types) - {own}))]
+    for kind in kinds:
+        for axes in (*AXES, 1):
+            try:
+                yield _measured_along(twin, kind, axes, module)
+                break
+            except Exception:  # noqa: BLE001, S112
+                # Of another number of axes, or without frequencies for this kind of layer.
+                continue
+
+
+def _measured_along(twin: Module, kind: tuple[Any, ...], axes: int, module: Module) -> Rotation:
+    """Measure the frequencies along every axis of the positions; fails if there are not that many."""
+
+    def angles(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given = places.movedim(-1, 0)[:, None] if axes > 1 else places[None, :, 0]
+        cos, sin = (x.double() for x in _parts(type(twin).forward(twin, torch.zeros(1), given, *kind)))
+        if cos.ndim != 3 or cos.shape[:2] != (1, len(places)):
+            raise ValueError(cos.shape)
+        return torch.atan2(sin[0], cos[0]), torch.hypot(cos[0], sin[0])
+
+    frequencies, lengths = [], []
+    for axis in range(axes):
+        places = torch.zeros(len(FAR), axes, dtype=torch.int64)
+        places[:, axis] = torch.tensor(FAR)
+        alone, _ = angles(places[:1])
+        found, length = angles(places)
+        if float((alone[0] - found[0]).abs().max()) > 1e-5:
+            return _refused(module, "its rotary frequencies depend on the length of the text")
+        frequency = found[0]
+        for far, angle in zip(FAR[1:], found[1:], strict=True):
+            rest = angle - far * frequency
+            frequency = frequency + torch.atan2(rest.sin(), rest.cos()) / far
+        frequencies.append(tuple(frequency.float().tolist()))
+        lengths.append(length)
+    scalings = torch.stack(lengths)
+    scaling = float(scalings.mean())
+    if float((scalings - scaling).abs().max()) > 1e-5 * scaling:
+        raise ValueError(scalings)
+    return Rotation(frequencies=tuple(frequencies), scaling=scaling)
+
+
+def _is_explained(rotation: Rotation, seen: Any, candidates: list[torch.Tensor], num_new: int) -> bool:
+    """Check whether some positions, turned into cosines and sines, are all that was seen."""
+    return any(
+        bool(fits.all())
+        for _, fits in (_fitted(rotation, seen, each, num_new) for each in candidates)
+        if fits is not None
+    )
+
+
+def _fitted(
+    rotation: Rotation, seen: Any, candidate: torch.Tensor, num_new: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check for which tokens positions give the cosines and sines that were seen, both of shape (rows, num_new)."""
+    axes = len(rotation.frequencies)
+    cos, sin = _parts(seen)
+    places = candidate.to(cos.device)
+    if places.ndim == 3 and places.shape[0] == axes:
+        places = places.movedim(0, -1)
+    elif places.ndim <= 2:
+        places = places.reshape(-1, places.shape[-1], 1).expand(-1, -1, axes)
+    wide = (num_new, len(rotation.frequencies[0]))
+    if places.ndim != 3 or places.shape[1] != num_new or cos.ndim != 3 or cos.shape[1:] != wide:
+        return places, None
+    if len({1, len(places), len(cos)}) > 2:
+        return places, None
+    angles = rotation.angles(places)
+    off = torch.maximum(
+        (angles.cos() * rotation.scaling - cos).abs().amax(dim=-1),
+        (angles.sin() * rotation.scaling - sin).abs().amax(dim=-1),
+    )
+    return places, off <= rotation.scaling * _tolerance(cos.dtype)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error of a few operations."""
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
+def _places(
+    rotation: Rotation, seen: Any, candidates: list[torch.Tensor], rows: int, num_new: int
+) -> torch.Tensor:
+    """Choose for every token the positions that give what was seen, without waiting for the device."""
+    axes = len(rotation.frequencies)
+    parts = _parts(seen)
+    device = parts[0].device if parts else candidates[0].device
+    places = torch.full((rows, num_new, axes), UNKNOWN, device=device)
+    for candidate in reversed(candidates if parts else []):
+        where, fits = _fitted(rotation, seen, candidate, num_new)
+        if fits is not None:
+            places = torch.where(fits[..., None], where, places)
+    return places
+
+
+def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotation) -> Rotation:
+    """Run the module on one token at several angles, to see which numbers of its keys turn together."""
+    frequencies = torch.tensor(rotation.frequencies)
+    # Columns of the same frequencies always get the same angle.
+    kinds, column = frequencies.unique(dim=1, return_inverse=True)
+    generator = torch.Generator().manual_seed(0)
+    chosen = (torch.rand(3, kinds.shape[1], generator=generator) * 2 - 1) * torch.pi
+    chosen = torch.where((kinds == 0).all(dim=0), 0.0, chosen)[:, column]
+    somewhere = torch.tensor([5, 3, 2, 7][: len(frequencies)])
+    angles = torch.cat([torch.zeros_like(chosen[:1]), chosen, rotation.angles(somewhere)[None]])
+    lengths = torch.ones(len(angles), 1)
+    lengths[-1] = rotation.scaling
+    try:
+        keys, values = _shown(module, inner, seen, angles, lengths, generator)
+    except Exception as error:  # noqa: BLE001
+        return _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
+    if keys.ndim != 4 or keys.shape[:3:2] != (1, len(angles)):
+        return _refused(module, f"its keys are of shape {tuple(keys.shape)}")
+    keys, values = keys.float().cpu(), values.float().cpu()
+    tolerance = _tolerance(inner["hidden_states"].dtype)
+    base = keys[:, :, :1]
+
+    def is_same(wanted: torch.Tensor, got: torch.Tensor) -> bool:
+        return bool(((wanted - got).abs() <= tolerance * got.abs().max()).all())
+
+    if not is_same(values[:, :, :1], values):
+        return _refused(module, "its values depend on the position")
+    if is_same(base, keys):
+        return Rotation()
+    for first, second, columns in _layouts(keys.shape[-1], frequencies.shape[1]):
+        found = Rotation(
+            first=first, second=second, columns=columns, frequencies=rotation.frequencies, scaling=rotation.scaling
+        )
+        turned = _turned(base.expand_as(keys), found, angles.expand(*keys.shape[:3], -1), 1.0)
+        if is_same(_scaled(turned, found, lengths), keys):
+            return found
+    return _refused(module, "its keys are not turned in pairs by its rotary embedding")
+
+
+def _scaled(keys: torch.Tensor, rotation: Rotation, lengths: torch.Tensor) -> torch.Tensor:
+    """Multiply what is turned."""
+    keys[..., [*rotation.first, *rotation.second]] *= lengths
+    return keys
+
+
+def _layouts(size: int, num_columns: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """List the ways in which pairs of a head of a size can stand, and which column turns each."""
+    half = num_columns // 2
+    for columns in (range(half), range(0, num_columns, 2), range(num_columns)):
+        pairs = len(columns)
+        if not 0 < 2 * pairs <= size:
+            continue
+        for start in sorted({0, size - 2 * pairs}):
+            end = start + 2 * pairs
+            middle = start + pairs
+            yield tuple(range(start, middle)), tuple(range(middle, end)), tuple(columns)
+            yield tuple(range(start, end, 2)), tuple(range(start + 1, end, 2)), tuple(columns)
+
+
+def _shown(
+    module: Module,
+    inner: Mapping[str, Any],
+    seen: Any,
+    angles: torch.Tensor,
+    lengths: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the module up to its cache on one token, many times over, each turned by angles of its own."""
+    hidden = inner["hidden_states"]
+    token = torch.randn(1, 1, hidden.shape[-1], generator=generator).to(hidden).expand(1, len(angles), -1)
+    made: Any = None
+    if isinstance(seen, torch.Tensor):
+        made = torch.polar(lengths.expand_as(angles), angles)[None].to(seen)
+    elif seen is not None:
+        made = tuple((part * lengths)[None].to(like) for part, like in zip((angles.cos(), angles.sin()), seen, strict=True))
+    onlooker = Onlooker()
+    given: dict[str, Any] = {
+        "hidden_states": token,
+        "position_embeddings": made,
+        "attention_mask": None,
+        "position_ids": torch.arange(len(angles), device=hidden.device)[None],
+        "use_cache": True,
+        **dict.fromkeys(versions.CACHE_ARGUMENTS, onlooker),
+    }
+    names = inspect.signature(type(module).forward).parameters
+    arguments = {
+        name: given[name] if name in given else inner[name]
+        for name, parameter in names.items()
+        if name != "self"
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and (name in given or parameter.default is parameter.empty)
+    }
+    devices = [hidden.device] if hidden.device.type == "cuda" else []
+    # Dropout of adapters in training takes random numbers.
+    with torch.random.fork_rng(devices, enabled=module.training):
+        try:
+            type(module).forward(Bare(module), **arguments)  # type: ignore[arg-type]
+        except Enough:
+            return onlooker.keys, onlooker.values
+    raise ArgumentError("it did not ask the cache")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["first_query", "number_of", "tokens_to_remove"]
+__all__ = ["CACHE_ARGUMENTS", "first_query", "number_of", "tokens_to_remove"]
+
+# What attention modules call the cache that they are given.
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
 def number_of(queries: Any) -> int:
