@@ -373,6 +373,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         rotation = rotary.check(self.rotation, self.places) if self.settings.rerotate else None
         freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
         index = kept.clamp(min=0)
+        last = None if self.places is None else rotary.last_place(self.places, self.valid)
         valid = None if self.valid is None else self.valid.gather(2, index)
         self.positions = before.gather(2, index)
         if is_ragged:
@@ -386,11 +387,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
         if self.places is not None:
-            self.places = self.places.gather(2, index[..., None].expand(*index.shape, self.places.shape[-1]))
-            if rotation is not None:
+            stand = self.places.gather(2, index[..., None].expand(*index.shape, self.places.shape[-1]))
+            if rotation is not None and last is not None:
                 # Contiguous up to the last token seen: new tokens go on at their true positions.
-                to = rotary.contiguous(self.places, self.valid)
-                self.keys, self.places = rotary.turn(self.keys, rotation, self.places, to), to
+                to = rotary.contiguous(last, index.shape[-1], self.valid, rotation)
+                self.keys, stand = rotary.turn(self.keys, rotation, stand, to), to
+            self.places = stand
         self.bytes_freed += freed - self.nbytes
 
     def _carried_over(self, policy: Policy, budget: int) -> torch.Tensor | None:

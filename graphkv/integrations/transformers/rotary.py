@@ -22,7 +22,7 @@ from torch.nn import Module
 from ...core.errors import ArgumentError
 from . import versions
 
-__all__ = ["Rotation", "check", "contiguous", "look", "turn"]
+__all__ = ["Rotation", "check", "contiguous", "last_place", "look", "turn"]
 
 # The place of a token that could not be found.
 UNKNOWN = torch.iinfo(torch.int64).min
@@ -190,13 +190,34 @@ def turn(
     return _turned(keys, rotation, angles, scale)
 
 
-def contiguous(places: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Compute places that follow on each other and end at the last of `places`, shape (batch, kv_heads, N, axes)."""
+def contiguous(
+    last: torch.Tensor, count: int, valid: torch.Tensor | None, rotation: Rotation
+) -> torch.Tensor:
+    """Compute places that follow on each other and end at the last one.
+
+    Parameters
+    ----------
+    last : torch.Tensor, shape (batch, kv_heads)
+    count : int
+        How many tokens are to stand there.
+    valid : torch.Tensor, shape (batch, kv_heads, count), bool, or None
+        False for slots that take no place.
+    rotation : Rotation
+
+    Returns
+    -------
+    torch.Tensor, shape (batch, kv_heads, count, axes), int64
+    """
     if valid is None:
-        valid = torch.ones_like(places[..., 0], dtype=torch.bool)
-    last = places.amax(dim=-1).masked_fill(~valid, 0).amax(dim=-1, keepdim=True)
+        valid = torch.ones((*last.shape, count), dtype=torch.bool, device=last.device)
     after = valid.flip(-1).cumsum(dim=-1).flip(-1) - 1
-    return (last - after)[..., None].expand(places.shape)
+    return (last[..., None] - after)[..., None].expand(-1, -1, -1, len(rotation.frequencies))
+
+
+def last_place(places: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Find the last place on any axis that a token has in each row and head, shape (batch, kv_heads)."""
+    along = places.amax(dim=-1)
+    return (along if valid is None else along.masked_fill(~valid, 0)).amax(dim=-1)
 
 
 def _turned(keys: torch.Tensor, rotation: Rotation, angles: torch.Tensor, scale: float) -> torch.Tensor:
@@ -263,7 +284,7 @@ def _find(
 ) -> Rotation:
     """Find the rotation of a module that is being called with a rotary embedding, or why it cannot be found."""
     if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
-        return _refused(module, "it is given no rotary embedding")
+        return _refused(module, "its forward call takes no rotary embedding")
     if seen is None:
         measured = [Rotation(frequencies=((0.0,),))]
     else:
