@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from graphkv import ArgumentError, KNorm, Policy, StreamingLLM
 from graphkv.core import Requirements
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
+from graphkv.integrations.transformers.versions import CACHE_ARGUMENTS, with_cache
 from tests.integrations.tiny import SIZES, UNGROUPED, tiny
 
 N, BUDGET = 40, 17
@@ -123,7 +124,7 @@ def listening(model):
             hook.remove()
 
 
-def keys_at(model, calls, index, tokens, places, **inputs):
+def keys_at(model, calls, index, tokens, places):
     """The keys of some tokens of a layer, shape (kv_heads, tokens, D), as the model gives them at any places."""
     with listening(model) as other, torch.inference_mode():
         model(torch.ones(1, places.shape[-1], dtype=torch.int64), position_ids=places, use_cache=False)
@@ -131,7 +132,7 @@ def keys_at(model, calls, index, tokens, places, **inputs):
     given["hidden_states"] = given["hidden_states"][:, tokens]
     given["position_embeddings"] = other[index]["position_embeddings"]
     cache = DynamicCache()
-    for name in ("past_key_values", "past_key_value", "layer_past"):
+    for name in CACHE_ARGUMENTS:
         if name in given:
             given[name] = cache
     given |= {"attention_mask": None, "position_ids": places[:, :1] if places.ndim == 3 else places}
@@ -146,8 +147,8 @@ def test_turned_keys_are_the_models_own_at_the_new_positions(family, ids):
     model = make(family)
     with listening(model) as calls, observing(model), torch.inference_mode():
         full, cache = EvictingCache(), EvictingCache(KNorm(budget=BUDGET), rerotate=True)
-        model(ids, past_key_values=full)
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, full))
+        model(ids, **with_cache(model, cache))
 
     checked, moved = 0, False
     for index, layer in enumerate(cache.layers):
@@ -172,7 +173,7 @@ def test_unrotated_keys_are_the_models_own_at_position_zero(family, ids):
     model, policy = make(family), Watching(budget=BUDGET)
     with listening(model) as calls, observing(model), torch.inference_mode():
         cache = EvictingCache(policy)
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
 
     for index, keys in policy.seen.items():
         wanted = keys_at(model, calls, index, torch.arange(N), torch.zeros(1, N, dtype=torch.int64)).clone()

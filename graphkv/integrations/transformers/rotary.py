@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -47,8 +47,8 @@ class Rotation:
         Why keys of this layer cannot be turned.
     """
 
-    first: tuple[int, ...] = ()
-    second: tuple[int, ...] = ()
+    first: Sequence[int] = ()
+    second: Sequence[int] = ()
     columns: tuple[int, ...] = ()
     frequencies: tuple[tuple[float, ...], ...] = ()
     scaling: float = 1.0
@@ -119,8 +119,8 @@ def look(module: Module, known: Rotation | None, rows: int, first: int, num_new:
     seen = inner.get("position_embeddings")
     if known is not None and (known.refusal or not known.first):
         return known, None
-    cosines = _parts(seen)[0] if known is not None else None
-    kept = getattr(cosines, "graphkv_places", None)
+    mark = seen if isinstance(seen, torch.Tensor) or not _parts(seen) else seen[0]
+    kept = getattr(mark, "graphkv_places", None) if known is not None else None
     # Layers of one forward call share their cosines.
     if kept is not None and kept[:2] == (first, num_new):
         return known, kept[2]
@@ -132,8 +132,8 @@ def look(module: Module, known: Rotation | None, rows: int, first: int, num_new:
     if known.refusal or not known.first:
         return known, None
     places = _places(known, seen, candidates, rows, num_new)
-    for part in _parts(seen)[:1]:
-        part.graphkv_places = (first, num_new, places)
+    if isinstance(mark, torch.Tensor):
+        mark.graphkv_places = (first, num_new, places)  # type: ignore[attr-defined]
     return known, places
 
 
@@ -263,11 +263,33 @@ def _surroundings(calls: Iterator[Mapping[str, Any]]) -> tuple[list[Module], lis
 
 
 def _parts(seen: Any) -> tuple[torch.Tensor, ...]:
-    """Split what a model's rotary embedding gave into cosines and sines; nothing if it is not of that kind."""
+    """Split what a model's rotary embedding gave into cosines and sines, shape (rows or 1, tokens, columns).
+
+    Nothing if it is not of that kind. Where every axis of the positions has columns of its own, they are put in a row.
+    """
     if isinstance(seen, torch.Tensor) and seen.is_complex():
-        return seen.real, seen.imag
-    is_pair = isinstance(seen, tuple | list) and len(seen) == 2
-    return tuple(seen) if is_pair and all(isinstance(part, torch.Tensor) for part in seen) else ()
+        seen = (seen.real, seen.imag)
+    if not isinstance(seen, tuple | list) or len(seen) != 2:
+        return ()
+    if not all(isinstance(part, torch.Tensor) and part.ndim in (3, 4) for part in seen):
+        return ()
+    return tuple(part.movedim(0, -2).flatten(-2) if part.ndim == 4 else part for part in seen)
+
+
+def _made_like(seen: Any, angles: torch.Tensor, lengths: torch.Tensor) -> Any:
+    """Make what a rotary embedding gives for one row from angles, shape (tokens, columns): the reverse of `_parts`."""
+    if seen is None:
+        return None
+    if isinstance(seen, torch.Tensor):
+        return torch.polar(lengths.expand_as(angles), angles)[None].to(seen)
+    parts = []
+    for part, like in zip((angles.cos() * lengths, angles.sin() * lengths), seen, strict=True):
+        if like.ndim == 4:
+            part = part.unflatten(-1, (like.shape[0], -1)).movedim(-2, 0)
+            parts.append(part[:, None].to(like))
+        else:
+            parts.append(part[None].to(like))
+    return tuple(parts)
 
 
 def _refused(module: Module, why: str) -> Rotation:
@@ -286,22 +308,16 @@ def _find(
     if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
         return _refused(module, "its forward call takes no rotary embedding")
     if seen is None:
-        measured = [Rotation(frequencies=((0.0,),))]
-    else:
-        if not _parts(seen):
-            return _refused(module, "its rotary embedding is no pair of cosines and sines")
-        if not givers:
-            return _refused(module, "the rotary embedding that its positions went through was not found")
-        measured = [each for giver in givers for each in _measured(giver, module, seen)]
-        fixed = [each for each in measured if not each.refusal]
-        measured = [each for each in fixed if _is_explained(each, seen, candidates, num_new)] or (
-            [each for each in measured if each.refusal] if not fixed else []
-        )
-    if not measured:
-        return _refused(module, "its rotary embedding does not follow from positions alone")
-    if measured[0].refusal:
-        return measured[0]
-    return _probed(module, inner, seen, measured[0])
+        return _probed(module, inner, seen, Rotation(frequencies=((0.0,),)))
+    if not _parts(seen):
+        return _refused(module, "its rotary embedding is no pair of cosines and sines")
+    measured = [each for giver in givers for each in _measured(giver, module, seen)]
+    for each in measured:
+        if not each.refusal and _is_explained(each, seen, candidates, num_new):
+            return _probed(module, inner, seen, each)
+    # What depends on the length explains nothing, but says why.
+    refused = [each for each in measured if each.refusal]
+    return refused[0] if refused else _refused(module, "what turned its keys does not follow from positions alone")
 
 
 def _measured(giver: Module, module: Module, seen: Any) -> Iterator[Rotation]:
@@ -320,20 +336,22 @@ def _measured(giver: Module, module: Module, seen: Any) -> Iterator[Rotation]:
     for kind in kinds:
         for axes in (*AXES, 1):
             try:
-                yield _measured_along(twin, kind, axes, module)
+                yield _measured_along(twin, kind, axes, module, seen)
                 break
             except Exception:  # noqa: BLE001, S112
                 # Of another number of axes, or without frequencies for this kind of layer.
                 continue
 
 
-def _measured_along(twin: Module, kind: tuple[Any, ...], axes: int, module: Module) -> Rotation:
+def _measured_along(twin: Module, kind: tuple[Any, ...], axes: int, module: Module, seen: Any) -> Rotation:
     """Measure the frequencies along every axis of the positions; fails if there are not that many."""
 
     def angles(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         given = places.movedim(-1, 0)[:, None] if axes > 1 else places[None, :, 0]
-        cos, sin = (x.double() for x in _parts(type(twin).forward(twin, torch.zeros(1), given, *kind)))
-        if cos.ndim != 3 or cos.shape[:2] != (1, len(places)):
+        made = type(twin).forward(twin, torch.zeros(1), given, *kind)
+        cos, sin = (part.double() for part in _parts(made))
+        wide = (1, len(places), _parts(seen)[0].shape[-1])
+        if cos.shape != wide or (made[0].ndim == 4) != (seen[0].ndim == 4 and axes == len(seen[0])):
             raise ValueError(cos.shape)
         return torch.atan2(sin[0], cos[0]), torch.hypot(cos[0], sin[0])
 
@@ -414,84 +432,74 @@ def _places(
 def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotation) -> Rotation:
     """Run the module on one token at several angles, to see which numbers of its keys turn together."""
     frequencies = torch.tensor(rotation.frequencies)
-    # Columns of the same frequencies always get the same angle.
+    # Columns of the same frequencies always get the same angle; those that never turn get none.
     kinds, column = frequencies.unique(dim=1, return_inverse=True)
     generator = torch.Generator().manual_seed(0)
     chosen = (torch.rand(3, kinds.shape[1], generator=generator) * 2 - 1) * torch.pi
     chosen = torch.where((kinds == 0).all(dim=0), 0.0, chosen)[:, column]
-    somewhere = torch.tensor([5, 3, 2, 7][: len(frequencies)])
-    angles = torch.cat([torch.zeros_like(chosen[:1]), chosen, rotation.angles(somewhere)[None]])
+    somewhere = rotation.angles(torch.tensor([5, 3, 2, 7][: len(frequencies)]))
+    angles = torch.cat([torch.zeros_like(chosen[:1]), chosen, somewhere[None]])
     lengths = torch.ones(len(angles), 1)
     lengths[-1] = rotation.scaling
     try:
-        keys, values = _shown(module, inner, seen, angles, lengths, generator)
+        keys, values = _shown(module, inner, _made_like(seen, angles, lengths), len(angles), generator)
     except Exception as error:  # noqa: BLE001
         return _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
     if keys.ndim != 4 or keys.shape[:3:2] != (1, len(angles)):
         return _refused(module, f"its keys are of shape {tuple(keys.shape)}")
-    keys, values = keys.float().cpu(), values.float().cpu()
     tolerance = _tolerance(inner["hidden_states"].dtype)
-    base = keys[:, :, :1]
-
-    def is_same(wanted: torch.Tensor, got: torch.Tensor) -> bool:
-        return bool(((wanted - got).abs() <= tolerance * got.abs().max()).all())
-
-    if not is_same(values[:, :, :1], values):
+    keys, values = keys[0].float().cpu(), values[0].float().cpu()
+    base = keys[:, :1]
+    if not _is_same(values[:, :1], values, values[:, :1].abs(), tolerance):
         return _refused(module, "its values depend on the position")
-    if is_same(base, keys):
+    if _is_same(base, keys, base.abs(), tolerance):
         return Rotation()
-    for first, second, columns in _layouts(keys.shape[-1], frequencies.shape[1]):
-        found = Rotation(
-            first=first, second=second, columns=columns, frequencies=rotation.frequencies, scaling=rotation.scaling
-        )
-        turned = _turned(base.expand_as(keys), found, angles.expand(*keys.shape[:3], -1), 1.0)
-        if is_same(_scaled(turned, found, lengths), keys):
+    for first, second in _layouts(keys.shape[-1], frequencies):
+        found = replace(rotation, first=first, second=second, columns=_columns(keys, first, second, angles))
+        wanted = _turned(base.expand_as(keys), found, angles.expand(len(keys), -1, -1), 1.0)
+        wanted[..., [*first, *second]] *= lengths
+        size = base.abs().clone()
+        size[..., first] = size[..., second] = torch.hypot(base[..., first], base[..., second])
+        if _is_same(wanted, keys, size, tolerance):
             return found
     return _refused(module, "its keys are not turned in pairs by its rotary embedding")
 
 
-def _scaled(keys: torch.Tensor, rotation: Rotation, lengths: torch.Tensor) -> torch.Tensor:
-    """Multiply what is turned."""
-    keys[..., [*rotation.first, *rotation.second]] *= lengths
-    return keys
+def _is_same(wanted: torch.Tensor, got: torch.Tensor, size: torch.Tensor, tolerance: float) -> bool:
+    """Check whether numbers agree, by the size of each of them."""
+    return bool(((wanted - got).abs() <= tolerance * size + 1e-6 * got.abs().max()).all())
 
 
-def _layouts(size: int, num_columns: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """List the ways in which pairs of a head of a size can stand, and which column turns each."""
-    half = num_columns // 2
-    for columns in (range(half), range(0, num_columns, 2), range(num_columns)):
-        pairs = len(columns)
-        if not 0 < 2 * pairs <= size:
-            continue
-        for start in sorted({0, size - 2 * pairs}):
-            end = start + 2 * pairs
-            middle = start + pairs
-            yield tuple(range(start, middle)), tuple(range(middle, end)), tuple(columns)
-            yield tuple(range(start, end, 2)), tuple(range(start + 1, end, 2)), tuple(columns)
+def _layouts(size: int, frequencies: torch.Tensor) -> Iterator[tuple[list[int], list[int]]]:
+    """List the ways in which pairs can stand in a head of some size: halves or neighbors, at its start or its end."""
+    axes, columns = frequencies.shape
+    for pairs in dict.fromkeys((columns // 2, columns, columns // (2 * axes))):
+        for start in sorted({0, size - 2 * pairs}) if 0 < 2 * pairs <= size else ():
+            at = list(range(start, start + 2 * pairs))
+            yield at[:pairs], at[pairs:]
+            yield at[::2], at[1::2]
+
+
+def _columns(keys: torch.Tensor, first: list[int], second: list[int], angles: torch.Tensor) -> tuple[int, ...]:
+    """Find the column that turns each pair, from keys of one token at several angles, shape (kv_heads, angles, D)."""
+    pairs = torch.complex(keys[..., first], keys[..., second])
+    turned = (pairs * pairs[:, :1].conj()).sum(dim=0).angle()
+    off = torch.polar(torch.ones(()), turned[:, :, None] - angles[:, None, :]).angle().abs()
+    return tuple(off.amax(dim=0).argmin(dim=-1).tolist())
 
 
 def _shown(
-    module: Module,
-    inner: Mapping[str, Any],
-    seen: Any,
-    angles: torch.Tensor,
-    lengths: torch.Tensor,
-    generator: torch.Generator,
+    module: Module, inner: Mapping[str, Any], embeddings: Any, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the module up to its cache on one token, many times over, each turned by angles of its own."""
+    """Run the module up to its cache on one token, several times over, with position embeddings."""
     hidden = inner["hidden_states"]
-    token = torch.randn(1, 1, hidden.shape[-1], generator=generator).to(hidden).expand(1, len(angles), -1)
-    made: Any = None
-    if isinstance(seen, torch.Tensor):
-        made = torch.polar(lengths.expand_as(angles), angles)[None].to(seen)
-    elif seen is not None:
-        made = tuple((part * lengths)[None].to(like) for part, like in zip((angles.cos(), angles.sin()), seen, strict=True))
+    token = torch.randn(1, 1, hidden.shape[-1], generator=generator).to(hidden).expand(1, count, -1)
     onlooker = Onlooker()
     given: dict[str, Any] = {
         "hidden_states": token,
-        "position_embeddings": made,
+        "position_embeddings": embeddings,
         "attention_mask": None,
-        "position_ids": torch.arange(len(angles), device=hidden.device)[None],
+        "position_ids": torch.arange(count, device=hidden.device)[None],
         "use_cache": True,
         **dict.fromkeys(versions.CACHE_ARGUMENTS, onlooker),
     }
