@@ -77,7 +77,9 @@ def make(family):
     if not hasattr(transformers, f"{config}Config"):
         pytest.skip(f"no {kind} in transformers {transformers.__version__}")
     sizes = UNGROUPED if kind in ("GPTNeoX", "Phi", "Persimmon") else SIZES
-    return tiny(getattr(transformers, f"{kind}ForCausalLM"), getattr(transformers, f"{config}Config"), **sizes | options)
+    return tiny(
+        getattr(transformers, f"{kind}ForCausalLM"), getattr(transformers, f"{config}Config"), **sizes | options
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,9 @@ def listening(model):
     calls = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.__setitem__(module.layer_idx, kwargs | ({"hidden_states": args[0]} if args else {})),
+            lambda module, args, kwargs: calls.__setitem__(
+                module.layer_idx, kwargs | ({"hidden_states": args[0]} if args else {})
+            ),
             with_kwargs=True,
         )
         for module in attentions(model).values()

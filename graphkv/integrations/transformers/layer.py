@@ -270,9 +270,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 num_layers=self.num_layers,
                 tokens_seen=self.num_seen,
                 state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
-                unrotated_keys=_give(self._unrotated_keys(rows), backend)
-                if each.needs().unrotated_keys
-                else None,
+                unrotated_keys=_give(self._unrotated_keys(rows), backend) if each.needs().unrotated_keys else None,
                 **self._inputs(each, rows, valid, backend),
             )
             for each, rows in self._by_rows(policy)
@@ -373,7 +371,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         rotation = rotary.check(self.rotation, self.places) if self.settings.rerotate else None
         freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
         index = kept.clamp(min=0)
-        last = None if self.places is None else rotary.last_place(self.places, self.valid)
+        was_valid = self.valid
         valid = None if self.valid is None else self.valid.gather(2, index)
         self.positions = before.gather(2, index)
         if is_ragged:
@@ -387,12 +385,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
         if self.places is not None:
-            stand = self.places.gather(2, index[..., None].expand(*index.shape, self.places.shape[-1]))
-            if rotation is not None and last is not None:
+            places = self.places
+            self.places = places.gather(2, index[..., None].expand(*index.shape, places.shape[-1]))
+            if rotation is not None:
                 # Contiguous up to the last token seen: new tokens go on at their true positions.
-                to = rotary.contiguous(last, index.shape[-1], self.valid, rotation)
-                self.keys, stand = rotary.turn(self.keys, rotation, stand, to), to
-            self.places = stand
+                to = rotary.contiguous(places, was_valid, index.shape[-1], valid)
+                self.keys, self.places = rotary.turn(self.keys, rotation, self.places, to), to
         self.bytes_freed += freed - self.nbytes
 
     def _carried_over(self, policy: Policy, budget: int) -> torch.Tensor | None:

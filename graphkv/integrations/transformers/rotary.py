@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import CodeType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import Module
 from ...core.errors import ArgumentError
 from . import versions
 
-__all__ = ["Rotation", "check", "contiguous", "last_place", "look", "turn"]
+__all__ = ["Rotation", "check", "contiguous", "look", "turn"]
 
 # The place of a token that could not be found.
 UNKNOWN = torch.iinfo(torch.int64).min
@@ -54,10 +55,13 @@ class Rotation:
     scaling: float = 1.0
     refusal: str | None = None
 
-    def angles(self, places: torch.Tensor) -> torch.Tensor:
-        """Compute the angle in every column, in float32 as models do, from places of shape (..., axes)."""
+    def angles(self, places: torch.Tensor, columns: Sequence[int] | None = None) -> torch.Tensor:
+        """Compute the angle in all or some columns, in float32 as models do, from places of shape (..., axes)."""
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=places.device)
-        return (places[..., None].float() * frequencies).sum(dim=-2)
+        if columns is not None:
+            frequencies = frequencies[:, torch.tensor(columns, device=places.device)]
+        along = (place[..., None].float() * each for place, each in zip(places.unbind(-1), frequencies, strict=True))
+        return sum(along, torch.zeros((), device=places.device))
 
 
 class Enough(Exception):  # noqa: N818
@@ -111,24 +115,27 @@ def look(module: Module, known: Rotation | None, rows: int, first: int, num_new:
     tuple of Rotation and torch.Tensor or None
         The places have shape (rows, num_new, axes), int64; None where nothing is turned.
     """
+    if known is not None and (known.refusal or not known.first):
+        return known, None
     calls = _calls(module)
     inner = next(calls, None)
     if inner is None:
-        return known or _refused(module, "its forward call cannot be looked into"), None
-    calls = chain([inner], calls)
+        return _refused(module, "its forward call cannot be looked into"), None
     seen = inner.get("position_embeddings")
-    if known is not None and (known.refusal or not known.first):
-        return known, None
     mark = seen if isinstance(seen, torch.Tensor) or not _parts(seen) else seen[0]
     kept = getattr(mark, "graphkv_places", None) if known is not None else None
     # Layers of one forward call share their cosines.
     if kept is not None and kept[:2] == (first, num_new):
         return known, kept[2]
-    givers, candidates = _surroundings(calls)
+    givers, candidates = _surroundings(chain([inner], calls))
     candidates.append(torch.arange(first, first + num_new))
     if known is None:
-        with torch.no_grad():
-            known = _find(module, inner, seen, givers, candidates, num_new)
+        try:
+            with torch.no_grad():
+                known = _find(module, inner, seen, givers, candidates, num_new)
+        # Whatever it is, only who wants keys turned is to hear of it.
+        except Exception as error:  # noqa: BLE001
+            known = _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
     if known.refusal or not known.first:
         return known, None
     places = _places(known, seen, candidates, rows, num_new)
@@ -183,50 +190,45 @@ def turn(
     """
     if not rotation.first or places is None:
         return keys
-    angles = -rotation.angles(places)
+    angles = -rotation.angles(places, rotation.columns)
     if to is not None:
-        angles = rotation.angles(to) + angles
-    scale = 1 / rotation.scaling if to is None else 1.0
-    return _turned(keys, rotation, angles, scale)
+        angles = rotation.angles(to, rotation.columns) + angles
+    return _turned(keys, rotation, angles, 1 / rotation.scaling if to is None else 1.0)
 
 
 def contiguous(
-    last: torch.Tensor, count: int, valid: torch.Tensor | None, rotation: Rotation
+    places: torch.Tensor, valid: torch.Tensor | None, count: int, valid_after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Compute places that follow on each other and end at the last one.
+    """Compute places that follow on each other and end at the last of the places so far.
 
     Parameters
     ----------
-    last : torch.Tensor, shape (batch, kv_heads)
+    places : torch.Tensor, shape (batch, kv_heads, N, axes), integer
+        Where all tokens stand, dropped ones included.
+    valid : torch.Tensor, shape (batch, kv_heads, N), bool, or None
     count : int
-        How many tokens are to stand there.
-    valid : torch.Tensor, shape (batch, kv_heads, count), bool, or None
+        How many are left.
+    valid_after : torch.Tensor, shape (batch, kv_heads, count), bool, or None
         False for slots that take no place.
-    rotation : Rotation
 
     Returns
     -------
     torch.Tensor, shape (batch, kv_heads, count, axes), int64
     """
-    if valid is None:
-        valid = torch.ones((*last.shape, count), dtype=torch.bool, device=last.device)
-    after = valid.flip(-1).cumsum(dim=-1).flip(-1) - 1
-    return (last[..., None] - after)[..., None].expand(-1, -1, -1, len(rotation.frequencies))
-
-
-def last_place(places: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Find the last place on any axis that a token has in each row and head, shape (batch, kv_heads)."""
     along = places.amax(dim=-1)
-    return (along if valid is None else along.masked_fill(~valid, 0)).amax(dim=-1)
+    last = (along if valid is None else along.masked_fill(~valid, 0)).amax(dim=-1, keepdim=True)
+    if valid_after is None:
+        after = torch.arange(count - 1, -1, -1, device=places.device)
+    else:
+        after = valid_after.flip(-1).cumsum(dim=-1).flip(-1) - 1
+    return (last - after)[..., None].expand(-1, -1, -1, places.shape[-1])
 
 
 def _turned(keys: torch.Tensor, rotation: Rotation, angles: torch.Tensor, scale: float) -> torch.Tensor:
-    """Turn pairs of numbers by the angles of their columns, shape (..., columns)."""
+    """Turn every pair of numbers by its angle, shape (..., pairs)."""
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32), copy=True)
-    first, second, columns = (
-        torch.tensor(each, device=keys.device) for each in (rotation.first, rotation.second, rotation.columns)
-    )
-    angles = angles.to(wide.dtype)[..., columns]
+    first, second = (torch.tensor(each, device=keys.device) for each in (rotation.first, rotation.second))
+    angles = angles.to(wide.dtype)
     cos, sin = angles.cos() * scale, angles.sin() * scale
     one, other = wide[..., first], wide[..., second]
     wide[..., first] = one * cos - other * sin
@@ -235,14 +237,19 @@ def _turned(keys: torch.Tensor, rotation: Rotation, angles: torch.Tensor, scale:
 
 
 def _calls(module: Module) -> Iterator[Mapping[str, Any]]:
-    """Go through the variables of the calls that are going on, from the module's own outwards."""
+    """Go through the variables of the calls that are going on, from the module's own forward call outwards."""
+    code = inspect.unwrap(type(module).forward).__code__
     frame, is_inside = sys._getframe(1), False
     while frame is not None:
-        values = frame.f_locals
-        is_inside = is_inside or values.get("self") is module
+        is_inside = is_inside or (_place_of(frame.f_code) == _place_of(code) and frame.f_locals.get("self") is module)
         if is_inside:
-            yield values
+            yield frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _place_of(code: CodeType) -> tuple[str, str, int]:
+    """Say where in which file code is written: torch.compile runs a copy of it."""
+    return code.co_name, code.co_filename, code.co_firstlineno
 
 
 def _surroundings(calls: Iterator[Mapping[str, Any]]) -> tuple[list[Module], list[torch.Tensor]]:
@@ -414,9 +421,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
-def _places(
-    rotation: Rotation, seen: Any, candidates: list[torch.Tensor], rows: int, num_new: int
-) -> torch.Tensor:
+def _places(rotation: Rotation, seen: Any, candidates: list[torch.Tensor], rows: int, num_new: int) -> torch.Tensor:
     """Choose for every token the positions that give what was seen, without waiting for the device."""
     axes = len(rotation.frequencies)
     parts = _parts(seen)
@@ -441,10 +446,7 @@ def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotat
     angles = torch.cat([torch.zeros_like(chosen[:1]), chosen, somewhere[None]])
     lengths = torch.ones(len(angles), 1)
     lengths[-1] = rotation.scaling
-    try:
-        keys, values = _shown(module, inner, _made_like(seen, angles, lengths), len(angles), generator)
-    except Exception as error:  # noqa: BLE001
-        return _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
+    keys, values = _shown(module, inner, _made_like(seen, angles, lengths), len(angles), generator)
     if keys.ndim != 4 or keys.shape[:3:2] != (1, len(angles)):
         return _refused(module, f"its keys are of shape {tuple(keys.shape)}")
     tolerance = _tolerance(inner["hidden_states"].dtype)
@@ -456,7 +458,7 @@ def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotat
         return Rotation()
     for first, second in _layouts(keys.shape[-1], frequencies):
         found = replace(rotation, first=first, second=second, columns=_columns(keys, first, second, angles))
-        wanted = _turned(base.expand_as(keys), found, angles.expand(len(keys), -1, -1), 1.0)
+        wanted = _turned(base.expand_as(keys), found, angles[:, found.columns], 1.0)
         wanted[..., [*first, *second]] *= lengths
         size = base.abs().clone()
         size[..., first] = size[..., second] = torch.hypot(base[..., first], base[..., second])
