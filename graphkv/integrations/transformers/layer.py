@@ -201,7 +201,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.rotation, new = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
         if new is not None:
             new = new.to(self.keys.device)[:, None].expand(-1, heads, -1, -1)
-            self.places = new if self.places is None else torch.cat([self.places, new], dim=2)
+            before = new[:, :, :0] if self.places is None else self.places
+            # Attention that was not ours may have passed by.
+            before = pad(before, (0, 0, 0, self.num_stored - num_new - before.shape[2]), value=rotary.UNKNOWN)
+            self.places = torch.cat([before, new], dim=2)
 
     def _hold(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""

@@ -23,7 +23,7 @@ from torch.nn import Module
 from ...core.errors import ArgumentError
 from . import versions
 
-__all__ = ["Rotation", "check", "contiguous", "look", "turn"]
+__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "look", "turn"]
 
 # The place of a token that could not be found.
 UNKNOWN = torch.iinfo(torch.int64).min
@@ -122,26 +122,24 @@ def look(module: Module, known: Rotation | None, rows: int, first: int, num_new:
     if inner is None:
         return _refused(module, "its forward call cannot be looked into"), None
     seen = inner.get("position_embeddings")
-    mark = seen if isinstance(seen, torch.Tensor) or not _parts(seen) else seen[0]
-    kept = getattr(mark, "graphkv_places", None) if known is not None else None
-    # Layers of one forward call share their cosines.
-    if kept is not None and kept[:2] == (first, num_new):
-        return known, kept[2]
-    givers, candidates = _surroundings(chain([inner], calls))
-    candidates.append(torch.arange(first, first + num_new))
-    if known is None:
-        try:
-            with torch.no_grad():
-                known = _find(module, inner, seen, givers, candidates, num_new)
-        # Whatever it is, only who wants keys turned is to hear of it.
-        except Exception as error:  # noqa: BLE001
-            known = _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
-    if known.refusal or not known.first:
-        return known, None
-    places = _places(known, seen, candidates, rows, num_new)
-    if isinstance(mark, torch.Tensor):
-        mark.graphkv_places = (first, num_new, places)  # type: ignore[attr-defined]
-    return known, places
+    # Layers of one forward call share their cosines, and so what was found out about them.
+    mark = seen[0] if isinstance(seen, tuple | list) and seen else seen
+    found = getattr(mark, "graphkv_found", None)
+    try:
+        with torch.no_grad():
+            if found is None or found[:2] != (first, num_new):
+                givers, candidates = _surroundings(chain([inner], calls))
+                candidates.append(torch.arange(first, first + num_new))
+                measured = known or _found(module, seen, givers, candidates, num_new)
+                found = first, num_new, measured, _places(measured, seen, candidates, rows, num_new)
+                if isinstance(mark, torch.Tensor):
+                    mark.graphkv_found = found  # type: ignore[attr-defined]
+            if known is None:
+                known = found[2] if found[2].refusal else _probed(module, inner, seen, found[2])
+    # Whatever it is, only who wants keys turned is to hear of it.
+    except Exception as error:
+        known = _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
+    return known, found[3] if found is not None and known.first else None
 
 
 def check(rotation: Rotation | None, places: torch.Tensor | None) -> Rotation:
@@ -190,10 +188,14 @@ def turn(
     """
     if not rotation.first or places is None:
         return keys
-    angles = -rotation.angles(places, rotation.columns)
-    if to is not None:
-        angles = rotation.angles(to, rotation.columns) + angles
-    return _turned(keys, rotation, angles, 1 / rotation.scaling if to is None else 1.0)
+    stand = rotation.angles(places, rotation.columns)
+    cos, sin = stand.cos(), -stand.sin()
+    if to is None:
+        return _turned(keys, rotation, cos / rotation.scaling, sin / rotation.scaling)
+    # The difference of two large angles would be rounded.
+    goal = rotation.angles(to, rotation.columns)
+    goal_cos, goal_sin = goal.cos(), goal.sin()
+    return _turned(keys, rotation, goal_cos * cos - goal_sin * sin, goal_sin * cos + goal_cos * sin)
 
 
 def contiguous(
@@ -224,12 +226,10 @@ def contiguous(
     return (last - after)[..., None].expand(-1, -1, -1, places.shape[-1])
 
 
-def _turned(keys: torch.Tensor, rotation: Rotation, angles: torch.Tensor, scale: float) -> torch.Tensor:
-    """Turn every pair of numbers by its angle, shape (..., pairs)."""
+def _turned(keys: torch.Tensor, rotation: Rotation, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn every pair of numbers by an angle of its own, shape (..., pairs)."""
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32), copy=True)
     first, second = (torch.tensor(each, device=keys.device) for each in (rotation.first, rotation.second))
-    angles = angles.to(wide.dtype)
-    cos, sin = angles.cos() * scale, angles.sin() * scale
     one, other = wide[..., first], wide[..., second]
     wide[..., first] = one * cos - other * sin
     wide[..., second] = other * cos + one * sin
@@ -289,39 +289,29 @@ def _made_like(seen: Any, angles: torch.Tensor, lengths: torch.Tensor) -> Any:
         return None
     if isinstance(seen, torch.Tensor):
         return torch.polar(lengths.expand_as(angles), angles)[None].to(seen)
-    parts = []
-    for part, like in zip((angles.cos() * lengths, angles.sin() * lengths), seen, strict=True):
-        if like.ndim == 4:
-            part = part.unflatten(-1, (like.shape[0], -1)).movedim(-2, 0)
-            parts.append(part[:, None].to(like))
-        else:
-            parts.append(part[None].to(like))
-    return tuple(parts)
+    parts = ((angles.cos() * lengths)[None], (angles.sin() * lengths)[None])
+    if seen[0].ndim == 4:
+        axes = len(seen[0])
+        parts = tuple(part.reshape(*part.shape[:2], axes, -1).movedim(-2, 0) for part in parts)  # type: ignore[assignment]
+    return tuple(part.to(like) for part, like in zip(parts, seen, strict=True))
 
 
 def _refused(module: Module, why: str) -> Rotation:
     return Rotation(refusal=f"turning keys needs to see how the model turns them; {type(module).__name__}: {why}")
 
 
-def _find(
-    module: Module,
-    inner: Mapping[str, Any],
-    seen: Any,
-    givers: list[Module],
-    candidates: list[torch.Tensor],
-    num_new: int,
-) -> Rotation:
-    """Find the rotation of a module that is being called with a rotary embedding, or why it cannot be found."""
+def _found(module: Module, seen: Any, givers: list[Module], candidates: list[torch.Tensor], num_new: int) -> Rotation:
+    """Find the frequencies of the rotary embedding that a module is given, or why they cannot be found."""
     if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
         return _refused(module, "its forward call takes no rotary embedding")
     if seen is None:
-        return _probed(module, inner, seen, Rotation(frequencies=((0.0,),)))
+        return Rotation(frequencies=((0.0,),))
     if not _parts(seen):
         return _refused(module, "its rotary embedding is no pair of cosines and sines")
     measured = [each for giver in givers for each in _measured(giver, module, seen)]
     for each in measured:
         if not each.refusal and _is_explained(each, seen, candidates, num_new):
-            return _probed(module, inner, seen, each)
+            return each
     # What depends on the length explains nothing, but says why.
     refused = [each for each in measured if each.refusal]
     return refused[0] if refused else _refused(module, "what turned its keys does not follow from positions alone")
@@ -345,7 +335,7 @@ def _measured(giver: Module, module: Module, seen: Any) -> Iterator[Rotation]:
             try:
                 yield _measured_along(twin, kind, axes, module, seen)
                 break
-            except Exception:  # noqa: BLE001, S112
+            except Exception:
                 # Of another number of axes, or without frequencies for this kind of layer.
                 continue
 
@@ -421,13 +411,14 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
-def _places(rotation: Rotation, seen: Any, candidates: list[torch.Tensor], rows: int, num_new: int) -> torch.Tensor:
+def _places(
+    rotation: Rotation, seen: Any, candidates: list[torch.Tensor], rows: int, num_new: int
+) -> torch.Tensor | None:
     """Choose for every token the positions that give what was seen, without waiting for the device."""
-    axes = len(rotation.frequencies)
-    parts = _parts(seen)
-    device = parts[0].device if parts else candidates[0].device
-    places = torch.full((rows, num_new, axes), UNKNOWN, device=device)
-    for candidate in reversed(candidates if parts else []):
+    if rotation.refusal or not _parts(seen):
+        return None
+    places = torch.full((rows, num_new, len(rotation.frequencies)), UNKNOWN, device=_parts(seen)[0].device)
+    for candidate in reversed(candidates):
         where, fits = _fitted(rotation, seen, candidate, num_new)
         if fits is not None:
             places = torch.where(fits[..., None], where, places)
@@ -438,7 +429,7 @@ def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotat
     """Run the module on one token at several angles, to see which numbers of its keys turn together."""
     frequencies = torch.tensor(rotation.frequencies)
     # Columns of the same frequencies always get the same angle; those that never turn get none.
-    kinds, column = frequencies.unique(dim=1, return_inverse=True)
+    kinds, column = torch.unique(frequencies, dim=1, return_inverse=True)
     generator = torch.Generator().manual_seed(0)
     chosen = (torch.rand(3, kinds.shape[1], generator=generator) * 2 - 1) * torch.pi
     chosen = torch.where((kinds == 0).all(dim=0), 0.0, chosen)[:, column]
@@ -458,8 +449,8 @@ def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotat
         return Rotation()
     for first, second in _layouts(keys.shape[-1], frequencies):
         found = replace(rotation, first=first, second=second, columns=_columns(keys, first, second, angles))
-        wanted = _turned(base.expand_as(keys), found, angles[:, found.columns], 1.0)
-        wanted[..., [*first, *second]] *= lengths
+        by = angles[:, found.columns]
+        wanted = _turned(base.expand_as(keys), found, by.cos() * lengths, by.sin() * lengths)
         size = base.abs().clone()
         size[..., first] = size[..., second] = torch.hypot(base[..., first], base[..., second])
         if _is_same(wanted, keys, size, tolerance):
@@ -517,7 +508,7 @@ def _shown(
     # Dropout of adapters in training takes random numbers.
     with torch.random.fork_rng(devices, enabled=module.training):
         try:
-            type(module).forward(Bare(module), **arguments)  # type: ignore[arg-type]
+            type(module).forward(Bare(module), **arguments)
         except Enough:
             return onlooker.keys, onlooker.values
     raise ArgumentError("it did not ask the cache")
