@@ -89,6 +89,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         use. None as long as nothing was evicted.
     valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         False for padding and unused slots. None if there are none.
+    rotation : Rotation or None
+        How the model turns the keys, in a cache that may have to turn them.
+    places : torch.Tensor, shape (batch, kv_heads, stored, axes), int64, or None
+        The positions that the stored keys are turned by, which may be the caller's own; None where nothing is turned.
     queries : torch.Tensor, shape (batch, query_heads, Q, D), or None
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
@@ -203,7 +207,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             new = new.to(self.keys.device)[:, None].expand(-1, heads, -1, -1)
             before = new[:, :, :0] if self.places is None else self.places
             # Attention that was not ours may have passed by.
-            before = pad(before, (0, 0, 0, self.num_stored - num_new - before.shape[2]), value=rotary.UNKNOWN)
+            if missing := self.num_stored - num_new - before.shape[2]:
+                before = pad(before, (0, 0, 0, missing), value=rotary.UNKNOWN)
             self.places = torch.cat([before, new], dim=2)
 
     def _hold(self, query: torch.Tensor, scaling: float | None) -> None:
