@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from graphkv import ArgumentError, KNorm, Policy
 from graphkv.core import Requirements
 from graphkv.integrations.transformers import EvictingCache, observing
-from graphkv.integrations.transformers.versions import CACHE_ARGUMENTS, with_cache
+from graphkv.integrations.transformers.versions import ATTENTION_CACHE_ARGUMENTS, with_cache
 from tests.integrations.tiny import SIZES, UNGROUPED, tiny
 
 N, BUDGET = 40, 17
@@ -150,7 +150,7 @@ def keys_at(model, calls, index, tokens, places):
     given["hidden_states"] = given["hidden_states"][:, tokens]
     given["position_embeddings"] = other[index]["position_embeddings"]
     cache = DynamicCache()
-    for name in CACHE_ARGUMENTS:
+    for name in ATTENTION_CACHE_ARGUMENTS:
         if name in given:
             given[name] = cache
     given |= {"attention_mask": None, "position_ids": places[:, :1] if places.ndim == 3 else places}

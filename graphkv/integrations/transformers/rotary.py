@@ -12,9 +12,9 @@ import copy
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
-from types import CodeType
+from types import CodeType, NoneType
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn import Module
 from ...core.errors import ArgumentError
 from . import versions
 
-__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "look", "turn"]
+__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "from_plain", "look", "turn"]
 
 # The place of a token that could not be found.
 UNKNOWN = torch.iinfo(torch.int64).min
@@ -48,8 +48,8 @@ class Rotation:
         Why keys of this layer cannot be turned.
     """
 
-    first: Sequence[int] = ()
-    second: Sequence[int] = ()
+    first: tuple[int, ...] = ()
+    second: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
     frequencies: tuple[tuple[float, ...], ...] = ()
     scaling: float = 1.0
@@ -108,7 +108,8 @@ def look(module: Module, known: Rotation | None, rows: int, first: int, num_new:
     known : Rotation or None
         What was found in an earlier call.
     rows, first, num_new : int
-        Rows of the batch, tokens seen before this call, and tokens of this call.
+        Rows of the batch, tokens that the layer has seen before, and its new tokens: those of the call, or a first or
+        last part of them.
 
     Returns
     -------
@@ -122,24 +123,66 @@ def look(module: Module, known: Rotation | None, rows: int, first: int, num_new:
     if inner is None:
         return _refused(module, "its forward call cannot be looked into"), None
     seen = inner.get("position_embeddings")
+    total = _parts(seen)[0].shape[1] if _parts(seen) else num_new
+    start = total - num_new if first else 0
+    call = first - start, total
     # Layers of one forward call share their cosines, and so what was found out about them.
     mark = seen[0] if isinstance(seen, tuple | list) and seen else seen
     found = getattr(mark, "graphkv_found", None)
     try:
         with torch.no_grad():
-            if found is None or found[:2] != (first, num_new):
+            if found is None or found[0] != call:
                 givers, candidates = _surroundings(chain([inner], calls))
-                candidates.append(torch.arange(first, first + num_new))
-                measured = known or _found(module, seen, givers, candidates, num_new)
-                found = first, num_new, measured, _places(measured, seen, candidates, rows, num_new)
+                candidates.append(torch.arange(first - start, first - start + total))
+                measured = known or _found(module, seen, givers, candidates, total)
+                found = call, measured, _places(measured, seen, candidates, rows, total)
                 if isinstance(mark, torch.Tensor):
                     mark.graphkv_found = found  # type: ignore[attr-defined]
             if known is None:
-                known = found[2] if found[2].refusal else _probed(module, inner, seen, found[2])
+                known = found[1] if found[1].refusal else _probed(module, inner, seen, found[1])
     # Whatever it is, only who wants keys turned is to hear of it.
     except Exception as error:
         known = _refused(module, f"it cannot be run by itself, {type(error).__name__}: {error}")
-    return known, found[3] if found is not None and known.first else None
+    if not known.first or found is None or found[2] is None:
+        return known, None
+    return known, found[2][:, start : start + num_new]
+
+
+def from_plain(plain: Any, name: str, head_size: int) -> Rotation | None:
+    """Make a rotation from the dict of its fields, as `dataclasses.asdict` and JSON give it, or None.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no rotation of heads of that size.
+    """
+    if plain is None:
+        return None
+
+    def are_below(bound: int, numbers: Any) -> bool:
+        return isinstance(numbers, list) and all(type(each) is int and 0 <= each < bound for each in numbers)
+
+    is_right = isinstance(plain, dict) and set(plain) == {each.name for each in fields(Rotation)}
+    if is_right:
+        frequencies, pairs = plain["frequencies"], [plain["first"], plain["second"], plain["columns"]]
+        is_right = (
+            isinstance(frequencies, list)
+            and all(isinstance(row, list) and len(row) == len(frequencies[0]) for row in frequencies)
+            and all(type(each) is float and abs(each) < 1e9 for row in frequencies for each in row)
+            and type(plain["scaling"]) is float
+            and 0 < plain["scaling"] < 1e9
+            and isinstance(plain["refusal"], str | NoneType)
+            and are_below(head_size, pairs[0])
+            and are_below(head_size, pairs[1])
+            and are_below(len(frequencies[0]) if frequencies else 0, pairs[2])
+            and len({len(each) for each in pairs}) == 1
+            and len({*pairs[0], *pairs[1]}) == 2 * len(pairs[0])
+        )
+    if not is_right:
+        raise ArgumentError(f"its {name} must hold pairs of a head of {head_size} and the frequencies that turn them")
+    given = {key: tuple(plain[key]) for key in ("first", "second", "columns")}
+    rows = tuple(map(tuple, plain["frequencies"]))
+    return Rotation(**given, frequencies=rows, scaling=plain["scaling"], refusal=plain["refusal"])
 
 
 def check(rotation: Rotation | None, places: torch.Tensor | None) -> Rotation:
@@ -448,7 +491,8 @@ def _probed(module: Module, inner: Mapping[str, Any], seen: Any, rotation: Rotat
     if _is_same(base, keys, base.abs(), tolerance):
         return Rotation()
     for first, second in _layouts(keys.shape[-1], frequencies):
-        found = replace(rotation, first=first, second=second, columns=_columns(keys, first, second, angles))
+        columns = _columns(keys, first, second, angles)
+        found = replace(rotation, first=tuple(first), second=tuple(second), columns=columns)
         by = angles[:, found.columns]
         wanted = _turned(base.expand_as(keys), found, by.cos() * lengths, by.sin() * lengths)
         size = base.abs().clone()
@@ -494,7 +538,7 @@ def _shown(
         "attention_mask": None,
         "position_ids": torch.arange(count, device=hidden.device)[None],
         "use_cache": True,
-        **dict.fromkeys(versions.CACHE_ARGUMENTS, onlooker),
+        **dict.fromkeys(versions.ATTENTION_CACHE_ARGUMENTS, onlooker),
     }
     names = inspect.signature(type(module).forward).parameters
     arguments = {
