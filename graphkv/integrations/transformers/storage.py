@@ -495,7 +495,9 @@ def _fill_attention(
     layer.rotation = rotary.from_plain(given["rotation"], f"{name}.rotation", size)
     axes = 0 if layer.rotation is None else len(layer.rotation.frequencies)
     if layer.places is not None and layer.places.shape[-1] != axes:
-        raise ArgumentError(f"its {name}.places must have the {axes} axes of its rotation; got {layer.places.shape[-1]}")
+        raise ArgumentError(
+            f"its {name}.places must have the {axes} axes of its rotation; got {layer.places.shape[-1]}"
+        )
     if given["row_budgets"] is not None:
         budgets = given["row_budgets"]
         if len(budgets) != batch.get("batch") or any(type(each) is not int or each < 0 for each in budgets):
