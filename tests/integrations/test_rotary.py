@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from graphkv import ArgumentError, KNorm, Policy
 from graphkv.core import Requirements
-from graphkv.integrations.transformers import EvictingCache, observing
+from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import ATTENTION_CACHE_ARGUMENTS, with_cache
 from tests.integrations.tiny import SIZES, UNGROUPED, tiny
 
@@ -506,3 +506,59 @@ def test_compiled_layers_are_looked_into_too(ids):
     for head, tokens in enumerate(cache.layers[1].positions[0]):
         wanted = keys_at(model, calls, 1, tokens, torch.arange(N - BUDGET, N)[None])[head]
         torch.testing.assert_close(cache.layers[1].keys[0, head], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_guesses_that_come_with_the_prompt_are_turned_after_it(ids):
+    model = make("llama")
+    text = ids.repeat(1, 2)
+    outputs = []
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        with evicting(model, KNorm(budget=BUDGET), rerotate=True), torch.inference_mode():
+            outputs.append(model.generate(text, max_new_tokens=8, do_sample=False, **options))
+    assert torch.equal(*outputs)
+
+
+def test_an_eviction_that_waited_turns_what_came_before_it_only(ids):
+    model = make("llama")
+    with observing(model), torch.inference_mode():
+        cache = EvictingCache(KNorm(budget=8), every=15, rerotate=True)
+        model(ids[:, :20], **with_cache(model, cache))
+        cache.activate_past_recording()
+        model(ids[:, 20:], **with_cache(model, cache))
+        cache.crop(-3)
+    for layer in cache.layers:
+        assert layer.num_evictions == 2
+        # The 8 that were kept end at the 35th token; two have come since.
+        assert layer.places[0, :, :, 0].tolist() == [list(range(27, 37))] * 2
+        assert layer.true_positions[0, :, -2:].tolist() == [[35, 36]] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right", "hole"])
+def test_padding_takes_no_place(side, ids):
+    """A row with padding keeps, and turns to, what it does alone."""
+    model = make("llama")
+    shown = torch.ones(N, dtype=torch.bool)
+    shown[{"left": slice(0, 6), "right": slice(N - 6, N), "hole": slice(12, 18)}[side]] = False
+    mask = torch.stack([torch.ones(N, dtype=torch.bool), shown]).long()
+    together = read(model, ids.repeat(2, 1), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    alone = read(model, ids[:, shown])
+    for mine, theirs in zip(together.layers, alone.layers, strict=True):
+        used = slice(None) if mine.valid is None else mine.valid[1, 0]
+        torch.testing.assert_close(mine.keys[1][:, used], theirs.keys[0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(mine.places[1][:, used], theirs.places[0])
+
+
+def test_noise_of_adapters_in_training_is_refused_and_takes_no_random_numbers(ids):
+    model = make("llama")
+    for module in attentions(model).values():
+        module.k_proj = WithNoise(module.k_proj)
+    torch.manual_seed(1)
+    with observing(model.train()), torch.no_grad():
+        cache = EvictingCache()
+        model(ids, **with_cache(model, cache))
+        after = torch.get_rng_state()
+        torch.manual_seed(1)
+        model(ids, **with_cache(model, EvictingCache(KNorm(budget=BUDGET))))
+    assert torch.equal(after, torch.get_rng_state())
+    with pytest.raises(ArgumentError, match="not turned in pairs"):
+        cache.evict(Watching(budget=BUDGET))
