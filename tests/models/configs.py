@@ -1,0 +1,138 @@
+"""A tiny random model of any class, from the configuration's own defaults with small numbers put in by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+VOCABULARY = 97
+# A few kinds of names suffice for hundreds of configurations: 4 query and 2 KV heads of size 16.
+NAMES = {
+    VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size audio_vocab_size",
+    512: """max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length max_target_positions
+        max_source_positions""",
+    64: """attention_hidden_size backbone_hidden_size d_inner d_model decoder_ffn_dim dense_intermediate_size dff dim
+        dim_ff emb_dim embed_dim embedding_dim embedding_size encoder_ffn_dim expert_ffn_hidden_size feed_forward_size
+        ffn_dim ffn_hidden_size hidden_dim hidden_size hidden_size_global input_embedding_size input_size
+        intermediate_size intermediate_size_mlp lru_width mlp_dim moe_intermediate_size
+        moe_shared_expert_intermediate_size n_embd n_inner out_hidden_size output_embedding_size ple_embed_dim
+        projection_dim projector_hidden_size projector_input_dim projector_output_dim router_hidden_size
+        shape_embed_dim pronunciation_embed_dim shared_expert_intermediate_size shared_experts_intermediate_size
+        shared_intermediate_size text_hidden_size vision_output_dim word_embed_proj_dim ext_pw_out_channel
+        depthwise_separable_out_channel nemo_conv_channels adapter_in_dim adapter_out_dim adapter_input_size
+        downsample_hidden_size""",
+    128: "mamba_d_ssm",
+    24: "attention_window_size keep_window_size local_attention sliding_window sliding_window_size",
+    16: """adapter_rank attention_chunk_size attention_head_size centroid_intermediate_top_k chunk_size d_head d_rel
+        dim_head gated_norm_rank global_head_dim hc_lowrank head_dim hidden_size_per_layer_input index_head_dim
+        index_topk kv_channels kv_lora_rank laurel_rank linear_head_dim linear_key_head_dim linear_value_head_dim
+        loop_gate_rank mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim mamba_headdim num_codebooks_
+        o_lora_rank ple_dim position_bias_num_buckets q_lora_rank query_pre_attn_scalar rel_extent ssm_state_size
+        state_size swa_head_dim v_head_dim rotary_dim""",
+    8: "index_block_size mamba_n_heads mamba_num_heads qk_nope_head_dim qk_rope_head_dim",
+    4: """attention_heads conf_num_attention_heads decoder_attention_heads decoder_layers encoder_attention_heads
+        encoder_layers index_n_heads linear_num_heads linear_num_value_heads mamba_d_conv moe_num_experts n_head n_heads
+        n_routed_experts num_attention_heads num_decoder_attention_heads num_decoder_layers
+        num_encoder_attention_heads num_encoder_layers num_experts num_heads num_local_experts num_query_groups
+        ple_conv_kernel_size swa_num_attention_heads time_step_rank zero_expert_num mamba_dt_rank""",
+    2: """conf_num_hidden_layers depth kv_n_heads linear_num_key_heads moe_k moe_top_k moe_topk n_mamba_heads
+        num_experts_per_tok num_experts_per_token num_global_layers num_key_value_heads num_kv_heads
+        swa_num_key_value_heads index_topk_blocks num_kv_shared_layers""",
+    1: """first_k_dense_replace mamba_n_groups mamba_ngroups moe_num_shared_experts n_group n_groups n_shared_experts
+        num_dense_layers num_expert_group num_shared_experts topk_group""",
+}  # fmt: skip
+SIZES: dict[str, int] = {name: size for size, names in NAMES.items() for name in names.split()}
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "depth")
+MIXED = ["sliding_attention", "full_attention"] * 2
+HYBRID = ["linear_attention", "full_attention"] * 2
+MLP = ["dense", "sparse", "sparse", "sparse"]
+SHARED = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+# What the defaults do not tell, by model type.
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
+    "dory": {"num_hidden_layers": 6, "n_input_layers": 1, "n_recurrent_layers": 4, "n_output_layers": 1},
+    "gemma3n_text": SHARED | {"intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 6},
+    "gemma4_text": SHARED,
+    "granitemoehybrid": {"layer_types": HYBRID, "mamba_d_head": 16},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """Build a small configuration of a class."""
+    return kind(**_small(kind(**CHANGES.get(kind.model_type, {}) if kind.model_type in ("lfm2_moe",) else {})))
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields of a configuration that are to be small, sub-configurations included."""
+    values = config.to_dict()
+    small = {name: size for name, size in SIZES.items() if name in values and _is_number(values[name])}
+    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
+    per_layer = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (list, tuple)) and len(value) == depth and depth > 1 and isinstance(value[0], (int, float, str))
+    }
+    layers = _some_layers(list(per_layer.values()), depth)
+    small |= {name: [value[layer] for layer in layers] for name, value in per_layer.items()}
+    small |= {name: len(layers) for name in DEPTHS if values.get(name) == depth}
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        # Latents are expanded to all heads.
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    small |= {
+        name: min(value, VOCABULARY - 1)
+        for name, value in values.items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int) and name not in small
+    }
+    if isinstance(values.get("eos_token_id"), list):
+        small["eos_token_id"] = 2
+    for name in ("pad_token_id", "initializer_range"):
+        if name in values:
+            small[name] = 0 if name == "pad_token_id" else 0.3
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            small[name] = _small(value) | ({"model_type": value.model_type} if value.model_type else {})
+    return small | CHANGES.get(config.model_type, {})
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _some_layers(lists: list[Any], depth: int) -> list[int]:
+    """Choose at least 4 layers such that every combination of what lists say of a layer occurs."""
+    seen: dict[str, int] = {}
+    for layer in range(depth):
+        seen.setdefault(repr([each[layer] for each in lists]), layer)
+    first = list(seen.values())
+    # Kinds alternate, so that something comes after every one of them.
+    return first if len(first) > 3 else (first * 4)[:4] if len(first) != 3 else first * 2
+
+
+def tiny_model(kind: type, config: PreTrainedConfig, seed: int = 0) -> Any:
+    """Build a model in float32 whose attention is not flat; the same for the same seed."""
+    torch.manual_seed(seed)
+    if not isinstance(config, kind.config_class):
+        config = config.get_text_config()
+    model = kind(config).eval()
+    randomize(model)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Make matrices large: many models ignore initializer_range."""
+    for name, weight in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if weight.dim() >= 2 and "conv" not in name and "A_log" not in name and last not in ("D", "dt_bias"):
+            weight.normal_(0, 0.3)
+        elif last in ("sinks", "bias") or not weight.isfinite().all():
+            weight.normal_(0, 0.3)
