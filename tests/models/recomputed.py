@@ -35,7 +35,7 @@ class Recomputed:
         self.touched = 0
         self.alive: list[torch.Tensor] = []
 
-    def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def attend(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         """Stand in for an attention function, see AttentionInterface."""
         layer = self.owners.get(id(key))
         if layer is not None and self.policy is not None:
@@ -45,10 +45,12 @@ class Recomputed:
             left = self.left[layer].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             lowest = torch.finfo(query.dtype).min
             narrowed = torch.zeros(left.shape, dtype=query.dtype).masked_fill(~left, lowest)
-            mask = narrowed if mask is None else torch.where(left, mask[..., : key.shape[-2]], lowest)
+            if attention_mask is not None:
+                narrowed = torch.where(left, attention_mask[..., : key.shape[-2]], lowest)
+            attention_mask = narrowed
         names = vars(sys.modules[type(module).__module__])
         function = names.get("eager_attention_forward") or AttentionInterface()["sdpa"]
-        return function(module, query, key, value, mask, *args, **kwargs)
+        return function(module, query, key, value, attention_mask, **kwargs)
 
     def _replay(
         self, module: Any, layer: int, query: Any, key: Any, value: Any, scaling: float | None = None, **kwargs: Any

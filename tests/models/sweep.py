@@ -59,7 +59,8 @@ def sweep(model_type: str) -> Row:
         try:
             model.set_attn_implementation(implementation)
         except Exception as error:
-            row.results[implementation] = ("PLAIN FAILS", _said(error))
+            is_offered = "does not support an attention implementation" not in str(error)
+            row.results[implementation] = ("PLAIN FAILS", _said(error)) if is_offered else ("NOT OFFERED", "")
             continue
         row.results[implementation] = _try(model, prompt_of(model))
     return row
@@ -75,7 +76,9 @@ def prompt_of(model: Any) -> dict[str, torch.Tensor]:
 def kinds_of(model: Any) -> str:
     """Return the kinds of layers, each once."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["full_attention"]
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if not kinds:
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
     return ", ".join(dict.fromkeys(str(kind).removesuffix("_attention") for kind in kinds))
 
 
