@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..core.errors import ArgumentError, BackendUnavailableError
 from ..integrations.transformers import EvictingCache
+from ..integrations.transformers.versions import with_cache
 from .policies import call, parse
 
 __all__ = ["PREFIX", "check_press", "read_under_press"]
@@ -46,7 +47,7 @@ def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full
     press = _make(name, 1 - (budget + 0.5) / ids.shape[1])
     compressed = DynamicCache()
     with press(model):
-        model(ids, past_key_values=compressed, logits_to_keep=1)
+        model(ids, **with_cache(model, compressed), logits_to_keep=1)
     result = full.copy()
     for layer, left in zip(result.layers, compressed.layers, strict=True):
         layer.keys, layer.values = left.keys, left.values

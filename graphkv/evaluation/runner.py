@@ -13,6 +13,7 @@ from ..core.errors import GraphKVError
 from ..core.policy import Policy
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache, observing
+from ..integrations.transformers.versions import with_cache
 from . import metrics
 from .closeness import MOST_QUERIES, Probe, make_probe
 from .config import Config
@@ -155,7 +156,7 @@ class Reading:
         if self.config.closeness:
             wanted.append(MOST_QUERIES)
         context = EvictingCache(num_queries=max(wanted, default=0))
-        self.model(self._tokens(self.prompt.ids), past_key_values=context, logits_to_keep=1)
+        self.model(self._tokens(self.prompt.ids), **with_cache(self.model, context), logits_to_keep=1)
         later = {index: self.prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
         states = self._states(context, {})
         agnostic = Site(mode="agnostic", ids=self.prompt.ids, cache=context, questions=later, states=states)
@@ -170,7 +171,7 @@ class Reading:
             # The last token stays out, so that even the answer's first token is told from the evicted cache.
             *inside, last = self.prompt.questions[index].ids
             cache = context.copy()
-            self.model(self._tokens(inside), past_key_values=cache, logits_to_keep=1)
+            self.model(self._tokens(inside), **with_cache(self.model, cache), logits_to_keep=1)
             yield Site(
                 mode="aware",
                 ids=(*self.prompt.ids, *inside),
@@ -253,7 +254,9 @@ class Reading:
         """Read question and right answer; give the logits of the answer's tokens, (batch, tokens, vocabulary)."""
         rows = cache.layers[0].keys.shape[0]
         inputs = self._tokens([*ids, *question.answer[:-1]]).expand(rows, -1)
-        logits: torch.Tensor = self.model(inputs, past_key_values=cache, logits_to_keep=len(question.answer)).logits
+        logits: torch.Tensor = self.model(
+            inputs, **with_cache(self.model, cache), logits_to_keep=len(question.answer)
+        ).logits
         return logits
 
     def _generate(self, cache: EvictingCache, ids: Sequence[int], question: Question, rows: int) -> list[str | None]:
@@ -265,7 +268,7 @@ class Reading:
         told: list[list[int]] = [[] for _ in range(rows)]
         running = [True] * rows
         for _ in range(question.max_new_tokens):
-            new = self.model(new, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            new = self.model(new, **with_cache(self.model, cache), logits_to_keep=1).logits.argmax(-1)
             for row, token in enumerate(new[:, 0].tolist()):
                 running[row] = running[row] and token not in ends
                 if running[row]:
