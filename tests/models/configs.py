@@ -11,8 +11,8 @@ VOCABULARY = 97
 # A few kinds of names suffice for hundreds of configurations: 4 query and 2 KV heads of size 16.
 NAMES = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size audio_vocab_size",
-    512: """max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length max_target_positions
-        max_source_positions""",
+    512: "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length max_target_positions",
+    32: "max_source_positions image_size",
     64: """backbone_hidden_size d_inner d_model decoder_ffn_dim dense_intermediate_size dff dim
         dim_ff emb_dim embed_dim embedding_dim embedding_size encoder_ffn_dim expert_ffn_hidden_size feed_forward_size
         ffn_dim ffn_hidden_size hidden_dim hidden_size hidden_size_global input_embedding_size input_size
@@ -25,13 +25,13 @@ NAMES = {
         downsample_hidden_size""",
     128: "mamba_d_ssm",
     24: "attention_window_size keep_window_size local_attention sliding_window sliding_window_size",
-    16: """adapter_rank attention_chunk_size attention_head_size centroid_intermediate_top_k chunk_size d_head d_rel
+    16: """adapter_rank attention_chunk_size attention_head_size centroid_intermediate_top_k chunk_size codebook_dim d_head d_rel
         dim_head gated_norm_rank global_head_dim hc_lowrank head_dim hidden_size_per_layer_input index_head_dim
         index_topk kv_channels kv_lora_rank laurel_rank linear_head_dim linear_key_head_dim linear_value_head_dim
         loop_gate_rank mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim o_lora_rank ple_dim position_bias_num_buckets q_lora_rank query_pre_attn_scalar rel_extent ssm_state_size
         state_size swa_head_dim v_head_dim rotary_dim""",
-    8: "index_block_size mamba_n_heads mamba_num_heads qk_nope_head_dim qk_rope_head_dim",
-    4: """attention_heads conf_num_attention_heads decoder_attention_heads decoder_layers encoder_attention_heads
+    8: "patch_size num_query_tokens latent_query_num num_mel_bins index_block_size mamba_n_heads mamba_num_heads qk_nope_head_dim qk_rope_head_dim",
+    4: """mm_tokens_per_image attention_heads conf_num_attention_heads decoder_attention_heads decoder_layers encoder_attention_heads
         encoder_layers index_n_heads linear_num_heads linear_num_value_heads mamba_d_conv moe_num_experts n_head n_heads
         n_routed_experts num_attention_heads num_decoder_attention_heads num_decoder_layers
         num_encoder_attention_heads num_encoder_layers num_experts num_heads num_local_experts num_query_groups
@@ -65,7 +65,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": HYBRID, "mamba_d_head": 16},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "mllama_text_model": {"num_hidden_layers": 5, "cross_attention_layers": [1, 3]},
@@ -82,16 +82,21 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# The sections of these are a default of the model, not of the configuration.
+MROPE = (
+    "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text",
+    "qwen3_vl_moe_text", "qwen3_vl_text", "qwen3_5_text", "qwen3_5_moe_text",
+)  # fmt: skip
 # Models that run their layers many times over, where rounding grows.
 CALM = {"hrm_text": 0.1}
 
 
 def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Build a small configuration of a class."""
-    return kind(**_small(kind()))
+    return kind(**_small(kind(), {}))
 
 
-def _small(config: PreTrainedConfig) -> dict[str, Any]:
+def _small(config: PreTrainedConfig, tokens: dict[str, int]) -> dict[str, Any]:
     """Return the fields of a configuration that are to be small, sub-configurations included."""
     values = config.to_dict()
     small = {name: size for name, size in SIZES.items() if name in values and _is_number(values[name])}
@@ -111,11 +116,17 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
         small["head_dim"] = small["qk_rope_head_dim"]
     if "is_decoder" in values:
         small["is_decoder"] = True
-    small |= {
-        name: min(value, VOCABULARY - 1)
-        for name, value in values.items()
-        if name.endswith(("token_id", "token_index")) and isinstance(value, int) and name not in small
-    }
+    for name, value in values.items():
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int):
+            # Numbers of their own, out of the way of the text; the same in every part of a composite configuration.
+            small[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens)) if value >= VOCABULARY else value
+        elif isinstance(value, (list, tuple)) and name in ("image_size", "patch_size"):
+            small[name] = [SIZES[name]] * 2
+    rope = values.get("rope_parameters") or {}
+    if "mrope_section" in rope or config.model_type in MROPE:
+        size = small.get("head_dim") or SIZES["hidden_size"] // SIZES["num_attention_heads"]
+        half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
+        small["rope_parameters"] = rope | {"mrope_section": [half // 3, half // 3, half - 2 * (half // 3)]}
     if isinstance(values.get("eos_token_id"), list):
         small["eos_token_id"] = 2
     for name in ("pad_token_id", "initializer_range"):
@@ -123,7 +134,7 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
             small[name] = 0 if name == "pad_token_id" else 0.3
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            small[name] = _small(value) | ({"model_type": value.model_type} if value.model_type else {})
+            small[name] = _small(value, tokens) | ({"model_type": value.model_type} if value.model_type else {})
     return small | CHANGES.get(config.model_type, {})
 
 
