@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 KVPRESS_BIN := .venv-kvpress/bin
 
-.PHONY: demo test test-kvpress thorough bench lint docs clean
+.PHONY: demo test test-kvpress test-models thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
@@ -19,6 +19,10 @@ test: .venv/installed-test
 test-kvpress: .venv-kvpress/installed
 	OMP_NUM_THREADS=1 $(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/evaluation tests/integrations tests/kvpress \
 		'tests/test_docs.py::test_python_blocks_run_in_order[kvpress]' $(ARGS)
+
+# Every model class of transformers that generates text, from tiny configurations: what docs/models.md says of them.
+test-models: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/models $(ARGS)
 
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
 thorough: .venv/installed-test
@@ -38,6 +42,7 @@ lint: .venv/installed-test
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html

@@ -50,6 +50,7 @@ MLP = ["dense", "sparse", "sparse", "sparse"]
 SHARED = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
 # What the defaults do not tell, by model type.
 CHANGES: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
     "cohere_compass_text": {
@@ -65,23 +66,34 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": HYBRID, "mamba_d_head": 16},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "llama4_vision_model": {"intermediate_size": 256},
+    "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 64], [64, 32]]},
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "mllama_text_model": {"num_hidden_layers": 5, "cross_attention_layers": [1, 3]},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 2], "vision_output_dim": 192},
     # Its masks know nothing of the window that its cache has.
     "moshi": {"sliding_window": 512},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
+    # Has a window that its masks know nothing of, too.
+    "qwen3_vl_moe_text": {"sliding_window": None},
     "reformer": {"axial_pos_embds": False},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "depths": [1] * 7},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 
+# Parts that are not there by default.
+BASES: dict[str, dict[str, Any]] = {"gemma4": {"vision_config": {"model_type": "gemma4_vision"}}}
+PICTURE_TOKENS = ("image_token_id", "image_token_index", "audio_token_id")
 # The sections of these are a default of the model, not of the configuration.
 MROPE = (
     "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text",
@@ -93,7 +105,7 @@ CALM = {"hrm_text": 0.1}
 
 def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Build a small configuration of a class."""
-    return kind(**_small(kind(), {}))
+    return kind(**_small(kind(**BASES.get(kind.model_type, {})), {}))
 
 
 def _small(config: PreTrainedConfig, tokens: dict[str, int]) -> dict[str, Any]:
@@ -118,8 +130,11 @@ def _small(config: PreTrainedConfig, tokens: dict[str, int]) -> dict[str, Any]:
         small["is_decoder"] = True
     for name, value in values.items():
         if name.endswith(("token_id", "token_index")) and isinstance(value, int):
+            is_new = value >= VOCABULARY or name in PICTURE_TOKENS
             # Numbers of their own, out of the way of the text; the same in every part of a composite configuration.
-            small[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens)) if value >= VOCABULARY else value
+            small[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens)) if is_new else value
+        elif value is None and name in PICTURE_TOKENS:
+            small[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens))
         elif isinstance(value, (list, tuple)) and name in ("image_size", "patch_size"):
             small[name] = [SIZES[name]] * 2
     rope = values.get("rope_parameters") or {}

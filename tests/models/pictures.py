@@ -20,14 +20,19 @@ def square(config: Any) -> Inputs:
     return {"pixel_values": _noise(2, 3, SIDE, SIDE)}
 
 
+def asked(config: Any) -> Inputs:
+    """As `square`, with a question to the Q-former."""
+    return square(config) | {"qformer_input_ids": torch.full((2, 4), 5)}
+
+
 def sized(config: Any) -> Inputs:
     """As `square`, with the size that padding left."""
     return square(config) | {"image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
 
 
 def tiled(config: Any) -> Inputs:
-    """An overview and a tile of each picture, with its size."""
-    return {"pixel_values": _noise(2, 2, 3, SIDE, SIDE), "image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
+    """An overview and two tiles of each picture, with its size."""
+    return {"pixel_values": _noise(2, 3, 3, SIDE, SIDE), "image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
 
 
 def several(config: Any) -> Inputs:
@@ -57,7 +62,7 @@ def crossed(config: Any) -> Inputs:
     tiles = config.vision_config.max_num_tiles
     return {
         "pixel_values": _noise(2, 1, tiles, 3, SIDE, SIDE),
-        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.int64),
+        "aspect_ratio_ids": torch.full((2, 1), 6, dtype=torch.int64),
         "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.int64),
     }
 
@@ -78,18 +83,15 @@ PICTURES: dict[str, Callable[[Any], Inputs]] = {
     "aria": square,
     "aya_vision": square,
     "blip-2": square,
-    "chameleon": square,
     "cohere2_vision": square,
-    "florence2": square,
     "gemma3": square,
     "gemma4": placed,
-    "git": square,
     "glm4v": patches,
     "glm4v_moe": patches,
     "glm_ocr": patches,
     "idefics2": several,
     "idefics3": several,
-    "instructblip": square,
+    "instructblip": asked,
     "internvl": square,
     "kosmos-2": square,
     "lighton_ocr": sized,
@@ -129,7 +131,8 @@ def num_tokens(model: Any, extra: Inputs) -> int:
     give = getattr(inner, "get_audio_features" if "input_features" in extra else "get_image_features")
     with torch.inference_mode():
         found = give(**extra)
-    found = getattr(found, "pooler_output", found)
+    if not isinstance(found, (torch.Tensor, list, tuple)):
+        found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
     if isinstance(found, (list, tuple)):
         return sum(each.reshape(-1, each.shape[-1]).shape[0] for each in found) // 2
     return found.reshape(-1, found.shape[-1]).shape[0] // 2
@@ -138,4 +141,4 @@ def num_tokens(model: Any, extra: Inputs) -> int:
 def token_of(config: Any) -> int:
     """Return the token that stands for pictures or sounds."""
     names = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-    return next(int(getattr(config, name)) for name in names if isinstance(getattr(config, name, None), int))
+    return next((int(getattr(config, name)) for name in names if isinstance(getattr(config, name, None), int)), 1)

@@ -32,14 +32,13 @@ class Recomputed:
         self.owners: dict[int, int] = {}
         self.left: dict[int, torch.Tensor] = {}
         self.kept: dict[int, list[list[list[int]]]] = {}
-        self.touched = 0
+        self.evicted: set[int] = set()
         self.alive: list[torch.Tensor] = []
 
     def attend(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         """Stand in for an attention function, see AttentionInterface."""
         layer = self.owners.get(id(key))
         if layer is not None and self.policy is not None:
-            self.touched += 1
             if layer not in self.left:
                 self.left[layer] = self._replay(module, layer, query, key, value, **kwargs)
             left = self.left[layer].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -111,6 +110,7 @@ class Recomputed:
                 tokens_seen=seen,
             )
             evicted, since = True, 0
+            self.evicted.add(layer)
             protected = policy.num_protected(decision.budget)
             carried = protected if protected <= decision.budget else 0
             stored = [[int(index[head, slot]) for slot in row] for head, row in enumerate(decision.kept[0].tolist())]
@@ -131,19 +131,17 @@ class Recomputed:
             return result
 
         Cache.update = noted  # type: ignore[method-assign]
-        before = {id(each): each._attn_implementation for each in _configs(model)}
-        model.set_attn_implementation(NAME)
+        # Towers run as they are.
+        configs = [model.config, model.config.get_text_config(decoder=True)]
+        before = [each._attn_implementation for each in configs]
         try:
+            for each in configs:
+                each._attn_implementation_internal = NAME
             yield
         finally:
             Cache.update = update  # type: ignore[method-assign]
-            for each in _configs(model):
-                each._attn_implementation_internal = before[id(each)]
-
-
-def _configs(model: Any) -> list[Any]:
-    found = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
-    return list(found.values())
+            for each, name in zip(configs, before, strict=True):
+                each._attn_implementation_internal = name
 
 
 @torch.inference_mode()
