@@ -92,7 +92,9 @@ def others(numbers: dict[str, int]) -> str:
 def counts() -> str:
     """Count results by release; a model counts once, by its worst result with text."""
     order = list(WORDS)
-    lines = ["| release | models | " + " | ".join(WORDS[each].strip("*") for each in order if each != "NOT OFFERED") + " |"]
+    lines = [
+        "| release | models | " + " | ".join(WORDS[each].strip("*") for each in order if each != "NOT OFFERED") + " |"
+    ]
     lines.append("| --- " * (len(order) + 1) + "|")
     newest = next(iter(STORED.values()))
     for number, rows in STORED.items():

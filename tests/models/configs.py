@@ -53,6 +53,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
     "cohere_compass_text": {
         "layer_types": MIXED,
         "rope_parameters": {
@@ -60,9 +61,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         },
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "layer_types": MIXED},
+    "emu3": {"vocabulary_map": {"<image>": 90}},
     "gemma3n_text": SHARED | {"intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_text": SHARED,
+    "granite4_vision": {"deepstack_layer_map": [[-1, 1]], "spatial_target_layers": []},
     "granitemoehybrid": {"layer_types": HYBRID, "mamba_d_head": 16},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -76,11 +80,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"intermediate_layers_indices": [0, 2], "vision_output_dim": 192},
     # Its masks know nothing of the window that its cache has.
     "moshi": {"sliding_window": 512},
+    "qwen3_omni_moe_text": {"sliding_window": None},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 81},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 81},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-    # Has a window that its masks know nothing of, too.
+    # Nor do the masks of these know of one.
     "qwen3_vl_moe_text": {"sliding_window": None},
     "reformer": {"axial_pos_embds": False},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "depths": [1] * 7},
@@ -96,7 +103,7 @@ BASES: dict[str, dict[str, Any]] = {"gemma4": {"vision_config": {"model_type": "
 PICTURE_TOKENS = ("image_token_id", "image_token_index", "audio_token_id")
 # The sections of these are a default of the model, not of the configuration.
 MROPE = (
-    "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text",
+    "ernie4_5_vl_moe_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "hunyuan_vl", "hunyuan_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text",
     "qwen3_vl_moe_text", "qwen3_vl_text", "qwen3_5_text", "qwen3_5_moe_text",
 )  # fmt: skip
 # Models that run their layers many times over, where rounding grows.
@@ -116,7 +123,10 @@ def _small(config: PreTrainedConfig, tokens: dict[str, int]) -> dict[str, Any]:
     per_layer = {
         name: value
         for name, value in values.items()
-        if isinstance(value, (list, tuple)) and len(value) == depth and depth > 1 and isinstance(value[0], (int, float, str))
+        if isinstance(value, (list, tuple))
+        and len(value) == depth
+        and depth > 1
+        and isinstance(value[0], (int, float, str))
     }
     layers = _some_layers(list(per_layer.values()), depth)
     small |= {name: [value[layer] for layer in layers] for name, value in per_layer.items()}
@@ -125,7 +135,8 @@ def _small(config: PreTrainedConfig, tokens: dict[str, int]) -> dict[str, Any]:
         # Latents are expanded to all heads.
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "qk_rope_head_dim" in values and "head_dim" in values:
-        small["head_dim"] = small["qk_rope_head_dim"]
+        is_rotary_part = values["head_dim"] == values["qk_rope_head_dim"]
+        small["head_dim"] = SIZES["qk_rope_head_dim"] if is_rotary_part else SIZES["head_dim"]
     if "is_decoder" in values:
         small["is_decoder"] = True
     for name, value in values.items():
@@ -183,7 +194,7 @@ def randomize(model: torch.nn.Module, scale: float) -> None:
     """Make matrices large: many models ignore initializer_range."""
     for name, weight in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
-        if weight.dim() >= 2 and "conv" not in name and "A_log" not in name and last not in ("D", "dt_bias"):
-            weight.normal_(0, scale)
-        elif last in ("sinks", "bias") or not weight.isfinite().all():
+        is_matrix = weight.dim() >= 2 and "conv" not in name and last not in ("A_log", "D", "dt_bias")
+        # Some are left as they came from memory.
+        if is_matrix or last in ("sinks", "bias") or not weight.isfinite().all():
             weight.normal_(0, scale)

@@ -1,6 +1,6 @@
 """What a model must say after evictions, recomputed from its own code: one pass over the whole text, no evicted cache.
 
-The text goes through the model in one forward call, with the model's own masks and its own eager attention. In every
+The text goes through the model in one forward call, with the model's own masks and its own attention function. In every
 layer whose keys went through the cache, those masks are narrowed: each query sees what was left for it, by a replay of
 the calls in which a cache would have read the text. graphkv is asked for nothing but the decisions (`graphkv.evict`).
 """
@@ -28,6 +28,7 @@ class Recomputed:
 
     def __init__(self, policy: Any, calls: list[int], every: int | None, pads: list[int]) -> None:
         self.policy, self.calls, self.every, self.pads = policy, calls, every, pads
+        self.implementation = "sdpa"
         # The layer that a tensor of keys went through, by the tensor's identity.
         self.owners: dict[int, int] = {}
         self.left: dict[int, torch.Tensor] = {}
@@ -47,8 +48,10 @@ class Recomputed:
             if attention_mask is not None:
                 narrowed = torch.where(left, attention_mask[..., : key.shape[-2]], lowest)
             attention_mask = narrowed
-        names = vars(sys.modules[type(module).__module__])
-        function = names.get("eager_attention_forward") or AttentionInterface()["sdpa"]
+        if self.implementation == "eager":
+            function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        else:
+            function = AttentionInterface()[self.implementation]
         return function(module, query, key, value, attention_mask, **kwargs)
 
     def _replay(
@@ -77,7 +80,16 @@ class Recomputed:
         return left
 
     def _replay_row(
-        self, policy: Any, layer: int, num_layers: int, query: Any, key: Any, value: Any, pad: int, window: Any, left: Any
+        self,
+        policy: Any,
+        layer: int,
+        num_layers: int,
+        query: Any,
+        key: Any,
+        value: Any,
+        pad: int,
+        window: Any,
+        left: Any,
     ) -> list[list[int]]:
         kv_heads = key.shape[1]
         stored: list[list[int]] = [[] for _ in range(kv_heads)]
@@ -132,6 +144,7 @@ class Recomputed:
 
         Cache.update = noted  # type: ignore[method-assign]
         # Towers run as they are.
+        self.implementation = str(model.config._attn_implementation)
         configs = [model.config, model.config.get_text_config(decoder=True)]
         before = [each._attn_implementation for each in configs]
         try:
@@ -145,7 +158,9 @@ class Recomputed:
 
 
 @torch.inference_mode()
-def recompute(model: Any, inputs: dict[str, Any], policy: Any, calls: list[int], every: int | None, pads: list[int]) -> tuple[torch.Tensor, Recomputed]:
+def recompute(
+    model: Any, inputs: dict[str, Any], policy: Any, calls: list[int], every: int | None, pads: list[int]
+) -> tuple[torch.Tensor, Recomputed]:
     """Return the logits of all tokens (batch, tokens, vocabulary), and what was left at the end."""
     way = Recomputed(policy, calls, every, pads)
     with way.watching(model):
