@@ -15,7 +15,7 @@ from ..integrations.transformers import EvictingCache
 from ..integrations.transformers.versions import with_cache
 from .policies import call, parse
 
-__all__ = ["PREFIX", "check_press", "read_under_press"]
+__all__ = ["PREFIX", "check_press", "fewest_tokens", "read_under_press"]
 
 PREFIX = "kvpress:"
 
@@ -23,6 +23,12 @@ PREFIX = "kvpress:"
 def check_press(name: str) -> None:
     """Say in an error what is wrong with a name such as ``kvpress:SnapKVPress(window_size=32)``."""
     _make(name, 0.5)
+
+
+def fewest_tokens(name: str) -> int:
+    """Count the tokens that a prompt must have for a press to take it: more than its window and its sinks."""
+    press = _make(name, 0.5)
+    return 1 + max(int(getattr(press, setting, 0)) for setting in ("window_size", "n_sink"))
 
 
 def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full: EvictingCache) -> EvictingCache:

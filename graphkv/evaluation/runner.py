@@ -150,9 +150,11 @@ class Reading:
 
     def _sites(self, asked: list[tuple[str, int]]) -> Iterator[Site]:
         """Give the prompt with all its questions to come, then the prompt with each question in it."""
-        num_tokens = len(self.prompt.ids)
+        # A window may be longer than the prompt, and yet not than the prompt with a question in it.
+        inside = [len(self.prompt.questions[index].ids) - 1 for mode, index in asked if mode == "aware"]
+        longest = len(self.prompt.ids) + max(inside, default=0)
         policies = self._all_policies()
-        wanted = [policy.num_queries(num_tokens) for policy in policies]
+        wanted = [policy.num_queries(longest) for policy in policies]
         if self.config.closeness:
             wanted.append(MOST_QUERIES)
         context = EvictingCache(num_queries=max(wanted, default=0))
@@ -161,7 +163,7 @@ class Reading:
         states = self._states(context, {})
         agnostic = Site(mode="agnostic", ids=self.prompt.ids, cache=context, questions=later, states=states)
         # Only running sums need all queries, and those are worked out.
-        windows = [policy.num_queries(num_tokens) for policy in policies if not policy.needs().state]
+        windows = [policy.num_queries(longest) for policy in policies if not policy.needs().state]
         for layer in context.layers:
             if layer.queries is not None:
                 layer.queries = layer.queries[:, :, -max(windows, default=1) :].clone()
@@ -169,15 +171,16 @@ class Reading:
             yield agnostic
         for index in (index for mode, index in asked if mode == "aware"):
             # The last token stays out, so that even the answer's first token is told from the evicted cache.
-            *inside, last = self.prompt.questions[index].ids
+            *first, last = self.prompt.questions[index].ids
             cache = context.copy()
-            self.model(self._tokens(inside), **with_cache(self.model, cache), logits_to_keep=1)
+            if first:
+                self.model(self._tokens(first), **with_cache(self.model, cache), logits_to_keep=1)
             yield Site(
                 mode="aware",
-                ids=(*self.prompt.ids, *inside),
+                ids=(*self.prompt.ids, *first),
                 cache=cache,
                 questions={index: (last,)},
-                states=self._states(cache, states),
+                states=self._states(cache, states) if first else states,
             )
 
     def _states(self, cache: EvictingCache, before: States) -> States:

@@ -368,7 +368,9 @@ def test_prompt_lookup_decoding_gives_what_plain_decoding_gives(model):
 
 def test_assisted_decoding_without_a_cache_of_ones_own_is_refused(model, ids):
     """generate() tells the cache that it made itself about rollbacks, not the one that evicting() supplies."""
-    with evicting(model, SNAPKV), pytest.raises(ArgumentError, match="activate_past_recording"):
+    # Since 5.24 transformers asks the cache whether it can be cropped, and refuses it by itself.
+    refused = pytest.raises(ValueError, match=r"activate_past_recording|requires a cache that can be cropped")
+    with evicting(model, SNAPKV), refused:
         greedy(model, ids[None, :N], 15, assistant_model=tiny_llama(seed=1))
 
 
@@ -524,17 +526,22 @@ def test_a_model_may_run_under_our_attention_for_good(ids):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_gives_what_it_gives_uncompiled(ids):
+def test_a_compiled_model_gives_what_it_gives_uncompiled(ids, monkeypatch):
     """The model is cut at the cache; a graph without cuts is refused, and says where."""
+    # Beyond its limit torch would run the rest uncompiled: since 5.24 all forwards share the code of one wrapper.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     model = tiny_llama()
     with observing(model):
         expected_cache, cache = EvictingCache(SNAPKV, every=4), EvictingCache(SNAPKV, every=4)
         calls = [N] + [1] * 10
         expected = read(model, expected_cache, ids[: N + 10], calls)
+        torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", dynamic=True)
         assert_close(read(compiled, cache, ids[: N + 10], calls), expected)
         assert [layer.num_evictions for layer in cache.layers] == [3] * 3
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+        # Each layer has its pieces: before the cache, and after it for the prompt and for tokens.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 20
+        torch._dynamo.reset()
         whole = torch.compile(model, backend="eager", fullgraph=True)
         with pytest.raises(torch._dynamo.exc.Unsupported, match=r"EvictingCache\.update"):
             read(whole, EvictingCache(SNAPKV), ids[:N], [N])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from transformers.cache_utils import DynamicCache
 
 from ...core import checks
 from ...core.backend import Backend
-from ...core.errors import ArgumentError, ArgumentTypeError
+from ...core.errors import ArgumentError, ArgumentTypeError, GraphKVWarning
 from ...core.policy import Policy
-from .attention import IMPLEMENTATIONS, PREFIX
-from .cache import EvictingCache
+from . import versions
+from .attention import IMPLEMENTATIONS, PREFIX, WITHOUT_CACHE
+from .cache import EvictingCache, not_compiled
+from .layer import FULL, WINDOWED
 
 __all__ = ["evicting", "observing"]
+
+# Kinds of layers that cache nothing, or what eviction leaves untouched.
+UNTOUCHED = ("dummy", "linear_attention", "conv", "moe", "mlp")
 
 
 @contextmanager
@@ -42,18 +48,27 @@ def evicting(
     ----------
     model : transformers.PreTrainedModel
         A decoder whose attention goes through transformers' attention interface, loaded with ``"sdpa"`` or ``"eager"``
-        attention. Where full and sliding-window layers are mixed, the full ones are evicted.
+        attention; of a model with pictures or sound, the decoder inside is evicted and the rest runs as ever. A PEFT
+        model stands for the model that it wraps. Where full and sliding-window layers are mixed, the full ones are
+        evicted; layers of linear attention keep their state.
     policy : Policy
         For example ``GraphKV(SnapKV(budget=512))``.
     every, rerotate, record, backend
-        As for `EvictingCache`, which every call without a cache of its own gets.
+        As for `EvictingCache`, which every call without a cache of its own gets. An empty ``DynamicCache`` that is
+        passed to the model becomes one.
 
     Raises
     ------
     ArgumentError
-        If the model cannot be evicted, or a cache of another kind or with another policy is passed to it.
+        If the model cannot be evicted, a cache of another kind or with another policy is passed to it, or the history
+        that `generate` is given does not begin with what the cache has seen.
     ArgumentTypeError
         If `policy` is no Policy or `model` no transformers model.
+
+    Warns
+    -----
+    GraphKVWarning
+        At the end of the block, if the model ran and no cache was filled, or none could be evicted.
 
     Examples
     --------
@@ -63,41 +78,20 @@ def evicting(
             output = model.generate(**inputs, max_new_tokens=64)
     """
     checks.instance("policy", policy, Policy)
+    decoder = _Decoder(model)
 
     def new_cache() -> EvictingCache:
-        return EvictingCache(policy, every=every, rerotate=rerotate, record=record, backend=backend)
+        return EvictingCache(
+            policy, every=every, rerotate=rerotate, record=record, backend=backend, config=decoder.config
+        )
 
     new_cache()  # bad arguments are said here, not in the middle of a forward pass
-
-    def supply_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        given = call.arguments.get("past_key_values")
-        if isinstance(given, EvictingCache):
-            if given.policy != policy:
-                raise ArgumentError(
-                    f"past_key_values must have the policy of evicting(), {policy}; its own is {given.policy}"
-                )
-            return None
-        uses_cache = call.arguments.get("use_cache")
-        if uses_cache is None:
-            uses_cache = getattr(model.config, "use_cache", True)
-        if given is None and not uses_cache:
-            return None
-        if given is not None and (type(given) is not DynamicCache or given.get_seq_length() > 0):
-            raise ArgumentError(
-                "past_key_values must be None, an empty DynamicCache or an EvictingCache inside evicting(); "
-                f"got {type(given).__name__} with {given.get_seq_length()} tokens"
-            )
-        call.arguments["past_key_values"] = new_cache()
-        # bind_partial files keyword arguments that forward does not name under the name of its ** parameter.
-        return call.args, call.kwargs
-
-    with observing(model):
-        hook = model.register_forward_pre_hook(supply_cache, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
+    watch = _Watch(policy)
+    with decoder.attending(watch.saw_no_cache), ExitStack() as stack:
+        for module in decoder.modules:
+            stack.enter_context(_Hooks(module, decoder.config, watch, new_cache).installed())
+        yield
+    watch.warn()
 
 
 @contextmanager
@@ -114,7 +108,8 @@ def observing(model: PreTrainedModel) -> Iterator[None]:
     Raises
     ------
     ArgumentError
-        If the model cannot be evicted.
+        If the model cannot be evicted, or the history that `generate` is given does not begin with what the cache has
+        seen.
     ArgumentTypeError
         If `model` is no transformers model.
 
@@ -124,36 +119,257 @@ def observing(model: PreTrainedModel) -> Iterator[None]:
 
         with observing(model):
             cache = EvictingCache(num_queries=32)
-            model(**inputs, past_key_values=cache)
+            model(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
             small = cache.copy()
             small.evict(SnapKV(budget=512))
     """
-    implementation = _check_model(model)
-    model.set_attn_implementation(PREFIX + implementation)
-    try:
+    decoder = _Decoder(model)
+    with decoder.attending(lambda module: None), ExitStack() as stack:
+        for module in decoder.modules:
+            stack.enter_context(_Hooks(module, decoder.config, None, None).installed())
         yield
-    finally:
-        model.set_attn_implementation(implementation)
 
 
-def _check_model(model: Any) -> str:
-    """Give the attention implementation of a model that can be evicted, or say why it cannot."""
-    if not isinstance(model, PreTrainedModel):
-        raise ArgumentTypeError(f"model must be a transformers.PreTrainedModel; got {type(model).__name__}")
-    name, config = type(model).__name__, model.config
-    implementation = str(config._attn_implementation)
-    if implementation.startswith(PREFIX):
-        raise ArgumentError(f"model must not be inside evicting() or observing() already; {name} is")
-    if implementation not in IMPLEMENTATIONS:
-        raise ArgumentError(
-            f"model must be loaded with attn_implementation 'sdpa' or 'eager'; {name} has {implementation!r}"
-        )
-    if config.is_encoder_decoder:
-        raise ArgumentError(f"model must be a decoder; {name} is an encoder-decoder")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        raise ArgumentError(f"model must have full or sliding attention in every layer; {name} has {sorted(kinds)}")
-    has_eager = implementation != "eager" or hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
-    if not (model._can_set_attn_implementation() and has_eager):
-        raise ArgumentError(f"model must use transformers' attention interface; {name} does not")
-    return implementation
+class _Decoder:
+    """The part of a model that writes text: its configuration, and the modules on the way to it.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If it cannot be evicted, with the reason.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        if not isinstance(model, PreTrainedModel):
+            inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(model, name)), None)
+            hint = "" if inner is None else f"; the model inside may be its .{inner}"
+            raise ArgumentTypeError(f"model must be a transformers.PreTrainedModel; got {type(model).__name__}{hint}")
+        name = type(model).__name__
+        if model.config.is_encoder_decoder:
+            raise ArgumentError(f"model must be a decoder; {name} is an encoder-decoder")
+        self.config = model.config.get_text_config(decoder=True)
+        self.modules = [
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and module.config.get_text_config(decoder=True) is self.config
+        ]
+        inmost = self.modules[-1]
+        # Some models give their layers copies of the configuration.
+        configs = {id(self.config): self.config}
+        for module in inmost.modules():
+            config = getattr(module, "config", None)
+            if type(config) is type(self.config):
+                configs[id(config)] = config
+        self.configs = list(configs.values())
+        self._check(name, type(inmost))
+
+    def _check(self, name: str, inmost: Any) -> None:
+        implementation = str(self.config._attn_implementation)
+        if implementation.startswith(PREFIX):
+            raise ArgumentError(f"model must not be inside evicting() or observing() already; {name} is")
+        if implementation not in IMPLEMENTATIONS:
+            raise ArgumentError(
+                f"model must be loaded with attn_implementation 'sdpa' or 'eager'; {name} has {implementation!r}"
+            )
+        kinds = versions.layer_kinds(self.config)
+        unknown = sorted(set(kinds) - set(FULL + WINDOWED + UNTOUCHED))
+        if unknown:
+            raise ArgumentError(
+                f"model must have layers of kinds that can be evicted or left alone; {name} has {unknown}"
+            )
+        if not any(kind in FULL + WINDOWED for kind in kinds):
+            raise ArgumentError(f"model must have layers that cache keys and values; {name} has {sorted(set(kinds))}")
+        if not inmost._can_set_attn_implementation():
+            raise ArgumentError(
+                f"model must use transformers' attention interface; the attention of {inmost.__name__} does not"
+            )
+        own_caches = [
+            own for own, value in vars(inspect.getmodule(inmost)).items()
+            if isinstance(value, type) and own.endswith("Cache") and value.__module__ == inmost.__module__
+            and not own.endswith("PaddingCache")
+        ]  # fmt: skip
+        if own_caches:
+            raise ArgumentError(
+                f"model must work with transformers' caches; {name} has one of its own, {own_caches[0]}"
+            )
+        self.implementation = implementation
+
+    @contextmanager
+    def attending(self, without_cache: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+        """Run the decoder, and nothing else of the model, under our attention function."""
+        for config in self.configs:
+            WITHOUT_CACHE[id(config)] = without_cache
+            # The inner name, because the public one is passed on to parts of the configuration.
+            config._attn_implementation_internal = PREFIX + self.implementation
+        try:
+            yield
+        finally:
+            for config in self.configs:
+                config._attn_implementation_internal = self.implementation
+                del WITHOUT_CACHE[id(config)]
+
+
+class _Watch:
+    """Whether what happened in a block of `evicting` was what had been asked for."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.reasons: dict[str, None] = {}
+        self.was_filled = False
+        self.without_cache: str | None = None
+
+    def saw_no_cache(self, module: torch.nn.Module) -> None:
+        """Take note of attention whose keys came from no `EvictingCache`."""
+        self.without_cache = type(module).__name__
+
+    def saw_pass(self, module: torch.nn.Module, cache: EvictingCache) -> None:
+        """Take note of a forward pass that has gone well."""
+        if cache.num_seen == cache.seen_before:
+            is_checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)
+            self.reasons[
+                "training with gradient checkpointing caches nothing"
+                if is_checkpointed
+                else f"{type(module).__name__} dropped the cache that it was given"
+            ] = None
+            return
+        self.was_filled = True
+        if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
+            self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
+
+    def warn(self) -> None:
+        """Warn if the block did not do what was asked."""
+        if not self.was_filled and self.without_cache is not None and not self.reasons:
+            self.reasons[f"{self.without_cache} ran without a cache; call the model and not its forward()"] = None
+        if self.reasons:
+            warnings.warn(
+                f"evicting() could not evict with {type(self.policy).__name__}: {'; '.join(self.reasons)}",
+                GraphKVWarning,
+                stacklevel=4,
+            )
+
+
+class _Hooks:
+    """What one module of the decoder gets for the length of a block: a cache, and a look at it afterwards."""
+
+    def __init__(
+        self, module: Any, config: Any, watch: _Watch | None, new_cache: Callable[[], EvictingCache] | None
+    ) -> None:
+        self.module, self.config, self.watch, self.new_cache = module, config, watch, new_cache
+        self.parameters = list(inspect.signature(module.forward).parameters)
+        self.name = versions.cache_argument(module.forward)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hook the module for the length of the block."""
+        handles = [
+            self.module.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.module.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        can_generate = callable(getattr(self.module, "generate", None)) and "generate" not in vars(self.module)
+        if can_generate:
+            self.module.generate = self.wrapped(self.module.generate)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if can_generate:
+                del self.module.generate
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find an argument of the module's forward, by keyword or by place."""
+        place = self.parameters.index(name) if name in self.parameters else len(args)
+        return kwargs.get(name, args[place] if place < len(args) else None)
+
+    def cache_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Find the cache that is passed, under any name that transformers has had for it."""
+        found = (self.argument(name, args, kwargs) for name in versions.CACHE_ARGUMENTS)
+        return next((cache for cache in found if cache is not None), None)
+
+    def with_cache(self, cache: EvictingCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the arguments with a cache; those by keyword stay by keyword."""
+        place = self.parameters.index(self.name) if self.name in self.parameters else len(args)
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), kwargs
+        kept = {name: value for name, value in kwargs.items() if name not in versions.CACHE_ARGUMENTS}
+        return args, kept | {self.name: cache}
+
+    @not_compiled
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Supply a cache where there is none."""
+        given, result = self.cache_of(args, kwargs), None
+        if self.new_cache is not None and not isinstance(given, EvictingCache):
+            uses_cache = self.argument("use_cache", args, kwargs)
+            if uses_cache is None:
+                uses_cache = getattr(self.config, "use_cache", True)
+            if given is None and not uses_cache:
+                if self.watch is not None:
+                    self.watch.reasons["use_cache is False"] = None
+                return None
+            given, result = self.supplied(self.new_cache, given, args, kwargs)
+        if isinstance(given, EvictingCache):
+            if self.watch is not None and given.policy != self.watch.policy:
+                raise ArgumentError(
+                    f"{self.name} must have the policy of evicting(), {self.watch.policy}; its own is {given.policy}"
+                )
+            given.prepare(self.config)
+            given.seen_before = given.num_seen
+            keep = kwargs.get("logits_to_keep")
+            if given.is_waiting and isinstance(keep, int) and keep > 1:
+                # Assisted decoding asks for the logits of its guesses and of the token before them.
+                given.num_guessed = keep - 1
+        return result
+
+    def supplied(
+        self, new_cache: Callable[[], EvictingCache], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[EvictingCache, Any]:
+        """Return a cache for this call, and the arguments that carry it if they have to change."""
+        cache = new_cache()
+        if given is None:
+            return cache, self.with_cache(cache, args, kwargs)
+        if type(given) is not DynamicCache or given.get_seq_length() > 0 or given.offloading:
+            offloading = " with offloading" if getattr(given, "offloading", False) else ""
+            raise ArgumentError(
+                f"{self.name} must be None, an empty DynamicCache or an EvictingCache inside evicting(); got "
+                f"{type(given).__name__} with {given.get_seq_length()} tokens{offloading}"
+            )
+        EvictingCache.adopt(given, cache)
+        return given, None
+
+    @not_compiled
+    def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Look at what became of the cache."""
+        cache = self.cache_of(args, kwargs)
+        if not isinstance(cache, EvictingCache):
+            return
+        cache.finish()
+        if self.watch is not None:
+            self.watch.saw_pass(module, cache)
+        cache.note_tokens(self.argument("input_ids", args, kwargs))
+
+    def wrapped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """Let `generate` begin with a cache of ours, and notice a history that the cache does not know."""
+
+        @wraps(generate)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            cache = next((kwargs[name] for name in versions.CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+            if isinstance(cache, EvictingCache):
+                ids = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+                cache.check_history(next((each for each in ids if each is not None), None))
+            elif cache is None and self.new_cache is not None and _uses_cache(self.module, kwargs):
+                kwargs = {**kwargs, self.name: self.new_cache()}
+            return generate(*args, **kwargs)
+
+        return checked
+
+
+def _uses_cache(model: Any, options: dict[str, Any]) -> bool:
+    """Whether `generate` would make a cache of the ordinary kind for itself."""
+    config = options.get("generation_config") or model.generation_config
+
+    def option(name: str) -> Any:
+        return options[name] if options.get(name) is not None else getattr(config, name, None)
+
+    return option("use_cache") is not False and option("cache_implementation") in (None, "dynamic")
