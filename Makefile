@@ -36,6 +36,7 @@ smoke-newest: .venv-newest/layered
 	@.venv-newest/bin/python -c 'import transformers; print("The newest transformers that pip finds:", transformers.__version__)'
 	@echo "The pinned one:" $$(grep ^transformers== constraints.txt)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -W default tests/integrations/test_smoke.py
+
 # Every model class of transformers that generates text, from tiny configurations: what docs/models.md says of them.
 test-models: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/models $(ARGS)
