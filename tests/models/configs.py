@@ -10,38 +10,53 @@ from transformers import GenerationConfig, PreTrainedConfig
 VOCABULARY = 97
 # A few kinds of names suffice for hundreds of configurations: 4 query and 2 KV heads of size 16.
 NAMES = {
-    VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size audio_vocab_size",
-    512: "max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length max_target_positions",
-    32: "max_source_positions image_size",
-    64: """backbone_hidden_size d_inner d_model decoder_ffn_dim dense_intermediate_size dff dim
-        dim_ff emb_dim embed_dim embedding_dim embedding_size encoder_ffn_dim expert_ffn_hidden_size feed_forward_size
-        ffn_dim ffn_hidden_size hidden_dim hidden_size hidden_size_global input_embedding_size input_size
-        intermediate_size intermediate_size_mlp lru_width mlp_dim moe_intermediate_size
-        moe_shared_expert_intermediate_size n_embd n_inner out_hidden_size output_embedding_size ple_embed_dim
-        projection_dim projector_hidden_size projector_input_dim projector_output_dim router_hidden_size
-        shape_embed_dim pronunciation_embed_dim shared_expert_intermediate_size shared_experts_intermediate_size
-        shared_intermediate_size text_hidden_size vision_output_dim word_embed_proj_dim ext_pw_out_channel
-        depthwise_separable_out_channel nemo_conv_channels adapter_in_dim adapter_out_dim adapter_input_size
-        downsample_hidden_size""",
+    VOCABULARY: "audio_vocab_size decoder_vocab_size unpadded_vocab_size vocab_size vocab_size_per_layer_input",
+    512: "context_length max_position_embeddings max_seq_len max_target_positions model_max_length n_ctx n_positions",
+    32: "image_size max_source_positions",
+    64: """
+        adapter_in_dim adapter_input_size adapter_out_dim backbone_hidden_size d_inner d_model decoder_ffn_dim
+        dense_intermediate_size depthwise_separable_out_channel dff dim dim_ff downsample_hidden_size emb_dim
+        embed_dim embedding_dim embedding_size encoder_ffn_dim expert_ffn_hidden_size ext_pw_out_channel
+        feed_forward_size ffn_dim ffn_hidden_size hidden_dim hidden_size hidden_size_global input_embedding_size
+        input_size intermediate_size intermediate_size_mlp lru_width mlp_dim moe_intermediate_size
+        moe_shared_expert_intermediate_size n_embd n_inner nemo_conv_channels out_hidden_size output_embedding_size
+        ple_embed_dim projection_dim projector_hidden_size projector_input_dim projector_output_dim
+        pronunciation_embed_dim router_hidden_size shape_embed_dim shared_expert_intermediate_size
+        shared_experts_intermediate_size shared_intermediate_size text_hidden_size vision_output_dim
+        word_embed_proj_dim
+    """,
     128: "mamba_d_ssm",
     24: "attention_window_size keep_window_size local_attention sliding_window sliding_window_size",
-    16: """adapter_rank attention_chunk_size attention_head_size centroid_intermediate_top_k chunk_size codebook_dim d_head d_rel
-        dim_head gated_norm_rank global_head_dim hc_lowrank head_dim hidden_size_per_layer_input index_head_dim
-        index_topk kv_channels kv_lora_rank laurel_rank linear_head_dim linear_key_head_dim linear_value_head_dim
-        loop_gate_rank mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim o_lora_rank ple_dim position_bias_num_buckets q_lora_rank query_pre_attn_scalar rel_extent ssm_state_size
-        state_size swa_head_dim v_head_dim rotary_dim""",
-    8: "patch_size num_query_tokens latent_query_num num_mel_bins index_block_size mamba_n_heads mamba_num_heads qk_nope_head_dim qk_rope_head_dim",
-    4: """mm_tokens_per_image attention_heads conf_num_attention_heads decoder_attention_heads decoder_layers encoder_attention_heads
-        encoder_layers index_n_heads linear_num_heads linear_num_value_heads mamba_d_conv moe_num_experts n_head n_heads
-        n_routed_experts num_attention_heads num_decoder_attention_heads num_decoder_layers
-        num_encoder_attention_heads num_encoder_layers num_experts num_heads num_local_experts num_query_groups
-        ple_conv_kernel_size swa_num_attention_heads time_step_rank zero_expert_num mamba_dt_rank""",
-    2: """conf_num_hidden_layers depth kv_n_heads linear_num_key_heads moe_k moe_top_k moe_topk n_mamba_heads
-        num_experts_per_tok num_experts_per_token num_global_layers num_key_value_heads num_kv_heads
-        swa_num_key_value_heads index_topk_blocks num_kv_shared_layers""",
-    1: """first_k_dense_replace mamba_n_groups mamba_ngroups moe_num_shared_experts n_group n_groups n_shared_experts
-        num_dense_layers num_expert_group num_shared_experts topk_group""",
-}  # fmt: skip
+    16: """
+        adapter_rank attention_chunk_size attention_head_size centroid_intermediate_top_k chunk_size codebook_dim
+        d_head d_rel dim_head gated_norm_rank global_head_dim hc_lowrank head_dim hidden_size_per_layer_input
+        index_head_dim index_topk kv_channels kv_lora_rank laurel_rank linear_head_dim linear_key_head_dim
+        linear_value_head_dim loop_gate_rank mamba_chunk_size mamba_d_head mamba_d_state mamba_head_dim o_lora_rank
+        ple_dim position_bias_num_buckets q_lora_rank query_pre_attn_scalar rel_extent rotary_dim ssm_state_size
+        state_size swa_head_dim v_head_dim
+    """,
+    8: """
+        index_block_size latent_query_num mamba_n_heads mamba_num_heads num_mel_bins num_query_tokens patch_size
+        qk_nope_head_dim qk_rope_head_dim
+    """,
+    4: """
+        attention_heads conf_num_attention_heads decoder_attention_heads decoder_layers encoder_attention_heads
+        encoder_layers index_n_heads linear_num_heads linear_num_value_heads mamba_d_conv mamba_dt_rank
+        mm_tokens_per_image moe_num_experts n_head n_heads n_routed_experts num_attention_heads
+        num_decoder_attention_heads num_decoder_layers num_encoder_attention_heads num_encoder_layers num_experts
+        num_heads num_local_experts num_query_groups ple_conv_kernel_size swa_num_attention_heads time_step_rank
+        zero_expert_num
+    """,
+    2: """
+        conf_num_hidden_layers depth index_topk_blocks kv_n_heads linear_num_key_heads moe_k moe_top_k moe_topk
+        n_mamba_heads num_experts_per_tok num_experts_per_token num_global_layers num_key_value_heads num_kv_heads
+        num_kv_shared_layers swa_num_key_value_heads
+    """,
+    1: """
+        first_k_dense_replace mamba_n_groups mamba_ngroups moe_num_shared_experts n_group n_groups n_shared_experts
+        num_dense_layers num_expert_group num_shared_experts topk_group
+    """,
+}
 SIZES: dict[str, int] = {name: size for size, names in NAMES.items() for name in names.split()}
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "depth")
 MIXED = ["sliding_attention", "full_attention"] * 2
@@ -62,7 +77,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
-    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "layer_types": MIXED},
+    "dory": {
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "layer_types": MIXED,
+    },
     "emu3": {"vocabulary_map": {"<image>": 90}},
     "gemma3n_text": SHARED | {"intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_text": SHARED,
@@ -103,9 +124,21 @@ BASES: dict[str, dict[str, Any]] = {"gemma4": {"vision_config": {"model_type": "
 PICTURE_TOKENS = ("image_token_id", "image_token_index", "audio_token_id")
 # The sections of these are a default of the model, not of the configuration.
 MROPE = (
-    "ernie4_5_vl_moe_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "hunyuan_vl", "hunyuan_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text",
-    "qwen3_vl_moe_text", "qwen3_vl_text", "qwen3_5_text", "qwen3_5_moe_text",
-)  # fmt: skip
+    "ernie4_5_vl_moe_text",
+    "glm4v_moe_text",
+    "glm4v_text",
+    "glm_ocr_text",
+    "hunyuan_vl",
+    "hunyuan_vl_text",
+    "paddleocr_vl_text",
+    "qwen2_5_omni_text",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_vl_moe_text",
+    "qwen3_vl_text",
+)
 # Models that run their layers many times over, where rounding grows.
 CALM = {"hrm_text": 0.1}
 
@@ -119,49 +152,56 @@ def _small(config: PreTrainedConfig, tokens: dict[str, int]) -> dict[str, Any]:
     """Return the fields of a configuration that are to be small, sub-configurations included."""
     values = config.to_dict()
     small = {name: size for name, size in SIZES.items() if name in values and _is_number(values[name])}
-    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
-    per_layer = {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, (list, tuple))
-        and len(value) == depth
-        and depth > 1
-        and isinstance(value[0], (int, float, str))
+    small |= _fewer_layers(values) | _heads_and_rotation(config, values, small) | _special_tokens(values, tokens)
+    small |= {
+        name: [SIZES[name]] * 2 for name in ("image_size", "patch_size") if isinstance(values.get(name), (list, tuple))
     }
-    layers = _some_layers(list(per_layer.values()), depth)
-    small |= {name: [value[layer] for layer in layers] for name, value in per_layer.items()}
-    small |= {name: len(layers) for name in DEPTHS if values.get(name) == depth}
-    if "kv_lora_rank" in values and "num_key_value_heads" in values:
-        # Latents are expanded to all heads.
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    if "qk_rope_head_dim" in values and "head_dim" in values:
-        is_rotary_part = values["head_dim"] == values["qk_rope_head_dim"]
-        small["head_dim"] = SIZES["qk_rope_head_dim"] if is_rotary_part else SIZES["head_dim"]
-    if "is_decoder" in values:
-        small["is_decoder"] = True
-    for name, value in values.items():
-        if name.endswith(("token_id", "token_index")) and isinstance(value, int):
-            is_new = value >= VOCABULARY or name in PICTURE_TOKENS
-            # Numbers of their own, out of the way of the text; the same in every part of a composite configuration.
-            small[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens)) if is_new else value
-        elif value is None and name in PICTURE_TOKENS:
-            small[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens))
-        elif isinstance(value, (list, tuple)) and name in ("image_size", "patch_size"):
-            small[name] = [SIZES[name]] * 2
-    rope = values.get("rope_parameters") or {}
-    if "mrope_section" in rope or config.model_type in MROPE:
-        size = small.get("head_dim") or SIZES["hidden_size"] // SIZES["num_attention_heads"]
-        half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
-        small["rope_parameters"] = rope | {"mrope_section": [half // 3, half // 3, half - 2 * (half // 3)]}
-    if isinstance(values.get("eos_token_id"), list):
-        small["eos_token_id"] = 2
-    for name in ("pad_token_id", "initializer_range"):
-        if name in values:
-            small[name] = 0 if name == "pad_token_id" else 0.3
+    small |= {name: value for name, value in {"is_decoder": True, "initializer_range": 0.3}.items() if name in values}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             small[name] = _small(value, tokens) | ({"model_type": value.model_type} if value.model_type else {})
     return small | CHANGES.get(config.model_type, {})
+
+
+def _fewer_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the depth, and what lists say of each layer that is left."""
+    depth = next((values[name] for name in DEPTHS if isinstance(values.get(name), int)), 0)
+    lists = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, (list, tuple)) and len(value) == depth > 1 and isinstance(value[0], (int, float, str))
+    }
+    layers = _some_layers(list(lists.values()), depth)
+    small: dict[str, Any] = {name: [value[layer] for layer in layers] for name, value in lists.items()}
+    return small | {name: len(layers) for name in DEPTHS if values.get(name) == depth}
+
+
+def _heads_and_rotation(config: PreTrainedConfig, values: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Return sizes of heads and sections of rotary embeddings that go together."""
+    found: dict[str, Any] = {}
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        # Latents are expanded to all heads.
+        found["num_key_value_heads"] = SIZES["num_attention_heads"]
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        is_rotary_part = values["head_dim"] == values["qk_rope_head_dim"]
+        found["head_dim"] = SIZES["qk_rope_head_dim" if is_rotary_part else "head_dim"]
+    rope = values.get("rope_parameters") or {}
+    if "mrope_section" in rope or config.model_type in MROPE:
+        half = int(SIZES["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
+        found["rope_parameters"] = rope | {"mrope_section": [half // 3, half // 3, half - 2 * (half // 3)]}
+    return found
+
+
+def _special_tokens(values: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
+    """Return numbers out of the way of the text, the same for a name in all parts of a composite configuration."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        is_number = isinstance(value, int) and name.endswith(("token_id", "token_index"))
+        if name in PICTURE_TOKENS or (is_number and value >= VOCABULARY):
+            found[name] = tokens.setdefault(name, VOCABULARY - 1 - len(tokens))
+    if isinstance(values.get("eos_token_id"), list):
+        found["eos_token_id"] = 2
+    return found | ({"pad_token_id": 0} if "pad_token_id" in values else {})
 
 
 def _is_number(value: Any) -> bool:

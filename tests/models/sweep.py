@@ -16,6 +16,8 @@ import inspect
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +53,16 @@ DOUBLE = {
     ("shieldgemma2", "Gemma3ForConditionalGeneration"),
 }
 # Models that read no text without a picture.
-ALWAYS_MORE = ("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5", "voxtral_realtime")
+ALWAYS_MORE = (
+    "blip",
+    "blip-2",
+    "idefics",
+    "instructblip",
+    "instructblipvideo",
+    "kosmos-2",
+    "kosmos-2.5",
+    "voxtral_realtime",
+)
 
 
 @dataclass
@@ -130,37 +141,61 @@ def kinds_of(model: Any) -> str:
     return ", ".join(dict.fromkeys(str(kind).removesuffix("_attention") for kind in kinds))
 
 
+class Verdict(Exception):
+    """A result other than EQUAL, and its reason."""
+
+    def __init__(self, result: str, reason: str) -> None:
+        super().__init__(result, reason)
+        self.cell = result, reason
+
+
+@contextmanager
+def failing(result: str) -> Iterator[None]:
+    """Turn what goes wrong in a block into a result; what graphkv refuses is one of its own."""
+    try:
+        yield
+    except Verdict:
+        raise
+    except ArgumentError as error:
+        raise Verdict("REFUSED", str(error).split("\n")[0]) from error
+    except Exception as error:
+        raise Verdict(result, _said(error)) from error
+
+
 def _try(model: Any, inputs: dict[str, Any]) -> tuple[str, str]:
     """Return a result and its reason, for one implementation of attention and one kind of input."""
     try:
-        with evicting(model, SMALL):
-            pass
-    except ArgumentError as error:
-        return "REFUSED", str(error).split("\n")[0]
+        _check(model, inputs)
+    except Verdict as verdict:
+        return verdict.cell
+    return "EQUAL", ""
+
+
+def _check(model: Any, inputs: dict[str, Any]) -> None:
+    # What is refused at the door need not run; what crashes there crashes below, if the model itself runs.
     try:
-        with torch.inference_mode():
-            plain = _generate(model, inputs)
-            prompt_logits = model(**inputs).logits
-    except Exception as error:
-        return "PLAIN FAILS", _said(error)
+        with failing("CRASH"), evicting(model, SMALL):
+            pass
+    except Verdict as verdict:
+        if verdict.cell[0] == "REFUSED":
+            raise
+    with failing("PLAIN FAILS"), torch.inference_mode():
+        plain = _generate(model, inputs)
+        prompt_logits = model(**inputs).logits
     steps = torch.stack(plain.logits, dim=1)
     if not steps.isfinite().all():
-        return "PLAIN FAILS", "logits are not finite"
-    try:
-        with torch.inference_mode(), evicting(model, EVERYTHING, every=EVERY):
-            ours = _generate(model, inputs)
-            same_prompt = model(**inputs).logits
-        with warnings.catch_warnings(record=True) as said, torch.inference_mode(), evicting(model, SMALL, every=EVERY):
-            warnings.simplefilter("always", GraphKVWarning)
+        raise Verdict("PLAIN FAILS", "logits are not finite")
+    with failing("CRASH"), torch.inference_mode(), evicting(model, EVERYTHING, every=EVERY):
+        ours = _generate(model, inputs)
+        same_prompt = model(**inputs).logits
+    with failing("CRASH"), torch.inference_mode(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", GraphKVWarning)
+        with evicting(model, SMALL, every=EVERY):
             small = _generate(model, inputs)
-        warned = [str(each.message).split("\n")[0] for each in said if issubclass(each.category, GraphKVWarning)]
-        if warned:
-            return "WARNED", warned[0]
-    except ArgumentError as error:
-        return "REFUSED", str(error).split("\n")[0]
-    except Exception as error:
-        return "CRASH", _said(error)
-    try:
+    warned = [str(each.message).split("\n")[0] for each in said if issubclass(each.category, GraphKVWarning)]
+    if warned:
+        raise Verdict("WARNED", warned[0])
+    with failing("NO REFERENCE"):
         # The instrument itself: with nothing dropped it must say what the plain model says.
         takes = "position_ids" in inspect.signature(model.forward).parameters
         tries = {counts: _recomputed(model, inputs, plain.sequences, None, counts)[0] for counts in {False, takes}}
@@ -168,47 +203,46 @@ def _try(model: Any, inputs: dict[str, Any]) -> tuple[str, str]:
         counts = min(tries, key=lambda counts: _distance(tries[counts], steps))
         whole = tries[counts]
         want, way = _recomputed(model, inputs, small.sequences, SMALL, counts)
-    except Exception as error:
-        return "NO REFERENCE", _said(error)
     noise, ours_steps = _distance(whole, steps), torch.stack(ours.logits, dim=1)
     if noise > 1e-3 and _distance(whole, ours_steps) < 1e-4:
-        return "PLAIN DIFFERS", "without us it does not decode what a pass over the whole text says; with us it does"
-    for what, far in {
-        "prompt": _distance(same_prompt, prompt_logits, inputs["attention_mask"]),
-        "everything kept": _distance(ours_steps, steps),
-    }.items():
-        # Written so that nan is no equality.
-        if not far <= TOLERANCE:
-            return "WRONG", f"{what}: logits differ by {far:.0e} of their scale"
+        reason = "without us it does not decode what a pass over the whole text says; with us it does"
+        raise Verdict("PLAIN DIFFERS", reason)
+    _check_nothing_changed("prompt", _distance(same_prompt, prompt_logits, inputs["attention_mask"]))
+    _check_nothing_changed("everything kept", _distance(ours_steps, steps))
     if ours.sequences.tolist() != plain.sequences.tolist():
-        return "WRONG", "everything kept: other tokens"
+        raise Verdict("WRONG", "everything kept: other tokens")
     if not noise <= 1e-3:
-        return "NO REFERENCE", f"a pass over the whole text differs from plain decoding by {noise:.0e} of the scale"
-    return _against(way, small, want, noise, steps)
-
-
-def _against(way: Recomputed, small: Any, want: torch.Tensor, noise: float, plain: torch.Tensor) -> tuple[str, str]:
-    """Compare what ran with a small budget with the recomputation."""
-    cache = getattr(small, "cache", None) or small.past_key_values
-    layers = cache.layers
-    if not any(getattr(layer, "num_evictions", 0) for layer in layers):
-        return "NOTHING", f"nothing was evicted; the cache is a {type(cache).__name__}"
-    if not way.kept:
-        return "NO REFERENCE", "no attention met cached keys"
-    for number, kept in way.kept.items():
-        layer = layers[number]
-        if number in way.evicted and not layer.num_evictions:
-            return "NOTHING", f"layer {number} was not evicted"
-        if layer.num_evictions and layer.true_positions.tolist() != kept:
-            return "WRONG", f"layer {number} keeps other tokens than the reference"
+        raise Verdict("NO REFERENCE", f"a pass over the whole text differs from plain decoding by {noise:.0e}")
+    _check_kept(way, small)
     got = torch.stack(small.logits, dim=1)
     far = _distance(got, want)
     # Small models are rough: rounding grows here as it does in the pass with everything left.
-    if not far <= max(10 * TOLERANCE, 10 * noise):
-        return "WRONG", f"small budget: logits differ by {far:.0e} of their scale"
-    if _distance(got, plain) < 1e-3:
-        return "NO REFERENCE", "the eviction makes no difference"
-    return "EQUAL", ""
+    if not far <= 10 * max(TOLERANCE, noise):
+        raise Verdict("WRONG", f"small budget: logits differ by {far:.0e} of their scale")
+    if _distance(got, steps) < 1e-3:
+        raise Verdict("NO REFERENCE", "the eviction makes no difference")
+
+
+def _check_nothing_changed(what: str, far: float) -> None:
+    # Written so that nan is no equality.
+    if not far <= TOLERANCE:
+        raise Verdict("WRONG", f"{what}: logits differ by {far:.0e} of their scale")
+
+
+def _check_kept(way: Recomputed, small: Any) -> None:
+    """Compare what layers have kept with the recomputation."""
+    cache = getattr(small, "cache", None) or small.past_key_values
+    layers = cache.layers
+    if not any(getattr(layer, "num_evictions", 0) for layer in layers):
+        raise Verdict("NOTHING", f"nothing was evicted; the cache is a {type(cache).__name__}")
+    if not way.kept:
+        raise Verdict("NO REFERENCE", "no attention met cached keys")
+    for number, kept in way.kept.items():
+        layer = layers[number]
+        if number in way.evicted and not layer.num_evictions:
+            raise Verdict("NOTHING", f"layer {number} was not evicted")
+        if layer.num_evictions and layer.true_positions.tolist() != kept:
+            raise Verdict("WRONG", f"layer {number} keeps other tokens than the reference")
 
 
 def _recomputed(
