@@ -74,7 +74,7 @@ class Recomputed:
             stored = self._replay_row(
                 self.policy if evicts else None,
                 layer,
-                int(module.config.num_hidden_layers),
+                max(int(module.config.num_hidden_layers), layer + 1),
                 query[one], key[one], value[one], self.pads[row], window, left[row],
             )  # fmt: skip
             self.kept[layer].append(stored)

@@ -16,7 +16,7 @@ import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ SMALL = SnapKV(budget=14, window=6, kernel_size=3)
 TOLERANCE = 1e-5
 MORE = " with a picture or sound"
 IMPLEMENTATIONS = ("sdpa", "eager")
+UNEVEN = "NO REFERENCE", "plain decoding differs from a pass over the whole text"
 # Inputs that speak of every token; generated ones are text, which sees the same picture.
 LIKE_TEXT = ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask", "cross_attention_mask")
 
@@ -100,23 +101,18 @@ def sweep(model_type: str, name: str) -> Row:
             row.results[implementation] = ("PLAIN FAILS", _said(error)) if is_offered else ("NOT OFFERED", "")
             continue
         if model_type not in ALWAYS_MORE:
-            row.results[implementation] = _try(model, prompt_of(model, {}))
+            row.results[implementation] = _try(model, dict)
         if takes_more:
-            try:
-                inputs = prompt_of(model, PICTURES[model_type](model.config))
-            except Exception as error:
-                row.results[implementation + MORE] = ("PLAIN FAILS", _said(error))
-            else:
-                row.results[implementation + MORE] = _try(model, inputs)
+            row.results[implementation + MORE] = _try(model, lambda: PICTURES[model_type](model.config))
     return row
 
 
-def prompt_of(model: Any, extra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def prompt_of(model: Any, extra: dict[str, torch.Tensor], pads: list[int]) -> dict[str, torch.Tensor]:
     """Return a batch of two rows, the second left-padded; with what stands for a picture after some tokens."""
     count = num_tokens(model, extra) if extra else 0
     length = PROMPT + count
     ids = torch.randint(1, 80, (2, length), generator=torch.Generator().manual_seed(3))
-    mask = (torch.arange(length) >= torch.tensor(PADS)[:, None]).long()
+    mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).long()
     inputs = {"input_ids": ids * mask, "attention_mask": mask} | extra
     if not extra:
         return inputs
@@ -162,16 +158,23 @@ def failing(result: str) -> Iterator[None]:
         raise Verdict(result, _said(error)) from error
 
 
-def _try(model: Any, inputs: dict[str, Any]) -> tuple[str, str]:
+def _try(model: Any, more: Callable[[], dict[str, torch.Tensor]]) -> tuple[str, str]:
     """Return a result and its reason, for one implementation of attention and one kind of input."""
     try:
-        _check(model, inputs)
+        try:
+            _check(model, more, PADS)
+        except Verdict as verdict:
+            if verdict.cell != UNEVEN:
+                raise
+            # Of some models, decoding and reading at once put padded rows at different positions.
+            _check(model, more, [0, 0])
+            return "EQUAL", "of rows without padding; of padded ones " + UNEVEN[1]
     except Verdict as verdict:
         return verdict.cell
     return "EQUAL", ""
 
 
-def _check(model: Any, inputs: dict[str, Any]) -> None:
+def _check(model: Any, more: Callable[[], dict[str, torch.Tensor]], pads: list[int]) -> None:
     # What is refused at the door need not run; what crashes there crashes below, if the model itself runs.
     try:
         with failing("CRASH"), evicting(model, SMALL):
@@ -180,6 +183,7 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
         if verdict.cell[0] == "REFUSED":
             raise
     with failing("PLAIN FAILS"), torch.inference_mode():
+        inputs = prompt_of(model, more(), pads)
         plain = _generate(model, inputs)
         prompt_logits = model(**inputs).logits
     steps = torch.stack(plain.logits, dim=1)
@@ -198,11 +202,13 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
     with failing("NO REFERENCE"):
         # The instrument itself: with nothing dropped it must say what the plain model says.
         takes = "position_ids" in inspect.signature(model.forward).parameters
-        tries = {counts: _recomputed(model, inputs, plain.sequences, None, counts)[0] for counts in {False, takes}}
+        tries = {
+            counts: _recomputed(model, inputs, plain.sequences, None, counts, pads)[0] for counts in {False, takes}
+        }
         # Some models know their positions best themselves, others by counting tokens.
         counts = min(tries, key=lambda counts: _distance(tries[counts], steps))
         whole = tries[counts]
-        want, way = _recomputed(model, inputs, small.sequences, SMALL, counts)
+        want, way = _recomputed(model, inputs, small.sequences, SMALL, counts, pads)
     noise, ours_steps = _distance(whole, steps), torch.stack(ours.logits, dim=1)
     if noise > 1e-3 and _distance(whole, ours_steps) < 1e-4:
         reason = "without us it does not decode what a pass over the whole text says; with us it does"
@@ -212,7 +218,7 @@ def _check(model: Any, inputs: dict[str, Any]) -> None:
     if ours.sequences.tolist() != plain.sequences.tolist():
         raise Verdict("WRONG", "everything kept: other tokens")
     if not noise <= 1e-3:
-        raise Verdict("NO REFERENCE", f"a pass over the whole text differs from plain decoding by {noise:.0e}")
+        raise Verdict(*UNEVEN)
     _check_kept(way, small)
     got = torch.stack(small.logits, dim=1)
     far = _distance(got, want)
@@ -246,7 +252,7 @@ def _check_kept(way: Recomputed, small: Any) -> None:
 
 
 def _recomputed(
-    model: Any, inputs: dict[str, Any], sequences: torch.Tensor, policy: Any, counts: bool
+    model: Any, inputs: dict[str, Any], sequences: torch.Tensor, policy: Any, counts: bool, pads: list[int]
 ) -> tuple[torch.Tensor, Recomputed]:
     """Recompute the logits of each generated token, from a text of prompt and generated tokens."""
     length, text = inputs["input_ids"].shape[1], sequences[:, :-1]
@@ -260,7 +266,7 @@ def _recomputed(
             inputs[name] = pad(inputs[name], (0, longer))
     if counts:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits, way = recompute(model, inputs, policy, [length] + [1] * longer, EVERY, PADS)
+    logits, way = recompute(model, inputs, policy, [length] + [1] * longer, EVERY, pads)
     return logits[:, -longer - 1 :], way
 
 
