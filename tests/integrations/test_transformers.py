@@ -23,7 +23,7 @@ from graphkv import (
 )
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import cache_argument, with_cache
-from tests.integrations.reference import reference_generate, reference_logits
+from tests.integrations.reference import assert_close, reference_generate, reference_logits
 from tests.integrations.releases import cache_of
 from tests.integrations.tiny import tiny_llama
 
@@ -121,7 +121,6 @@ def test_the_cache_shrinks_for_real(model, prompts, policy):
 def test_a_plain_forward_call_is_evicted_too(model, prompts):
     with evicting(model, POLICIES["snapkv"]), torch.inference_mode():
         assert cache_of(model(prompts)).layers[0].num_stored == 14
-        assert cache_of(model(prompts, use_cache=False)) is None
 
 
 @each_policy
@@ -336,10 +335,26 @@ def test_foreign_and_used_caches_are_refused(model, prompts):
                 model(prompts, **with_cache(model, cache))
 
 
-def test_a_mask_of_four_axes_is_refused(model, prompts):
-    mask = torch.ones(3, 1, N, N, dtype=torch.bool)
-    with evicting(model, POLICIES["snapkv"]), pytest.raises(ArgumentError, match="attention_mask must be None"):
-        model(prompts, attention_mask=mask)
+def test_a_mask_of_four_axes_hides_what_it_hides_without_us(model, prompts):
+    mask = torch.ones(3, 1, N, N, dtype=torch.bool).tril()
+    mask[0, :, :, :5] = False
+    later = torch.ones(3, 1, 1, N + 1, dtype=torch.bool)
+    later[0, :, :, :5] = False
+    rows = torch.tensor([[1]] * 3)
+    with evicting(model, POLICIES["snapkv"]), torch.inference_mode():
+        output = model(prompts, attention_mask=mask)
+        cache = cache_of(output)
+        after = model(rows, attention_mask=later, **with_cache(model, cache)).logits
+        two_axes = model(prompts, attention_mask=mask[:, 0, -1].long())
+        cache = cache_of(two_axes)
+        expected = model(rows, attention_mask=later[:, 0, 0].long(), **with_cache(model, cache)).logits
+    assert torch.equal(cache_of(output).layers[0].positions, cache.layers[0].positions)
+    assert_close(output.logits[:, 5:], two_axes.logits[:, 5:])
+    assert_close(after, expected)
+    with evicting(model, POLICIES["snapkv"]), torch.inference_mode():
+        cache = cache_of(model(prompts, attention_mask=mask))
+        with pytest.raises(ArgumentError, match=r"four axes and a column for each of the \d+ tokens seen"):
+            model(rows, attention_mask=later[..., 8:], **with_cache(model, cache))
 
 
 def test_misuse_of_a_cache_is_refused(model, prompts):
@@ -368,7 +383,10 @@ def test_a_model_that_hides_its_keys_is_noticed(model, prompts, monkeypatch):
             monkeypatch.setattr(cache, "update", update)
 
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", hide)
-    with evicting(model, POLICIES["snapkv"]), pytest.raises(ArgumentError, match="does not hand its cached keys"):
+    with (
+        evicting(model, POLICIES["snapkv"]),
+        pytest.raises(ArgumentError, match="attend to its cached keys as they are; LlamaAttention computes others"),
+    ):
         model(prompts)
 
 

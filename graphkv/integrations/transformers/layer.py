@@ -34,13 +34,15 @@ class Source:
 
     Attributes
     ----------
+    kind : type or None
+        None if the layer was loaded without a model; `config` then has no more than `storage` saves of it.
     layer_kinds : tuple of str
         What every layer of the model caches, see `versions.layer_kinds`.
     has_all_heads, has_whole_groups : bool
         Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
     """
 
-    kind: type
+    kind: type | None
     config: Any
     index: int
     layer_kinds: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ __all__ = ["turn"]
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-def turn(keys: torch.Tensor, steps: torch.Tensor, kind: type, config: Any, layer: int) -> torch.Tensor:
+def turn(keys: torch.Tensor, steps: torch.Tensor, kind: type | None, config: Any, layer: int) -> torch.Tensor:
     """Rotate keys on by a number of positions.
 
     Rotations add up, so a key at position p turned by s is the key at position p + s.
@@ -27,8 +27,8 @@ def turn(keys: torch.Tensor, steps: torch.Tensor, kind: type, config: Any, layer
         After the rotary embedding.
     steps : torch.Tensor, shape (batch, kv_heads, N), integer
         May be negative.
-    kind : type
-        Class of the attention module that the keys come from.
+    kind : type or None
+        Class of the attention module that the keys come from. None, after loading without a model, is refused.
     config : transformers.PreTrainedConfig
         Its configuration.
     layer : int
@@ -39,6 +39,10 @@ def turn(keys: torch.Tensor, steps: torch.Tensor, kind: type, config: Any, layer
     torch.Tensor, shape (batch, kv_heads, N, D)
         In the dtype of the keys; computed in float32 at least.
     """
+    if kind is None:
+        raise ArgumentError(
+            "turning keys needs the model; pass it to EvictingCache.load, or let it read on before the next eviction"
+        )
     rotary, apply, layer_type = _rotary(kind, config, layer)
     rotary = rotary.to(keys.device)
     rows = keys.shape[0] * keys.shape[1]
