@@ -139,8 +139,11 @@ MROPE = (
     "qwen3_vl_moe_text",
     "qwen3_vl_text",
 )
-# Models that run their layers many times over, where rounding grows.
-CALM = {"hrm_text": 0.1}
+# Where rounding grows: layers that run many times over, or states that decode otherwise than they are read at once.
+CALM = dict.fromkeys(
+    ("hrm_text", "nemotron_h", "qwen3_5", "qwen3_5_moe", "recurrent_gemma", "zamba", "zamba2"),
+    0.1,
+)
 
 
 def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:

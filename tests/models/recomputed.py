@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from graphkv import evict
 
 NAME = "sweep_recomputed"
-LIMITED = ("sliding_attention", "chunked_attention")
+WITHOUT_KEYS = {"conv", "linear_attention", "mlp", "moe", "recurrent"}
 
 
 class Recomputed:
@@ -40,9 +40,9 @@ class Recomputed:
         """Stand in for an attention function, see AttentionInterface."""
         # Keys of a picture that text reads by cross-attention are cached too.
         layer = self.owners.get(id(key)) if key.shape[2] == query.shape[2] else None
-        if layer is not None and self.policy is not None:
+        if layer is not None:
             if layer not in self.left:
-                self.left[layer] = self._replay(module, layer, query, key, value, **kwargs)
+                self.left[layer] = self._replay(module, layer, query, key, value, attention_mask, kwargs["scaling"])
             left = self.left[layer].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             lowest = torch.finfo(query.dtype).min
             narrowed = torch.zeros(left.shape, dtype=query.dtype).masked_fill(~left, lowest)
@@ -56,16 +56,14 @@ class Recomputed:
         return function(module, query, key, value, attention_mask, **kwargs)
 
     def _replay(
-        self, module: Any, layer: int, query: Any, key: Any, value: Any, scaling: float | None = None, **kwargs: Any
+        self, module: Any, layer: int, query: Any, key: Any, value: Any, mask: Any, scaling: float | None
     ) -> torch.Tensor:
         """Return which positions are left for which query, bool (batch, kv_heads, queries, positions)."""
         batch, kv_heads, count, size = key.shape
-        kinds = getattr(module.config, "layer_types", None) or []
-        kind = kinds[layer] if layer < len(kinds) else ""
-        window = kwargs.get("sliding_window")
-        is_limited = kind in LIMITED or (not kind and window is not None)
-        attentive = {each for each in kinds if each in (*LIMITED, "full_attention")}
-        evicts = not (is_limited and len(attentive) > 1)
+        window = self._window(mask)
+        kinds = set(getattr(module.config, "layer_types", None) or ()) - WITHOUT_KEYS
+        # Where layers of several kinds attend, those that see no further than a window are left alone.
+        evicts = self.policy is not None and (window is None or len(kinds) < 2)
         query = query if scaling is None else query * (scaling * size**0.5)
         left = torch.zeros(batch, kv_heads, count, count, dtype=torch.bool)
         self.kept[layer] = []
@@ -79,6 +77,14 @@ class Recomputed:
             )  # fmt: skip
             self.kept[layer].append(stored)
         return left
+
+    def _window(self, mask: Any) -> int | None:
+        """Read off the model's own mask how far back the last query of the first row sees, if not to the beginning."""
+        if mask is None:
+            return None
+        visible = mask[0, 0, -1] > torch.finfo(mask.dtype).min / 2
+        first = int(visible.nonzero()[0])
+        return None if first <= self.pads[0] else visible.shape[0] - first
 
     def _replay_row(
         self,
