@@ -56,7 +56,9 @@ def _attention(implementation: str) -> Callable[..., Any]:
                 attention_mask = attention_mask.written
             if handout is None:
                 refuse_hidden_keys(module, key)
-                WITHOUT_CACHE.get(id(getattr(module, "config", None)), lambda _: None)(module)
+                take_note = WITHOUT_CACHE.get(id(getattr(module, "config", None)))
+                if take_note is not None:
+                    take_note(module)
             return attend_as_before(module, query, key, value, attention_mask)
         is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
 
