@@ -38,6 +38,7 @@ from graphkv import (
 from graphkv.backends.numpy import SPARSE
 from graphkv.integrations.transformers import EvictingCache, EvictingLayer, observing, storage
 from graphkv.integrations.transformers.layer import Settings, Source
+from graphkv.integrations.transformers.rotary import Rotation
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.tiny import FAMILIES, SIZES, tiny, tiny_gemma3, tiny_llama
 
@@ -327,18 +328,38 @@ def test_a_cache_without_a_policy_is_evicted_after_loading(ids, tmp_path):
         assert stored(made) == stored(twin)
 
 
-def test_turning_keys_needs_the_model_and_says_so(ids, tmp_path):
+def test_keys_are_turned_after_loading_without_a_model(ids, tmp_path):
     model, cache = in_the_middle("no policy", ids)
     policy = GraphKV(KNorm(budget=9), unrotated=True)
     made = by_file(cache, tmp_path / "cache")
-    with pytest.raises(ArgumentError, match=r"turning keys needs the model; pass it to EvictingCache\.load"):
-        made.evict(policy)
     # Saved again without ever having met the model, it is still checked against it.
     made.save(tmp_path / "again")
-    EvictingCache.load(tmp_path / "again", model=model).evict(policy)
-    read(model, made, ids, [3])
-    made.evict(policy)
-    assert made.layers[0].num_stored == 9
+    again = EvictingCache.load(tmp_path / "again", model=model)
+    for each in (cache, made, again):
+        each.evict(policy)
+    assert stored(made) == stored(again) == stored(cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first": [0, 99, 1, 2]},
+        {"columns": [0, 1, 2, 8]},
+        {"second": [4, 5, 6]},
+        {"second": [0, 5, 6, 7]},
+        {"frequencies": [[1.0, 0.1], [1.0]]},
+        {"frequencies": [["1.0"] * 8]},
+        {"scaling": 0.0},
+        {"refusal": 7},
+    ],
+    ids=str,
+)
+def test_a_rotation_that_cannot_be_is_refused(ids, tmp_path, change):
+    _, cache = in_the_middle("no policy", ids)
+    cache.layers[1].rotation = dataclasses.replace(cache.layers[1].rotation, **change)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ArgumentError, match=r"its layers\.1\.rotation must hold pairs of a head of 8"):
+        EvictingCache.load(tmp_path / "cache")
 
 
 def test_an_empty_cache_and_one_that_was_reset_are_saved(ids, tmp_path):
@@ -387,7 +408,7 @@ def test_every_setting_and_every_field_of_a_source_is_saved():
 
 
 def test_every_attribute_of_a_cache_is_saved_or_follows():
-    follows = {"settings", "layers", "layer_class_to_replicate", "offloading"}
+    follows = {"settings", "layers", "layer_class_to_replicate", "offloading", "_latest"}
 
     assert set(vars(EvictingCache())) == {*storage.CACHE, "history", *follows}
     assert set(vars(EvictingCache().history)) == {"num_summed", "sums", "recent"}
@@ -405,7 +426,10 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         layer.budget, layer.num_evictions, layer.num_dropped, layer.bytes_freed, layer.seconds = 21, 22, 23, 24, 2.5
         layer.num_new, layer.sliding_window, layer.evicts, layer.due_at, layer.record_past = 26, 27, False, 28, True
         layer.certain, layer.has_holes, layer.queried = 29, True, torch.rand(2, layer.queries.shape[2]) > 0.5
-        layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)
+        layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)[..., None]
+        layer.rotation = Rotation(
+            first=(0, 5), second=(3, 2), columns=(1, 0), frequencies=((0.5, 0.25),), scaling=2.0, refusal="as it is"
+        )
         layer.state = {"a.b": torch.rand(*rows, stored - 1, 3), "c": torch.rand(*rows, stored)}
         layer.source = dataclasses.replace(layer.source, has_all_heads=False, has_whole_groups=False)
     made = by_file(cache, tmp_path / "cache", model=model)

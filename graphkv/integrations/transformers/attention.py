@@ -56,7 +56,9 @@ def _attention(implementation: str) -> Callable[..., Any]:
                 attention_mask = attention_mask.written
             if handout is None:
                 refuse_hidden_keys(module, key)
-                WITHOUT_CACHE.get(id(getattr(module, "config", None)), lambda _: None)(module)
+                take_note = WITHOUT_CACHE.get(id(getattr(module, "config", None)))
+                if take_note is not None:
+                    take_note(module)
             return attend_as_before(module, query, key, value, attention_mask)
         is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
 
@@ -120,12 +122,14 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
 def _source_of(module: Any, handout: Handout, query: torch.Tensor, key: torch.Tensor) -> Source:
     """Describe where keys come from, and whether all heads are here."""
     config, query_heads, known = module.config, query.shape[1], handout.layer.source
+    if known is not None and known.kind is type(module) and known.config is config and known.index == handout.index:
+        return known
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return Source(
         kind=type(module),
         config=config,
         index=handout.index,
-        layer_kinds=versions.layer_kinds(config) if known is None else known.layer_kinds,
+        layer_kinds=versions.layer_kinds(config),
         # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
         has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
         has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),
