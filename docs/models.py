@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -46,9 +47,13 @@ def reasons() -> list[str]:
 
 
 def reason_of(model: str, cell: str) -> str:
-    """Return the reason of a cell, without the model's name."""
+    """Return the reason of a cell, without names that are the model's own."""
     result, reason = split(cell)
-    return reason.replace(model.split(" ")[1], "the model") if result in WORDS else ""
+    reason = reason.replace(model.split(" ")[1], "the model")
+    reason = re.sub(r"the attention of \w+", "its attention", reason)
+    reason = re.sub(r"\b[A-Z]\w*(Attention|MLA)\b", "its attention", reason)
+    reason = re.sub(r"one of its own, \w+", "one of its own", reason)
+    return reason if result in WORDS else ""
 
 
 def shown(model: str, row: Row, end: str, numbers: dict[str, int]) -> str:
