@@ -39,7 +39,7 @@ def demo(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="full, or a method such as snapkv, h2o or keydiff; +graphkv puts the graph on top. Repeatable."
+            help="full, or a method such as snapkv, keydiff; +graphkv puts the graph on top, +degree ours. Repeatable."
         ),
     ] = None,
     backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
@@ -79,8 +79,8 @@ def inspect(
     ] = None,
     budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
     policy: Annotated[
-        str, typer.Option(help="A method such as snapkv, h2o or keydiff; +graphkv puts the graph on top.")
-    ] = "snapkv+graphkv-paper",
+        str, typer.Option(help="A method such as snapkv, h2o or keydiff; +graphkv puts the graph on top, +degree ours.")
+    ] = "snapkv+graphkv",
     backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
     layer: Annotated[
@@ -123,7 +123,7 @@ def evaluate(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="A method such as snapkv or h2o; +graphkv puts the graph on top. Repeatable."),
+        typer.Option(help="A method such as snapkv; +graphkv puts the graph on top, +degree ours. Repeatable."),
     ] = None,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="Tokens to keep per KV head. Repeatable.")] = None,
     sinks: Annotated[

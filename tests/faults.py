@@ -272,6 +272,50 @@ def fuse(importance, degrees, valid, /, *, fusion, exponent, backend, fault=""):
     return result.astype(dtype)
 
 
+def pagerank(importance, keys, valid, /, *, damping, rounds, backend, fault=""):
+    dtype = np.result_type(importance, keys)
+    score = importance.astype(dtype)
+    takes_part = np.isfinite(score) & (valid | (fault == "padding takes part"))
+    length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
+    usable = (length > 0) & np.isfinite(length)
+    with np.errstate(all="ignore"):
+        directions = np.where(usable, keys / length, 0).astype(dtype)
+        if fault == "dot product for cosine":
+            directions = np.where(np.isfinite(keys), keys, 0)
+    cosines = directions @ np.swapaxes(directions, -1, -2)
+    near = np.maximum(cosines, 0) if fault == "negative cosines clipped" else (1 + cosines) / 2
+    if fault == "no loops":
+        near = near * (1 - np.eye(keys.shape[-2]))
+    near = near * (takes_part[..., None] & takes_part[..., None, :])
+    number = np.where(takes_part, score, 0)
+    lowest = np.min(number, axis=-1, keepdims=True, initial=0)
+    if fault == "least of all is 0":
+        lowest = np.min(np.where(takes_part, score, np.inf), axis=-1, keepdims=True, initial=np.inf)
+        lowest = np.where(np.isfinite(lowest), lowest, 0)
+    shifted = np.where(takes_part, score - (0 if fault == "not shifted" else lowest), 0)
+    size = np.sum(shifted, axis=-1, keepdims=True)
+    flat = size == 0
+    teleport = np.where(flat & (fault != "flat is nothing"), takes_part, shifted)
+
+    def scaled(x):
+        total = np.sum(x, axis=-1, keepdims=True)
+        return x / np.where(total == 0, 1, total)
+
+    teleport = scaled(teleport)
+    central = teleport
+    rounds = {"one round too many": rounds + 1, "one round too few": rounds - 1}.get(fault, rounds)
+    damping = 1 - damping if fault == "damping upside down" else damping
+    for _ in range(rounds):
+        flow = np.sum(near * central[..., None, :], axis=-1)
+        flow = flow if fault == "flow not scaled" else scaled(flow)
+        central = damping * flow + (0 if fault == "no teleport" else 1 - damping) * teleport
+    ranked = central if fault == "size lost" else central * np.where(flat, 1, size)
+    if fault == "in half precision":
+        ranked = ranked.astype(np.float16)
+    kept = takes_part if fault == "padding takes part" else takes_part & valid
+    return np.where(kept, ranked, 0 if fault == "padding is 0" else score).astype(dtype)
+
+
 def select(scores, budget, protected, valid, /, *, backend, fault=""):
     valid = np.ones(scores.shape, bool) if valid is None or fault == "padding kept" else valid
     protected = np.zeros(scores.shape, bool) if protected is None or fault == "protection ignored" else protected
@@ -354,6 +398,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "propagate": propagate,
     "degree": degree,
     "fuse": fuse,
+    "pagerank": pagerank,
     "select": select,
 }
 
@@ -486,6 +531,26 @@ FAULTS = [
             "no smallest power": "among_duplicates_the_importance_decides",
             "no largest power": "among_duplicates_the_importance_decides",
             "infinities in the minimum": "fusion_agrees_with_the_oracle",
+        },
+    ),
+    *faults_of(
+        "pagerank",
+        {
+            "padding takes part": "pagerank_never_touches_what_takes_no_part",
+            "padding is 0": "pagerank_never_touches_what_takes_no_part",
+            "dot product for cosine": "pagerank_agrees_with_the_oracle",
+            "negative cosines clipped": "pagerank_agrees_with_the_oracle",
+            "no loops": "pagerank_agrees_with_the_oracle",
+            "least of all is 0": "pagerank_agrees_with_the_oracle",
+            "not shifted": "pagerank_agrees_with_the_oracle",
+            "flat is nothing": "pagerank_agrees_with_the_oracle",
+            "one round too many": "pagerank_agrees_with_the_oracle",
+            "one round too few": "pagerank_agrees_with_the_oracle",
+            "damping upside down": "eviction_by_pagerank_agrees_with_the_oracle",
+            "flow not scaled": "pagerank_only_moves_importance",
+            "no teleport": "pagerank_only_moves_importance",
+            "size lost": "pagerank_is_scale_invariant",
+            "in half precision": "pagerank_is_scale_invariant",
         },
     ),
     *faults_of(

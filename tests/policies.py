@@ -7,12 +7,17 @@ from graphkv import (
     SAGEKV,
     TOVA,
     AdaKV,
+    Bar,
+    Decay,
+    Degree,
+    Enhance,
     ExpectedAttention,
     GraphKV,
     KeyDiff,
     KNorm,
     LayerBudgets,
     LayerShares,
+    PageRank,
     PerLayer,
     PyramidKV,
     Random,
@@ -45,18 +50,25 @@ def every_policy(budget, window=4):
         "caote-snapkv": CAOTE(bases["snapkv"]),
         "caote-h2o": CAOTE(bases["h2o"]),
         "adakv-snapkv": AdaKV(bases["snapkv"]),
-        "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"], signal="decay")),
-        "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"]), signal="decay"),
+        "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"], Decay(neighbors=1))),
+        "graphkv-adakv-knorm": GraphKV(AdaKV(bases["knorm"]), Decay(neighbors=1)),
         "layer-budgets": LayerBudgets(bases["knorm"], budgets=[1, budget, budget + 1, 2]),
         "layer-shares": LayerShares(bases["knorm"], shares=[0, 1, 2, 1]),
-        "per-layer": PerLayer(bases["snapkv"], policies=[bases["snapkv"], GraphKV(bases["snapkv"])]),
+        "per-layer": PerLayer(bases["snapkv"], policies=[bases["snapkv"], GraphKV(bases["snapkv"], Degree())]),
     }
-    graphs = {f"graphkv-{name}": GraphKV(base, signal="decay", neighbors=2) for name, base in bases.items()}
+    graphs = {f"graphkv-{name}": GraphKV(base) for name, base in bases.items()}
     degrees = {
-        "degree-snapkv": GraphKV(bases["snapkv"], signal="degree"),
-        "degree-knorm": GraphKV(bases["knorm"], signal="degree", exponent=2),
-        "degree-h2o-max-rank": GraphKV(bases["h2o"], signal="degree", fusion="max_rank"),
-        "degree-knorm-mean-rank": GraphKV(bases["knorm"], signal="degree", fusion="mean_rank"),
-        "degree-graphkv-snapkv": GraphKV(GraphKV(bases["snapkv"], signal="decay")),
+        "degree-snapkv": GraphKV(bases["snapkv"], Degree()),
+        "degree-knorm": GraphKV(bases["knorm"], Degree(exponent=2)),
+        "degree-h2o-max-rank": GraphKV(bases["h2o"], Degree(fusion="max_rank")),
+        "degree-knorm-mean-rank": GraphKV(bases["knorm"], Degree(fusion="mean_rank")),
+        "degree-graphkv-snapkv": GraphKV(GraphKV(bases["snapkv"], Decay(neighbors=1)), Degree()),
     }
-    return bases | wrappers | graphs | degrees
+    others = {
+        "bar-snapkv": GraphKV(bases["snapkv"], Bar()),
+        "enhance-knorm": GraphKV(bases["knorm"], Enhance()),
+        "pagerank-h2o": GraphKV(bases["h2o"], PageRank()),
+        "pagerank-knorm": GraphKV(bases["knorm"], PageRank(damping=0.5, rounds=3)),
+        "pagerank-snapkv": GraphKV(bases["snapkv"], PageRank()),
+    }
+    return bases | wrappers | graphs | degrees | others

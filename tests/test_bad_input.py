@@ -18,9 +18,11 @@ from graphkv import (
     Backend,
     BackendError,
     BackendUnavailableError,
+    Decay,
     Graph,
     GraphKV,
     GraphKVError,
+    PageRank,
     Random,
     SnapKV,
     StreamingLLM,
@@ -341,21 +343,22 @@ POLICY_TABLE = {
     "budget bool": kind(lambda: Random(budget=True), "budget must be an integer or a float share; got True"),
     "base that is none": kind(lambda: GraphKV(None), "base must be a Policy; got NoneType"),
     "source_ratio above 1": value(
-        lambda: GraphKV(Random(budget=4), signal="decay", source_ratio=2), "source_ratio must lie in [0, 1]; got 2.0"
+        lambda: GraphKV(Random(budget=4), Decay(neighbors=1, source_ratio=2)),
+        "source_ratio must lie in [0, 1]; got 2.0",
     ),
     "neighbors negative": value(
-        lambda: GraphKV(Random(budget=4), signal="decay", neighbors=-1), "neighbors must be at least 0; got -1"
+        lambda: GraphKV(Random(budget=4), Decay(neighbors=-1)), "neighbors must be at least 0; got -1"
     ),
     "rounds of the sum": value(
-        lambda: GraphKV(Random(budget=4), signal="decay", accumulation="sum", rounds=3),
+        lambda: GraphKV(Random(budget=4), Decay(neighbors=1, accumulation="sum", rounds=3)),
         "rounds must be 1 with accumulation 'sum'; got 3",
     ),
-    "unknown signal": value(
-        lambda: GraphKV(Random(budget=4), signal="x"),
-        "signal must be one of ['decay', 'degree', 'enhance', 'evict']; got 'x'",
-    ),
+    "signal that is a word": kind(lambda: GraphKV(Random(budget=4), signal="x"), "signal must be a Signal; got str"),
+    "signal that is a class": kind(lambda: GraphKV(Random(budget=4), Decay), "signal must be a Signal; got ABCMeta"),
+    "damping of the signal above 1": value(lambda: PageRank(damping=2), "damping must lie in [0, 1]; got 2.0"),
+    "rounds of PageRank": kind(lambda: PageRank(rounds=2.5), "rounds must be an integer; got 2.5"),
     "flag that is none": kind(
-        lambda: GraphKV(Random(budget=4), signal="decay", recompute_sources=1),
+        lambda: GraphKV(Random(budget=4), Decay(neighbors=1, recompute_sources=1)),
         "recompute_sources must be True or False; got 1",
     ),
     "unrotated that is no flag": kind(

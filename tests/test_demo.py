@@ -42,7 +42,7 @@ def test_demo_writes_table_report_and_picture(tiny, text, tmp_path, capsys, back
     assert demo("--model", tiny, "--text", text, "--budget", 60, "--output", out, "--backend", backend) == 0
 
     report = json.loads((out / "report.json").read_text())
-    policies = ["full", "random", "streaming-llm", "snapkv", "snapkv+graphkv"]
+    policies = ["full", "random", "streaming-llm", "snapkv", "snapkv+graphkv", "snapkv+degree"]
     assert [result["policy"] for result in report["results"]] == policies
     tokens = report["cached_tokens"]
     for result in report["results"]:

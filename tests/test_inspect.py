@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from graphkv import CAKE, AdaKV, GraphKV, KNorm, SnapKV
+from graphkv import CAKE, AdaKV, Bar, Decay, Enhance, GraphKV, KNorm, SnapKV
 from graphkv.__main__ import main
 from graphkv.core import ArgumentError
 from graphkv.demo.findings import Findings, find
@@ -26,13 +26,13 @@ from tests.integrations.tiny import FAMILIES, save_tiny_llama, tiny_llama
 
 N = 61  # no multiple of 4: the last byte of the fates is not full
 POLICIES = {
-    "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), signal="decay", source_ratio=0.5, neighbors=4),
-    "adakv+graphkv": GraphKV(AdaKV(SnapKV(budget=24, window=6)), signal="decay", source_ratio=0.5, neighbors=4),
-    "cake+graphkv": GraphKV(CAKE(budget=24, window=6), signal="decay", source_ratio=0.5, neighbors=4),
+    "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), Decay(source_ratio=0.5, neighbors=4)),
+    "adakv+graphkv": GraphKV(AdaKV(SnapKV(budget=24, window=6)), Decay(source_ratio=0.5, neighbors=4)),
+    "cake+graphkv": GraphKV(CAKE(budget=24, window=6), Decay(source_ratio=0.5, neighbors=4)),
     # Negative importance; "evict" gives scores of minus infinity.
-    "knorm+graphkv": GraphKV(KNorm(budget=24), signal="evict"),
+    "knorm+graphkv": GraphKV(KNorm(budget=24), Bar(neighbors=1)),
     # Nobody's neighbor is lowered: what is suppressed has no source.
-    "snapkv+graphkv+enhance": GraphKV(SnapKV(budget=24, window=6), signal="enhance", neighbors=8),
+    "snapkv+enhance": GraphKV(SnapKV(budget=24, window=6), Enhance(neighbors=8)),
     "everything fits": SnapKV(budget=N),
 }
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())

@@ -7,7 +7,24 @@ import dataclasses
 import pytest
 import torch
 
-from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, degree, evict, fuse, propagate, select
+from graphkv import (
+    Bar,
+    Decay,
+    Degree,
+    Enhance,
+    GraphKV,
+    PageRank,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    build_graph,
+    degree,
+    evict,
+    fuse,
+    pagerank,
+    propagate,
+    select,
+)
 from graphkv.core.backend import load
 from graphkv.testing import label, variants
 from tests import faults
@@ -42,10 +59,11 @@ def run_without_values(backend, *, signal="decay", accumulation="product", chunk
     found.pop("num_tokens")
     found["scores"] = propagate(x["importance"], graph, signal=signal, accumulation=accumulation, backend=backend)
     found["kept"] = select(found["scores"], 7, protected=x["protected"], valid=x["valid"], backend=backend)
+    kind = Bar() if signal == "evict" else {"decay": Decay, "enhance": Enhance}[signal](accumulation=accumulation)
     for policy in (
-        GraphKV(SnapKV(budget=20, window=4, num_sinks=2), signal=signal, accumulation=accumulation),
+        GraphKV(SnapKV(budget=20, window=4, num_sinks=2), kind),
         GraphKV(StreamingLLM(budget=20)),
-        GraphKV(Random(budget=20), signal="decay", recompute_sources=True, rounds=2),
+        GraphKV(Random(budget=20), Decay(neighbors=1, recompute_sources=True, rounds=2)),
     ):
         eviction = evict(policy, x["keys"], queries=x["queries"], valid=x["valid"][:, 0], backend=backend)
         found[f"{type(policy.base).__name__} kept"] = eviction.kept
@@ -84,10 +102,22 @@ def test_the_degree_signal_reads_no_value_on_the_host(subject, fusion):
 
     degrees = degree(x["keys"], valid=x["valid"], backend=subject)
     scores = fuse(x["importance"], degrees, fusion=fusion, valid=x["valid"], backend=subject)
-    policy = GraphKV(SnapKV(budget=20, window=4, num_sinks=2), signal="degree", fusion=fusion)
+    policy = GraphKV(SnapKV(budget=20, window=4, num_sinks=2), Degree(fusion=fusion))
     found = evict(policy, x["keys"], queries=x["queries"], valid=x["valid"][:, 0], backend=subject)
 
     for result, shape in ((degrees, (2, 3, 40)), (scores, (2, 3, 40)), (found.kept, (2, 3, 20))):
+        assert (tuple(result.shape), result.device.type) == (shape, "meta")
+
+
+@pytest.mark.parametrize("subject", variants(load("torch")), ids=label)
+def test_pagerank_reads_no_value_on_the_host(subject):
+    x = arrays()
+
+    scores = pagerank(x["importance"], x["keys"], valid=x["valid"], backend=subject)
+    policy = GraphKV(SnapKV(budget=20, window=4, num_sinks=2), PageRank())
+    found = evict(policy, x["keys"], queries=x["queries"], valid=x["valid"][:, 0], backend=subject)
+
+    for result, shape in ((scores, (2, 3, 40)), (found.kept, (2, 3, 20))):
         assert (tuple(result.shape), result.device.type) == (shape, "meta")
 
 

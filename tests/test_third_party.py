@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import graphkv
-from graphkv import GraphKV, StreamingLLM, evict
+from graphkv import Decay, GraphKV, StreamingLLM, evict
 from graphkv.core import backend as core_backend
 from graphkv.testing import suite
 
@@ -122,7 +122,7 @@ def test_a_backend_is_passed_by_value(elsewhere, monkeypatch):
     for name in ("stranger.backend", "stranger"):
         monkeypatch.delitem(sys.modules, name)
     keys = stranger.xp.asarray(np.random.default_rng(0).normal(size=(1, 2, 12, 4)))
-    policy = GraphKV(StreamingLLM(budget=8, num_sinks=2), signal="decay", source_ratio=0.5, neighbors=2)
+    policy = GraphKV(StreamingLLM(budget=8, num_sinks=2), Decay(source_ratio=0.5, neighbors=2))
 
     found = evict(policy, keys, backend=stranger.BACKEND)
 

@@ -8,14 +8,19 @@ from numbers import Integral, Real
 from typing import Any
 
 from .. import adapters
+from ..core import signals
 from ..core.errors import ArgumentError
-from ..core.policy import GraphKV, Policy
+from ..core.graphkv import GraphKV
+from ..core.policy import Policy
+from ..core.signals import Signal
 
 __all__ = ["from_plain", "is_known", "to_plain"]
 
-# Every policy that graphkv exports, by the name of its class; a name that is not here makes nothing.
-KNOWN: dict[str, type[Policy]] = {"GraphKV": GraphKV} | {name: getattr(adapters, name) for name in adapters.__all__}
-# The keys of a class's name, which can be no options: of a policy in that table, and of anything else.
+# Every policy and signal that graphkv exports, by the name of its class; a name that is not here makes nothing.
+POLICIES: dict[str, type[Policy]] = {"GraphKV": GraphKV} | {name: getattr(adapters, name) for name in adapters.__all__}
+SIGNALS: dict[str, type[Signal]] = {name: getattr(signals, name) for name in signals.__all__ if name != Signal.__name__}
+KNOWN: dict[str, type[Policy | Signal]] = {**POLICIES, **SIGNALS}
+# The keys of a class's name, which can be no options: of one in that table, and of anything else.
 KIND, FOREIGN = "class", "foreign class"
 
 
@@ -24,15 +29,15 @@ def to_plain(value: Any, /) -> Any:
 
     Parameters
     ----------
-    value : Policy, or any type that policies have as an option
+    value : Policy, Signal, or any type that policies have as an option
 
     Returns
     -------
     dict, list, str, int, float, bool or None
-        Policies are dicts of the class's name and all options. Options of other types, which only policies of the
-        user's own have, are written as the name of their type.
+        Policies and signals are dicts of the class's name and all options. Options of other types, which only policies
+        of the user's own have, are written as the name of their type.
     """
-    if isinstance(value, Policy):
+    if isinstance(value, (Policy, Signal)):
         kind = type(value)
         name = {KIND: kind.__name__} if KNOWN.get(kind.__name__) is kind else {FOREIGN: kind.__qualname__}
         return name | {each.name: to_plain(getattr(value, each.name)) for each in fields(value) if each.init}
@@ -64,13 +69,13 @@ def from_plain(plain: Any, /) -> Any:
 
     Returns
     -------
-    Policy, tuple, str, int, float, bool or None
+    Policy, Signal, tuple, str, int, float, bool or None
         Lists become tuples.
 
     Raises
     ------
     ArgumentError
-        If a policy is unknown, or an option unknown, missing or wrong.
+        If a policy or signal is unknown, or an option unknown, missing or wrong.
     """
     if isinstance(plain, list):
         return tuple(from_plain(each) for each in plain)

@@ -20,6 +20,7 @@ from ..core.backend import Backend
 from ..core.eviction import Eviction
 from ..core.fusion import _degree, _fuse
 from ..core.graph import _build_graph
+from ..core.pagerank import _pagerank
 from ..core.propagation import _propagate
 from ..core.selection import _select
 from ..core.types import Array, Graph, Namespace
@@ -90,6 +91,8 @@ build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbo
 propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
 degree = jax.jit(_degree, static_argnames="backend")
 fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
+# A tracer for the damping, which is only arithmetic: a search over it compiles once.
+pagerank = jax.jit(_pagerank, static_argnames=("rounds", "backend"))
 select = jax.jit(_select, static_argnums=1, static_argnames="backend")
 
 BACKEND = Backend(
@@ -101,5 +104,6 @@ BACKEND = Backend(
     propagate=propagate,
     degree=degree,
     fuse=fuse,
+    pagerank=pagerank,
     select=select,
 )

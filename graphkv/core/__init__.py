@@ -1,8 +1,8 @@
 """The specification: three steps over tokens, written once in the array API standard.
 
 ``build_graph`` links the most important tokens to those that resemble them, ``propagate`` lowers those, ``select``
-fills the budget. ``degree`` and ``fuse`` are another way to the scores, without edges. Nothing here names an array
-library; a call learns its namespace from the `Backend` of its arrays.
+fills the budget. ``degree`` and ``fuse`` are another way to the scores, without edges, and ``pagerank`` is a third.
+Nothing here names an array library; a call learns its namespace from the `Backend` of its arrays.
 
 One letter per axis, with the same length everywhere:
 
@@ -34,9 +34,12 @@ from .errors import (
 from .eviction import Eviction, evict, preference
 from .fusion import degree, fuse
 from .graph import build_graph
-from .policy import Assessment, GraphKV, LayerInputs, LayerShape, Policy, Requirements, Wrapper
+from .graphkv import GraphKV
+from .pagerank import pagerank
+from .policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from .propagation import propagate
 from .selection import select
+from .signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from .types import Graph
 
 __all__ = [
@@ -46,6 +49,10 @@ __all__ = [
     "Backend",
     "BackendError",
     "BackendUnavailableError",
+    "Bar",
+    "Decay",
+    "Degree",
+    "Enhance",
     "Eviction",
     "Graph",
     "GraphKV",
@@ -53,13 +60,16 @@ __all__ = [
     "GraphKVWarning",
     "LayerInputs",
     "LayerShape",
+    "PageRank",
     "Policy",
     "Requirements",
+    "Signal",
     "Wrapper",
     "build_graph",
     "degree",
     "evict",
     "fuse",
+    "pagerank",
     "preference",
     "propagate",
     "select",

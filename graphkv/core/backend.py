@@ -51,7 +51,7 @@ class Backend:
     received_attention : callable, optional
         ``received_attention(queries, keys, valid, *, block_size, xp)``, see
         `graphkv.core.primitives.received_attention`.
-    build_graph, propagate, degree, fuse, select : callable, optional
+    build_graph, propagate, degree, fuse, pagerank, select : callable, optional
         Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
         `_propagate`, and so on) and must give the same result.
 
@@ -73,6 +73,7 @@ class Backend:
     propagate: Callable[..., Any] | None = None
     degree: Callable[..., Any] | None = None
     fuse: Callable[..., Any] | None = None
+    pagerank: Callable[..., Any] | None = None
     select: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:

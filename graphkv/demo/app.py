@@ -31,7 +31,7 @@ from .result import Result
 
 __all__ = ["Reader", "main"]
 
-DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv")
+DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv", "snapkv+degree")
 
 
 def main(

@@ -10,7 +10,7 @@ key            unique name of the line: prompt, question, mode, policy, budget a
 prompt         name of the prompt: the pairing unit of every comparison
 task, kind     what was asked
 mode           ``"aware"``: the question was in the cache when it was evicted; ``"agnostic"``: it was not
-policy         ``"full"``, or a name such as ``"snapkv"``, ``"snapkv+graphkv"``, ``"snapkv+graphkv-paper"``
+policy         ``"full"``, or a name such as ``"snapkv"``, ``"snapkv+graphkv"``, ``"snapkv+degree"``
 budget         tokens kept per KV head in the average layer; null for ``"full"``
 nll            mean negative log-likelihood per token of the right answer, in nats: lower is better
 kl             mean KL divergence of the next-token distributions at the answer's places, full cache to evicted, in nats

@@ -67,7 +67,7 @@ class Config:
     tasks: tuple[str, ...] = ("needle+continuation",)
     lengths: tuple[int, ...] = (1024,)
     budgets: tuple[int, ...] = (256,)
-    policies: tuple[str, ...] = ("snapkv", "snapkv+graphkv")
+    policies: tuple[str, ...] = ("snapkv", "snapkv+graphkv", "snapkv+degree")
     modes: tuple[str, ...] = MODES
     sinks: tuple[int, ...] = (4,)
     prompts: int = 8

@@ -1,19 +1,20 @@
-"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+graphkv(exponent=4)``, ``preset.toml``."""
+"""Policies by name: ``snapkv``, ``snapkv+graphkv``, ``h2o(num_recent=32)+degree(exponent=4)``, ``preset.toml``."""
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..adapters import (
     CAKE,
+    CAOTE,
     H2O,
     SAGEKV,
     TOVA,
+    AdaKV,
     ExpectedAttention,
     KeyDiff,
     KNorm,
@@ -27,12 +28,15 @@ from ..adapters import (
 )
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.eviction import evict
-from ..core.policy import GraphKV, Policy, Wrapper
+from ..core.graphkv import GraphKV
+from ..core.policy import Policy, Wrapper
+from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache
+from .names import parse
 from .presets import SUFFIX, Preset, load_preset
 
-__all__ = ["BASES", "base_of", "call", "make_policy", "make_preset", "parse", "running_states"]
+__all__ = ["BASES", "WRAPPERS", "base_of", "call", "make_policy", "make_preset", "running_states"]
 
 BASES: dict[str, Callable[..., Policy]] = {
     "random": Random,
@@ -48,8 +52,25 @@ BASES: dict[str, Callable[..., Policy]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
 }
-GRAPHS: dict[str, Callable[..., GraphKV]] = {"graphkv": GraphKV, "graphkv-paper": GraphKV.paper}
-PART = re.compile(r"\s*([A-Za-z0-9-]+)\s*(?:\((.*)\))?\s*")
+# ``+graphkv`` is ``GraphKV(base)``, with the options of the paper's signal.
+SIGNALS: dict[str, type[Signal]] = {
+    "graphkv": Decay,
+    "enhance": Enhance,
+    "bar": Bar,
+    "degree": Degree,
+    "pagerank": PageRank,
+}
+
+
+def _graph(signal: type[Signal], base: Policy, /, *, unrotated: bool = False, **options: Any) -> GraphKV:
+    return GraphKV(base, signal(**options), unrotated)
+
+
+WRAPPERS: dict[str, Callable[..., Policy]] = {
+    **{name: partial(_graph, signal) for name, signal in SIGNALS.items()},
+    "adakv": AdaKV,
+    "caote": CAOTE,
+}
 
 
 def make_policy(name: str, budget: int | float, *, sinks: int | None = None, seed: int = 0) -> Policy | None:
@@ -58,8 +79,10 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     Parameters
     ----------
     name : str
-        ``full``, or a base with options in parentheses, and on top of it ``+graphkv`` with options, or
-        ``+graphkv-paper``; or the path of a preset, which ends in ``.toml``, see `graphkv.evaluation.presets`.
+        ``full``; or a base with any number of wrappers, each with options in parentheses, see
+        `graphkv.evaluation.names`; or the path of a preset, which ends in ``.toml``, see `graphkv.evaluation.presets`.
+        Wrappers are ``+graphkv`` (the paper's setting), ``+enhance``, ``+bar``, ``+degree``, ``+pagerank``, with the
+        options of their signal and ``unrotated``; ``+adakv`` and ``+caote``.
     budget : int or float
         Tokens to keep per KV head, or their share.
     sinks : int, optional
@@ -74,40 +97,38 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
 
     Examples
     --------
-    >>> make_policy("snapkv(window=8)+graphkv(signal='decay', neighbors=4)", 512).neighbors
+    >>> make_policy("snapkv(window=8)+graphkv(neighbors=4)", 512).signal.neighbors
     4
     """
     if name == "full":
         return None
     if name.endswith(SUFFIX):
         return make_preset(load_preset(Path(name)), budget, sinks=sinks, seed=seed, name=name)
-    base, plus, graph = name.partition("+")
-    made = _make_base(base, name, budget, sinks, seed)
-    if not plus:
-        return made
-    kind, options = parse(graph, name)
-    if kind not in GRAPHS:
-        raise _unknown(name)
-    result: Policy = call(GRAPHS[kind], name, made, **options)
-    return result
+    (kind, options), *wrappers = parse(name)
+    if kind not in BASES or any(wrapper not in WRAPPERS for wrapper, _ in wrappers):
+        raise ArgumentError(
+            f"--policy must be one of {', '.join(['full', *BASES])}, all but full with any of "
+            f"+{', +'.join(WRAPPERS)}, or a preset.toml; got {name!r}"
+        )
+    return _wrap(_make_base(kind, options, name, budget, sinks, seed), wrappers, name)
 
 
-def _make_base(base: str, name: str, budget: int | float, sinks: int | None, seed: int) -> Policy:
-    kind, options = parse(base, name)
-    return _call_base(kind, options, name, budget, sinks, seed)
-
-
-def _call_base(
-    kind: str, options: dict[str, Any], name: str, budget: int | float, sinks: int | None, seed: int
+def _make_base(
+    kind: str, options: Mapping[str, Any], name: str, budget: int | float, sinks: int | None, seed: int
 ) -> Policy:
-    if kind not in BASES:
-        raise _unknown(name)
     if kind == "random":
-        options = {"seed": seed} | options
+        options = {"seed": seed, **options}
     if sinks is not None:
-        options = {"num_sinks": sinks} | options
+        options = {"num_sinks": sinks, **options}
     made: Policy = call(BASES[kind], name, budget=budget, **options)
     return made
+
+
+def _wrap(policy: Policy, wrappers: Sequence[tuple[str, Mapping[str, Any]]], name: str) -> Policy:
+    """Put wrappers on top, the innermost first."""
+    for kind, options in wrappers:
+        policy = call(WRAPPERS[kind], name, policy, **options)
+    return policy
 
 
 def make_preset(
@@ -130,33 +151,24 @@ def make_preset(
     Raises
     ------
     ArgumentError
-        If the base or an option is unknown or wrong.
+        If the base, a wrapper or an option is unknown or wrong.
     """
-    if preset.base not in BASES:
+    (kind, options), *inner = parse(preset.base)
+    if kind not in BASES or inner:
         raise ArgumentError(f"--policy {name}: base must be one of {', '.join(BASES)}; got {preset.base!r}")
     sinks = preset.sinks if sinks is None else sinks
-    policy = base = _call_base(preset.base, dict(preset.options), f"{name}, options", budget, sinks, seed)
-    graphs = [call(GraphKV, f"{name}, graph[{number}]", base, **each) for number, each in enumerate(preset.graph)]
-    if graphs:
-        policy = graphs[0] if len(graphs) == 1 else PerLayer(base, graphs)
+    base = _make_base(kind, options, f"{name}, base", budget, sinks, seed)
+    groups = []
+    for number, wrapper in enumerate(preset.graph):
+        wrappers = parse(wrapper) if wrapper else []
+        if any(kind not in WRAPPERS for kind, _ in wrappers):
+            raise ArgumentError(
+                f"--policy {name}: graph[{number}] must be wrappers such as {', '.join(WRAPPERS)}, joined by +; "
+                f"got {wrapper!r}"
+            )
+        groups.append(_wrap(base, wrappers, f"{name}, graph[{number}]"))
+    policy = PerLayer(base, groups) if len(groups) > 1 else [base, *groups][-1]
     return LayerShares(policy, preset.layer_budgets) if preset.layer_budgets else policy
-
-
-def parse(part: str, name: str) -> tuple[str, dict[str, Any]]:
-    """Take ``snapkv(window=8, pooling=max)`` apart."""
-    match = PART.fullmatch(part)
-    if match is None:
-        raise _unknown(name)
-    options = {}
-    for option in filter(None, (match[2] or "").split(",")):
-        key, equals, value = (word.strip() for word in option.partition("="))
-        if not (equals and key and value):
-            raise ArgumentError(f"--policy must have options like window=8 in its parentheses; got {name!r}")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return match[1], options
 
 
 def call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
@@ -168,14 +180,6 @@ def call(make: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any
     except TypeError as error:
         # Python's own words name the option: unexpected keyword argument 'windows'.
         raise ArgumentError(f"--policy {name}: {str(error).split('() ', 1)[-1]}") from error
-
-
-def _unknown(name: str) -> ArgumentError:
-    known = ", ".join(["full", *BASES])
-    return ArgumentError(
-        f"--policy must be one of {known}, or one of them with +graphkv or +graphkv-paper, or a preset.toml; "
-        f"got {name!r}"
-    )
 
 
 def base_of(policy: Policy) -> Policy:

@@ -2,23 +2,16 @@
 
 .. code-block:: toml
 
-    base = "snapkv"
+    base = "snapkv(window=32)"
     sinks = 4                        # where the command does not say otherwise
+    graph = [                        # wrappers over the base, as in the names of policies
+        "graphkv(neighbors=2)",      # for the lowest layers
+        "degree(exponent=8)",        # for the layers above them; as many groups as there are entries
+        "",                          # none for the highest
+    ]
     layer_budgets = [300, 260, 208]  # proportions: the command's budget is shared out exactly
 
-    [options]                        # of the base
-    window = 32
-
-    [[graph]]                        # options of GraphKV for the lowest layers
-    signal = "decay"
-    source_ratio = 0.3
-    neighbors = 2
-
-    [[graph]]                        # for the layers above them; as many groups as there are tables
-    signal = "decay"
-    rounds = 0                       # no graph there
-
-    [about]                          # where it comes from; nobody reads it
+    [about]                          # provenance; ignored when loading
 """
 
 from __future__ import annotations
@@ -49,13 +42,12 @@ class Preset:
     Attributes
     ----------
     base : str
-        Name of the policy under the graph.
-    options : mapping of str to value
-        Of the base.
+        Name of the policy under the wrappers, with its options.
     sinks : int or None
         First tokens that are always kept. None: what the base does by itself.
-    graph : tuple of mapping of str to value
-        Options of `GraphKV` for groups of successive layers, the lowest first. Empty: no graph.
+    graph : tuple of str
+        Wrappers over the base for groups of successive layers, the lowest first; an empty string is none. No groups: no
+        wrappers.
     layer_budgets : tuple of int or float
         Proportions in which layers share the budget, one per layer. Empty: alike.
     about : mapping of str to value
@@ -68,32 +60,24 @@ class Preset:
     """
 
     base: str
-    options: Mapping[str, Any] = field(default_factory=dict)
     sinks: int | None = None
-    graph: tuple[Mapping[str, Any], ...] = ()
+    graph: tuple[str, ...] = ()
     layer_budgets: tuple[int | float, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("base", self.base, str, "a string")
-        _check("options", self.options, Mapping, "a table")
         _check("about", self.about, Mapping, "a table")
-        _check("graph", self.graph, (list, tuple), "an array of tables")
+        _check("graph", self.graph, (list, tuple), "an array of strings")
         _check("layer_budgets", self.layer_budgets, (list, tuple), "an array of numbers")
-        for number, options in enumerate(self.graph):
-            _check(f"graph[{number}]", options, Mapping, "a table")
+        for number, wrappers in enumerate(self.graph):
+            _check(f"graph[{number}]", wrappers, str, "a string")
         if self.sinks is not None:
             checks.count("sinks", self.sinks)
         for layer, share in enumerate(self.layer_budgets):
             checks.finite_weight(f"layer_budgets[{layer}]", share)
         object.__setattr__(self, "graph", tuple(self.graph))
         object.__setattr__(self, "layer_budgets", tuple(self.layer_budgets))
-
-    @property
-    def base_name(self) -> str:
-        """The base as a policy's name, with its options."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.base}({options})" if options else self.base
 
     def as_toml(self) -> dict[str, Any]:
         """Give the fields that say something, as plain values."""

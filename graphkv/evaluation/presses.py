@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache
 from ..core.errors import ArgumentError, BackendUnavailableError
 from ..integrations.transformers import EvictingCache
 from ..integrations.transformers.versions import with_cache
-from .policies import call, parse
+from .names import parse
+from .policies import call
 
 __all__ = ["PREFIX", "check_press", "fewest_tokens", "read_under_press"]
 
@@ -68,8 +69,8 @@ def _make(name: str, ratio: float) -> Any:
         import kvpress  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise BackendUnavailableError(f"--policy {name} needs: pip install 'graphkv[kvpress]' ({error})") from error
-    kind, options = parse(name.removeprefix(PREFIX), name)
-    press = getattr(kvpress, kind, None)
+    (kind, options), *wrappers = parse(name.removeprefix(PREFIX))
+    press = None if wrappers else getattr(kvpress, kind, None)
     if not (isinstance(press, type) and issubclass(press, kvpress.ScorerPress)):
         raise ArgumentError(f"--policy {name} must name a ScorerPress of kvpress; {kind!r} is none")
     return call(press, name, compression_ratio=ratio, **options)

@@ -15,7 +15,7 @@ from scipy import stats
 
 from ..core import checks
 from ..core.errors import ArgumentError
-from . import plots, statistics
+from . import names, plots, statistics
 from .page import make_page
 from .presets import Preset
 from .records import Record, read_header, read_records
@@ -193,12 +193,12 @@ class Study:
         """Base and variant of every policy."""
         result = {}
         for name in self.policies:
-            base, plus, graph = name.partition("+")
+            base, *wrappers = names.split(name)
             preset = self.header.get("presets", {}).get(name)
             if preset is None:
-                result[name] = Family(base, graph if plus else ALONE)
+                result[name] = Family(base, "+".join(wrappers) or ALONE)
             else:
-                result[name] = Family(Preset(**preset).base_name, Path(name).stem)
+                result[name] = Family(Preset(**preset).base, Path(name).stem)
         return result
 
     @cached_property

@@ -7,10 +7,9 @@ many tokens as the budget says, so that its objective needs no term for the cach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
-from typing import Any
 
 import cma
 import numpy as np
@@ -18,14 +17,16 @@ import numpy as np
 from ..adapters.cake import allocate
 from ..core import checks
 from ..core.fusion import EXPONENT
+from ..core.pagerank import DAMPING
 from .presets import Preset
 
 __all__ = ["BudgetSpace", "Evaluate", "GraphSpace", "minimise", "search"]
 
 # Losses of presets, lower is better.
 Evaluate = Callable[[Sequence[Preset]], Sequence[float]]
-SIGNALS = ("decay", "degree", "enhance", "evict")
-NO_GRAPH = {"signal": "decay", "rounds": 0}
+# Wrappers, as in the names of policies.
+SIGNALS = ("graphkv", "degree", "pagerank", "enhance", "bar")
+NO_GRAPH = ""
 MOST_NEIGHBORS = 16
 MOST_ROUNDS = 3
 MOST_EXPONENT = 32
@@ -41,38 +42,38 @@ class GraphSpace:
     Attributes
     ----------
     groups : int
-        Groups of successive layers, each with six options of its own: share of sources (0 to 1), neighbors (1 to 16,
-        by their logarithm), rounds (0 to 3; 0 is no graph), strength (0 to 1), signal, and the exponent of the degree
-        (1 to 32, by its logarithm), which has no use for the first four.
+        Groups of successive layers, each with seven options of its own: share of sources (0 to 1), neighbors (1 to 16,
+        by their logarithm), rounds (0 to 3; 0 is no graph), strength (0 to 1), signal, and for two signals that have no
+        use for these the exponent of the degree (1 to 32, by its logarithm) and the damping of PageRank (0 to 1).
     """
 
     groups: int
 
     def start(self) -> list[float]:
-        """Give the point of the default options of `GraphKV`."""
+        """Return the point of `Degree()`, which did best over several bases."""
         signal = (SIGNALS.index("degree") + 0.5) / len(SIGNALS)
-        return [0.3, 0.0, 1.5 / (MOST_ROUNDS + 1), 1.0, signal, log(EXPONENT, MOST_EXPONENT)] * self.groups
+        exponent = log(EXPONENT, MOST_EXPONENT)
+        return [0.3, log(2, MOST_NEIGHBORS), 1.5 / (MOST_ROUNDS + 1), 1.0, signal, exponent, DAMPING] * self.groups
 
     def place(self, preset: Preset, point: Sequence[float], /) -> Preset:
         """Put the options of a point into a preset."""
         return replace(
-            preset, graph=tuple(self._options(each) for each in np.reshape(point, (self.groups, 6)).tolist())
+            preset, graph=tuple(self._wrapper(each) for each in np.reshape(point, (self.groups, 7)).tolist())
         )
 
-    def _options(self, point: Sequence[float]) -> Mapping[str, Any]:
-        sources, neighbors, rounds, strength, signal, exponent = point
+    def _wrapper(self, point: Sequence[float]) -> str:
+        sources, neighbors, rounds, strength, signal, exponent, damping = point
         name, num_rounds = SIGNALS[_step(signal, len(SIGNALS))], _step(rounds, MOST_ROUNDS + 1)
         if num_rounds == 0:
             return NO_GRAPH
         if name == "degree":
-            return {"signal": name, "exponent": round(MOST_EXPONENT**exponent)}
-        return {
-            "signal": name,
-            "source_ratio": round(sources, 3),
-            "neighbors": round(MOST_NEIGHBORS**neighbors),
-            "rounds": num_rounds,
-            "strength": round(strength, 3),
-        }
+            return f"degree(exponent={round(MOST_EXPONENT**exponent)})"
+        if name == "pagerank":
+            return f"pagerank(damping={round(damping, 3)})"
+        edges = f"source_ratio={round(sources, 3)}, neighbors={round(MOST_NEIGHBORS**neighbors)}"
+        if name == "bar":
+            return f"bar({edges})"
+        return f"{name}({edges}, rounds={num_rounds}, strength={round(strength, 3)})"
 
 
 def _step(value: float, steps: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from ..core.errors import ArgumentError
+from .names import base_name
 from .records import Record
 
 __all__ = [
@@ -152,7 +153,7 @@ def compare(records: Iterable[Record], metric: str, pairs: Mapping[str, str] | N
     metric : str
         One of `METRICS`.
     pairs : mapping of str to str, optional
-        Policy to baseline. Default: every ``x+graph...`` to its ``x``.
+        Policy to baseline. Default: every ``x+wrapper...`` to its ``x``.
 
     Returns
     -------
@@ -160,7 +161,7 @@ def compare(records: Iterable[Record], metric: str, pairs: Mapping[str, str] | N
     """
     result = []
     for cell, policies in table(records, metric).items():
-        chosen = pairs or {name: name.partition("+")[0] for name in policies if "+" in name}
+        chosen = pairs or {name: base_name(name) for name in policies if base_name(name) != name}
         for policy, baseline in chosen.items():
             if policy not in policies or baseline not in policies:
                 continue

@@ -24,7 +24,8 @@ from ..core.policy import Policy
 from ..integrations.transformers import observing
 from . import app, statistics
 from .config import Config
-from .policies import make_preset, parse
+from .names import base_name
+from .policies import make_preset
 from .presets import SUFFIX, Preset, write_preset
 from .records import Record, Run, read_records
 from .runner import Reading, Site
@@ -36,6 +37,8 @@ from .text import default_text, read_text
 __all__ = ["Bench", "Losses", "main"]
 
 GOALS = ("nll", "kl", "match", "score")
+# What the held-out report compares a preset with, beside its base: the paper's setting and ours.
+GRAPHS = ("graphkv", "degree")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,14 +176,13 @@ def main(
     checks.choice("metric", metric, GOALS)
     if budget >= min(config.lengths):
         raise ArgumentError(f"--budget must be below every --length, {min(config.lengths)}; got {budget}")
-    if "+" in base or base.endswith(SUFFIX):
+    if base_name(base) != base or base.endswith(SUFFIX):
         raise ArgumentError(f"--base must be a policy without a graph, such as snapkv; got {base!r}")
     threads = threads or os.cpu_count() or 1
     text = default_text() if config.text is None else read_text(Path(config.text))
     model, tokenizer = load(config, threads)
     prompts = app.written_prompts(model, tokenizer, text, config)
-    kind, options = parse(base, base)
-    start = Preset(base=kind, options=options, sinks=sinks)
+    start = Preset(base=base, sinks=sinks)
     policy = make_preset(start, budget)
     how = {"metric": metric, "evaluations": evaluations, "graph_groups": graph_groups, "group_size": group_size}
     identity = {**app.identity_of(config, model, text), "search": {**how, "seed": seed}}
@@ -232,7 +234,8 @@ def main(
     }
     path = output / "preset.toml"
     write_preset(path, replace(best, about=about))
-    report = replace(config, split="held-out", prompts=held_out, policies=(base, f"{base}+graphkv", str(path)))
+    policies = (base, *(f"{base}+{graph}" for graph in GRAPHS), str(path))
+    report = replace(config, split="held-out", prompts=held_out, policies=policies)
     app.main(report, output=output / "held-out", workers=1, threads=threads)
     # A file has no width; a table needs one.
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -241,11 +244,11 @@ def main(
 
 
 def _comparison(records: Sequence[Record], metric: str, preset: str, base: str) -> Table:
-    """Compare a preset with its base, and with the default graph over it."""
+    """Compare a preset with its base, and with the untuned graphs over it."""
     table = Table(title=f"The preset on the held-out split: differences in {metric}, paired", title_justify="left")
     for name in ("task", "mode", "length", "compared with", "difference", "verdict"):
         table.add_column(name, no_wrap=True)
-    for baseline in (base, f"{base}+graphkv"):
+    for baseline in (base, *(f"{base}+{graph}" for graph in GRAPHS)):
         for found in statistics.compare(records, metric, {preset: baseline}):
             difference, cell = found.difference, found.cell
             shown = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"

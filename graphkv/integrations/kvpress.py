@@ -25,7 +25,9 @@ from transformers import DynamicCache, QuantizedCache
 from ..core import checks
 from ..core.errors import ArgumentError
 from ..core.eviction import Eviction, evict
-from ..core.policy import GraphKV, LayerInputs, Policy
+from ..core.graphkv import GraphKV
+from ..core.policy import LayerInputs, Policy
+from ..core.signals import Decay, Signal
 
 __all__ = ["GraphKVPress", "PolicyPress"]
 
@@ -164,6 +166,9 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         return keys, values
 
 
+_PAPER = Decay()
+
+
 @dataclass(init=False)
 class GraphKVPress(ScorerPress):  # type: ignore[misc]
     """A scorer press of kvpress, with near-duplicates of its most important tokens ranked down.
@@ -177,17 +182,16 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         Where scores and the compression ratio come from; of ``PyramidKVPress`` also the budgets of the layers.
     compression_ratio : float, optional
         Share of the tokens to evict, in [0, 1], set on `base_press`. Default: what it has.
-    **options
-        ``source_ratio``, ``neighbors``, ``rounds``, ``signal``, ``accumulation``, ``strength`` and
-        ``recompute_sources``, see `GraphKV`.
+    signal : Signal
+        What changes the scores, see `GraphKV`. Default: the paper's, `Decay`.
 
     Raises
     ------
     ArgumentTypeError
-        If `base_press` is no scorer press or an option has the wrong type.
+        If `base_press` is no scorer press, `signal` no Signal or `compression_ratio` no number.
     ArgumentError
-        If an option is out of range, or if `base_press` evicts in a way of its own. While the model runs: if the prompt
-        has padding.
+        If `compression_ratio` is out of range, or if `base_press` evicts in a way of its own. While the model runs: if
+        the prompt has padding.
 
     Notes
     -----
@@ -205,21 +209,23 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
     --------
     ::
 
-        with GraphKVPress(SnapKVPress(compression_ratio=0.5), signal="decay", neighbors=2)(model):
+        with GraphKVPress(SnapKVPress(compression_ratio=0.5))(model):
             output = model.generate(**inputs, max_new_tokens=64)
     """
 
     base_press: ScorerPress
     graphkv: GraphKV
 
-    def __init__(self, base_press: ScorerPress, *, compression_ratio: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, base_press: ScorerPress, *, compression_ratio: float | None = None, signal: Signal = _PAPER
+    ) -> None:
         checks.instance("base_press", base_press, ScorerPress)
         if type(base_press).compress not in (ScorerPress.compress, PyramidKVPress.compress):
             raise ArgumentError(
                 f"base_press must evict by its scores alone; {type(base_press).__name__} has a compress of its own"
             )
         self.base_press = base_press
-        self.graphkv = GraphKV(_SCORES, **options)
+        self.graphkv = GraphKV(_SCORES, signal)
         if compression_ratio is not None:
             self.compression_ratio = checks.fraction("compression_ratio", compression_ratio)
 

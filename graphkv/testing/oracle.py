@@ -20,6 +20,7 @@ __all__ = [
     "degree",
     "evict",
     "fuse",
+    "pagerank",
     "propagate",
     "received",
     "select",
@@ -217,6 +218,33 @@ def fuse(
     return result
 
 
+def pagerank(
+    importance: Sequence[float],
+    keys: Sequence[Sequence[float]],
+    *,
+    damping: float = 0.15,
+    rounds: int = 10,
+    valid: Sequence[bool] | None = None,
+) -> list[float]:
+    """Let importance flow between all pairs of tokens that take part, and teleport back to where it was."""
+    if damping == 0 or rounds == 0:
+        return list(importance)
+    tokens = [j for j in range(len(keys)) if (valid is None or valid[j]) and isfinite(importance[j])]
+    lowest = min([0.0] + [importance[j] for j in tokens])
+    teleport = {j: importance[j] - lowest for j in tokens}
+    size = sum(teleport.values())
+    if size == 0:
+        teleport, size = dict.fromkeys(tokens, 1.0), 1.0
+    total = sum(teleport.values())
+    teleport = {j: share / total for j, share in teleport.items()}
+    central = dict(teleport)
+    for _ in range(rounds):
+        arriving = {j: sum((1 + cosine(keys[i], keys[j])) / 2 * central[i] for i in tokens) for j in tokens}
+        total = sum(arriving.values())
+        central = {j: damping * arriving[j] / total + (1 - damping) * teleport[j] for j in tokens}
+    return [central[j] * size if j in central else importance[j] for j in range(len(keys))]
+
+
 def select(
     scores: Sequence[float],
     budget: int,
@@ -253,6 +281,7 @@ def evict(
     recompute_sources: bool = False,
     fusion: str = "power",
     exponent: int = 1,
+    damping: float = 0.15,
 ) -> Choice:
     """Evict by GraphKV over a given importance, in a row of more tokens than budget."""
     open_tokens = max(0, budget - num_protected)
@@ -267,6 +296,9 @@ def evict(
     if signal == "degree":
         apart = degree(keys, valid=valid)
         scores = fuse(scores, apart, fusion=fusion, exponent=exponent, valid=candidate)
+        return Choice(kept=select(scores, budget, protected=protected, valid=valid), scores=scores)
+    if signal == "pagerank":
+        scores = pagerank(scores, keys, damping=damping, rounds=rounds, valid=candidate)
         return Choice(kept=select(scores, budget, protected=protected, valid=valid), scores=scores)
     for _ in range(rounds if recompute_sources else 1):
         edges = build_graph(keys, scores, num_sources=num_sources, num_neighbors=num_neighbors, valid=candidate)

@@ -20,6 +20,7 @@ OPTIONAL = (
     "propagate",
     "degree",
     "fuse",
+    "pagerank",
     "select",
 )
 

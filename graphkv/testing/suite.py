@@ -23,9 +23,11 @@ from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
 from ..core.fusion import degree, fuse
 from ..core.graph import build_graph
-from ..core.policy import GraphKV
+from ..core.graphkv import GraphKV
+from ..core.pagerank import pagerank
 from ..core.propagation import propagate
 from ..core.selection import select
+from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array, Graph
 from . import asserts, oracle, strategies
 from .policies import GivenImportance
@@ -42,6 +44,7 @@ FLOATS = ("float32", "float64")
 ALL_DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8")
 ACCUMULATIONS = st.sampled_from(["product", "sum"])
 SIGNALS = st.sampled_from(["decay", "enhance", "evict"])
+FACTORS: dict[str, type[Signal]] = {"decay": Decay, "enhance": Enhance}
 # Two bits each, so that products stay exact.
 STRENGTHS = st.sampled_from([1.0, 0.5])
 FUSIONS = st.sampled_from(["power", "max_rank", "mean_rank"])
@@ -680,6 +683,197 @@ def test_fusion_never_touches_what_is_not_valid(
     asserts.equal(changed, wanted, backend=backend, like=x)
 
 
+# ----------------------------------------------------------------------------------------------------------- pagerank
+
+
+@unhurried
+@given(
+    data=DRAWS,
+    layer=strategies.layers() | strategies.layers(keys=strategies.general_keys),
+    damping=st.sampled_from([0.15, 0.5, 1.0]),
+    rounds=st.integers(1, 4),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_pagerank_agrees_with_the_oracle(
+    backend: Backend, data: Any, layer: Layer, damping: float, rounds: int, dtype: str
+) -> None:
+    """Over all pairs: zero keys, duplicates, opposites, scores of either sign, infinities, NaN, padding, no tokens."""
+    x, found = _ranked(backend, layer, dtype, damping=damping, rounds=rounds)
+
+    wanted = _oracle_pagerank(layer, damping=damping, rounds=rounds).astype(asserts.wide(backend, dtype))
+    asserts.close(found, wanted, backend=backend, like=x, scale=_largest(wanted))
+
+
+@unhurried
+@given(layer=strategies.layers(keys=strategies.general_keys), nothing=st.sampled_from(["damping", "rounds"]))
+def test_pagerank_of_nothing_returns_the_importance_bit_for_bit(backend: Backend, layer: Layer, nothing: str) -> None:
+    """No damping or no rounds: signed zeros, NaN and all."""
+    options: dict[str, Any] = {nothing: 0}
+
+    x, found = _ranked(backend, layer, **options)
+
+    asserts.identical(found, x, backend=backend, like=x)
+
+
+@unhurried
+@given(layer=strategies.layers(min_tokens=1), data=DRAWS)
+def test_pagerank_never_touches_what_takes_no_part(backend: Backend, layer: Layer, data: Any) -> None:
+    """Padding keeps its importance bit for bit, as infinities and NaN do, and what it holds does not matter."""
+    valid = data.draw(arrays(np.bool_, layer.importance.shape, elements=st.booleans(), fill=st.nothing()))
+    layer = _replaced(layer, valid=valid)
+    junk = data.draw(strategies.special())
+    other = _replaced(
+        layer,
+        importance=np.where(valid, layer.importance, junk),
+        keys=np.where(valid[..., None], layer.keys, data.draw(strategies.special())),
+    )
+
+    x, found = _ranked(backend, layer)
+    y, changed = _ranked(backend, other)
+
+    before, after = asserts.values(backend, x), asserts.values(backend, found)
+    takes_part = valid & np.isfinite(before)
+    asserts.identical(found, np.where(takes_part, after, before).astype(np.float32), backend=backend, like=x)
+    wanted = np.where(valid, after, asserts.values(backend, y)).astype(np.float32)
+    asserts.identical(changed, wanted, backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(1, 8), damping=st.sampled_from([0.15, 0.5, 1.0]))
+def test_pagerank_only_moves_importance(backend: Backend, data: Any, num_tokens: int, damping: float) -> None:
+    """Where none is negative and some is above 0 the sum stays, and no score is negative."""
+    layer = data.draw(strategies.layers(leading=st.just((2,)), min_tokens=num_tokens, max_tokens=num_tokens))
+    importance = np.abs(data.draw(strategies.scores((2, num_tokens), elements=strategies.general())))
+    importance[:, 0] += 1
+    layer = _replaced(layer, importance=importance, valid=None)
+
+    _, found = _ranked(backend, layer, damping=damping)
+
+    scores = asserts.values(backend, found)
+    assert np.all(scores >= 0)
+    np.testing.assert_allclose(np.sum(scores, axis=-1), np.sum(importance, axis=-1), rtol=asserts.tolerance("float32"))
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(1, 8), exponent=st.integers(-6, 6))
+def test_pagerank_is_scale_invariant(backend: Backend, data: Any, num_tokens: int, exponent: int) -> None:
+    """Scores twice as large come out twice as large, and keys may be longer or shorter one by one."""
+    layer = data.draw(strategies.layers(leading=st.just((2,)), min_tokens=num_tokens, max_tokens=num_tokens))
+    importance = data.draw(strategies.scores((2, num_tokens), elements=strategies.exact()))
+    # All alike, they would be nothing, which has no size.
+    importance[:, 0] = 3.0
+    lengths = 2.0 ** data.draw(arrays(np.int64, (2, num_tokens), elements=st.integers(-6, 6), fill=st.nothing()))
+    layer = _replaced(layer, importance=importance, valid=None)
+    scaled = _replaced(layer, importance=importance * 2.0**exponent, keys=layer.keys * lengths[..., None])
+
+    x, found = _ranked(backend, layer)
+    _, again = _ranked(backend, scaled)
+
+    asserts.equal(again, asserts.values(backend, found) * np.float32(2.0**exponent), backend=backend, like=x)
+
+
+@unhurried
+@given(data=DRAWS, num_tokens=st.integers(2, 8), damping=st.sampled_from([0.15, 0.5, 1.0]))
+def test_equal_tokens_have_equal_pagerank(backend: Backend, data: Any, num_tokens: int, damping: float) -> None:
+    """Wherever they stand, bit for bit, so that the lower index is kept of them."""
+    fixed = strategies.layers(
+        keys=strategies.general_keys, leading=st.just(()), min_tokens=num_tokens, max_tokens=num_tokens
+    )
+    layer = _replaced(data.draw(fixed), valid=None)
+    first, second = data.draw(st.permutations(range(num_tokens)))[:2]
+    layer.keys[second], layer.importance[second] = layer.keys[first], layer.importance[first]
+
+    x, found = _ranked(backend, layer, damping=damping)
+
+    scores = asserts.values(backend, found)
+    asserts.identical(found[second : second + 1], scores[first : first + 1], backend=backend, like=x)
+
+
+@unhurried
+@given(layer=strategies.layers(leading=st.sampled_from([(2, 2), (3,)]), min_tokens=1), dtype=st.sampled_from(FLOATS))
+def test_pagerank_of_a_batch_is_that_of_its_rows(backend: Backend, layer: Layer, dtype: str) -> None:
+    """No row knows of another."""
+    _, found = _ranked(backend, layer, dtype)
+
+    together = asserts.values(backend, found)
+    for row in np.ndindex(*layer.leading):
+        one, alone = _ranked(backend, layer.take(row), dtype)
+        asserts.close(alone, together[row], backend=backend, like=one, scale=_largest(together[row]))
+
+
+@several
+@given(layer=strategies.layers(min_tokens=1, elements=st.integers(0, 100).map(float)))
+def test_pagerank_is_computed_in_float32_or_wider(backend: Backend, layer: Layer) -> None:
+    """Half precision and integers give what their float32 values give, in float32; float64 stays."""
+    layer = _replaced(layer, keys=np.abs(layer.keys))
+    for dtype in [dtype for dtype in ALL_DTYPES if asserts.supports(backend, dtype)]:
+        wide = asserts.wide(backend, dtype)
+
+        x, found = _ranked(backend, layer, dtype)
+        _, wanted = _ranked(backend, layer, wide)
+
+        asserts.equal(found, asserts.values(backend, wanted), backend=backend, like=x)
+        assert found.dtype == getattr(backend.xp, wide)
+
+
+@unhurried
+@given(
+    data=DRAWS,
+    layer=strategies.layers(leading=st.sampled_from([(1, 1), (2, 2)]), min_tokens=2, elements=strategies.exact()),
+    damping=st.sampled_from([0.15, 0.5]),
+)
+def test_eviction_by_pagerank_agrees_with_the_oracle(backend: Backend, data: Any, layer: Layer, damping: float) -> None:
+    """Only what may still be chosen takes part; there is no graph, and the kept tokens are the best within the cut."""
+    layer = _replaced(layer, budget=data.draw(st.integers(1, layer.num_tokens - 1)))
+
+    keys, found = _evicted(
+        backend, layer, data.draw(st.integers(0, layer.num_tokens)), PageRank(damping=damping, rounds=3)
+    )
+
+    scores = np.zeros(layer.importance.shape)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        scores[row] = oracle.evict(
+            one.keys.tolist(),
+            one.importance.tolist(),
+            one.budget,
+            protected=_list(one.protected),
+            valid=_list(one.valid),
+            signal="pagerank",
+            damping=damping,
+            rounds=3,
+        ).scores
+    assert found.graph is None
+    asserts.close(found.scores, scores.astype(np.float32), backend=backend, like=keys, scale=_largest(scores))
+    kept = asserts.values(backend, found.kept)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        is_open = np.ones(layer.num_tokens, np.bool_) if one.valid is None else one.valid
+        is_open = is_open if one.protected is None else is_open & ~one.protected
+        among = [token for token in kept[row].tolist() if is_open[token]]
+        asserts.chosen(among, scores[row].tolist(), eligible=np.flatnonzero(is_open).tolist(), dtype="float32")
+
+
+def _ranked(backend: Backend, layer: Layer, dtype: str = "float32", **options: Any) -> tuple[Array, Array]:
+    """Rank a layer's tokens. Gives the importance too, as the library holds it."""
+    x, keys = asserts.make(backend, layer.importance, dtype), asserts.make(backend, layer.keys, dtype)
+    return x, pagerank(x, keys, valid=_mask(backend, layer.valid), backend=backend, **options)
+
+
+def _oracle_pagerank(layer: Layer, **options: Any) -> NDArray[Any]:
+    scores = np.zeros(layer.importance.shape)
+    for row in np.ndindex(*layer.leading):
+        one = layer.take(row)
+        scores[row] = oracle.pagerank(one.importance.tolist(), one.keys.tolist(), valid=_list(one.valid), **options)
+    return scores
+
+
+def _largest(scores: NDArray[Any]) -> NDArray[Any]:
+    """What rounding is measured by: a row's largest score."""
+    number = np.where(np.isfinite(scores), np.abs(scores), 0)
+    return np.broadcast_to(np.max(number, axis=-1, keepdims=True, initial=0), scores.shape)
+
+
 # ------------------------------------------------------------------------------------------------------------- select
 
 
@@ -832,6 +1026,7 @@ def test_inputs_are_not_written_to(backend: Backend, data: Any, signal: str, acc
     degrees = degree(keys, valid=masks["valid"], backend=backend)
     before = np.array(asserts.values(backend, degrees))
     fuse(importance, degrees, fusion=data.draw(FUSIONS), valid=masks["valid"], backend=backend)
+    pagerank(importance, keys, valid=masks["valid"], backend=backend)
     select(importance, layer.budget, **masks, backend=backend)
 
     asserts.identical(degrees, before, backend=backend, like=keys)
@@ -906,7 +1101,13 @@ def test_eviction_agrees_with_the_oracle(
         "recompute_sources": recompute,
     }
 
-    keys, found = _evicted(backend, layer, num_protected, **options)
+    if signal == "evict":  # which has no use for the other options
+        options = {name: options[name] for name in ("signal", "source_ratio", "neighbors")}
+        value: Signal = Bar(source_ratio=source_ratio, neighbors=neighbors)
+    else:
+        value = FACTORS[signal](**{name: option for name, option in options.items() if name != "signal"})
+
+    keys, found = _evicted(backend, layer, num_protected, value)
 
     wanted = np.zeros((*layer.leading, min(layer.budget, layer.num_tokens)), dtype=np.int64)
     scores = np.zeros(layer.importance.shape, dtype=np.float64)
@@ -943,18 +1144,23 @@ def test_eviction_by_degree_agrees_with_the_oracle(
     # Exact degrees need a power of two of tokens. An exact duplicate of all others is clipped, which is not exact.
     layer = _replaced(layer, valid=None, budget=data.draw(st.integers(1, num_tokens - 1)))
     assume(np.max(_oracle_degree(layer)) < 1)
-    options: dict[str, Any] = {"signal": "degree", "fusion": fusion}
+    options: dict[str, Any] = {"fusion": fusion}
     if fusion == "power":
         options["exponent"] = exponent
 
-    keys, found = _evicted(backend, layer, data.draw(st.integers(0, num_tokens)), **options)
+    keys, found = _evicted(backend, layer, data.draw(st.integers(0, num_tokens)), Degree(**options))
 
     wanted = np.zeros((*layer.leading, layer.budget), dtype=np.int64)
     scores = np.zeros(layer.importance.shape)
     for row in np.ndindex(*layer.leading):
         one = layer.take(row)
         choice = oracle.evict(
-            one.keys.tolist(), one.importance.tolist(), one.budget, protected=_list(one.protected), **options
+            one.keys.tolist(),
+            one.importance.tolist(),
+            one.budget,
+            protected=_list(one.protected),
+            signal="degree",
+            **options,
         )
         wanted[row], scores[row] = choice.kept, choice.scores
     assert found.graph is None
@@ -967,7 +1173,7 @@ def test_eviction_by_degree_agrees_with_the_oracle(
 @given(layer=strategies.layers(leading=st.sampled_from([(1, 1), (2, 2), (0, 1)])), trailing=st.sampled_from([(), (3,)]))
 def test_eviction_gathers_what_is_kept(backend: Backend, layer: Layer, trailing: tuple[int, ...]) -> None:
     """``Eviction.apply`` on arrays with and without trailing axes."""
-    keys, found = _evicted(backend, layer, 0)
+    keys, found = _evicted(backend, layer, 0, Decay())
     shape = (*layer.importance.shape, *trailing)
     table = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
 
@@ -1221,7 +1427,7 @@ def _three_steps(
     return keys, graph, scores, _selected(backend, layer, scores)
 
 
-def _evicted(backend: Backend, layer: Layer, num_protected: int, **options: Any) -> tuple[Array, Eviction]:
+def _evicted(backend: Backend, layer: Layer, num_protected: int, signal: Signal) -> tuple[Array, Eviction]:
     keys = asserts.make(backend, layer.keys, "float32")
     # A budget of 0 is none: a policy keeps something, or the caller does not evict.
     base = GivenImportance(
@@ -1230,7 +1436,7 @@ def _evicted(backend: Backend, layer: Layer, num_protected: int, **options: Any)
         protected=_mask(backend, layer.protected),
         protected_count=num_protected,
     )
-    return keys, evict(GraphKV(base, **options), keys, valid=_mask(backend, layer.valid), backend=backend)
+    return keys, evict(GraphKV(base, signal), keys, valid=_mask(backend, layer.valid), backend=backend)
 
 
 # What a re-export brings: the properties.

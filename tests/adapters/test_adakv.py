@@ -6,7 +6,18 @@ from math import floor
 import numpy as np
 import pytest
 
-from graphkv import AdaKV, ArgumentError, ArgumentTypeError, GraphKV, KNorm, PyramidKV, SnapKV, StreamingLLM, evict
+from graphkv import (
+    AdaKV,
+    ArgumentError,
+    ArgumentTypeError,
+    Decay,
+    GraphKV,
+    KNorm,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+    evict,
+)
 from graphkv.adapters.adakv import code_head_budgets, head_budgets
 from tests.arrays import NUMPY, each_backend, make
 
@@ -155,9 +166,9 @@ def test_it_works_above_and_below_a_graph(backend):
     def run(policy):
         return evict(policy, keys, queries=queries, backend=backend)
 
-    options = {"signal": "decay", "source_ratio": 0.5, "neighbors": 6}
-    shares, graph = run(AdaKV(SNAPKV)), run(GraphKV(SNAPKV, **options))
-    above, below = run(GraphKV(AdaKV(SNAPKV), **options)), run(AdaKV(GraphKV(SNAPKV, **options)))
+    signal = Decay(source_ratio=0.5, neighbors=6)
+    shares, graph = run(AdaKV(SNAPKV)), run(GraphKV(SNAPKV, signal))
+    above, below = run(GraphKV(AdaKV(SNAPKV), signal)), run(AdaKV(GraphKV(SNAPKV, signal)))
 
     for done in (above, below):
         assert np.array_equal(backend.to_numpy(done.scores), backend.to_numpy(graph.scores))

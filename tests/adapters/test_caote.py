@@ -135,8 +135,8 @@ def test_negative_and_nan_scores_are_no_attention_and_padding_may_hold_anything(
 
 def test_graphs_above_and_below():
     base = SnapKV(budget=6, window=2, kernel_size=1)
-    above = run(GraphKV(CAOTE(base), signal="decay", neighbors=2), NUMPY)
-    below = run(CAOTE(GraphKV(base, signal="decay", neighbors=2)), NUMPY)
+    above = run(GraphKV(CAOTE(base)), NUMPY)
+    below = run(CAOTE(GraphKV(base)), NUMPY)
 
     assert above.graph.num_neighbors == below.graph.num_neighbors == 2
     assert not np.array_equal(above.scores, below.scores)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graphkv
-from graphkv import AdaKV, Backend, GraphKV, LayerBudgets, Policy, SnapKV, evict
+from graphkv import AdaKV, Backend, Decay, Degree, GraphKV, LayerBudgets, Policy, SnapKV, evict
 from graphkv.core import Wrapper
 from tests.arrays import BACKENDS, each_backend, make
 from tests.policies import every_policy
@@ -78,7 +78,7 @@ def test_all_the_first_policies_are_here():
 @each_backend
 @pytest.mark.parametrize("budget", [0, 1, 5, 6, 7, 8, 20, 39, 0.5])
 def test_exactly_the_budget_is_kept_in_ascending_order(backend, name, budget):
-    for policy in (policy_of(name, budget), GraphKV(policy_of(name, budget), signal="decay", neighbors=2)):
+    for policy in (policy_of(name, budget), GraphKV(policy_of(name, budget))):
         kept = backend.to_numpy(run(policy, backend).kept)
 
         assert kept.shape == (2, 3, 20 if budget == 0.5 else budget)
@@ -109,7 +109,7 @@ def test_every_library_keeps_the_same(backend, name):
 
 @each_base
 def test_nothing_but_the_array_standard_is_used(name):
-    for wrap in (lambda base: base, AdaKV, lambda base: GraphKV(base, signal="decay", neighbors=2)):
+    for wrap in (lambda base: base, AdaKV, GraphKV):
         ours, reference = run(wrap(policy_of(name, 15)), STRICT), run(wrap(policy_of(name, 15)), BACKENDS["numpy"])
 
         same_up_to_close_scores(STRICT.to_numpy(ours.kept), reference.kept, reference.scores)
@@ -124,7 +124,7 @@ def test_no_value_is_read_on_the_host(name, backend):
         return torch.empty(x.shape, dtype=torch.float32, device="meta")
 
     base = policy_of(name, 15)
-    for policy in (base, AdaKV(base), AdaKV(base, schedule="code"), GraphKV(base, signal="decay", neighbors=2)):
+    for policy in (base, AdaKV(base), AdaKV(base, schedule="code"), GraphKV(base)):
         done = evict(
             policy,
             array(KEYS),
@@ -143,7 +143,7 @@ def test_a_padded_row_keeps_what_it_keeps_alone(backend, name):
     valid = np.ones((2, 40), dtype=bool)
     valid[1, :13] = False
 
-    for policy in (policy_of(name, 15), GraphKV(policy_of(name, 15), signal="decay", neighbors=2)):
+    for policy in (policy_of(name, 15), GraphKV(policy_of(name, 15))):
         together = backend.to_numpy(run(policy, backend, valid=valid).kept)
         alone = run(policy, backend, rows=slice(1, 2), tokens=slice(13, None))
 
@@ -169,9 +169,9 @@ def test_more_padding_than_the_budget_leaves_is_filled_up(backend, name):
 def test_a_graph_without_edges_changes_nothing(backend, name):
     base = policy_of(name, 15)
     for policy in (
-        GraphKV(base, signal="decay", source_ratio=0.0),
-        GraphKV(base, signal="decay", neighbors=0),
-        GraphKV(base, signal="decay", rounds=0),
+        GraphKV(base, Decay(neighbors=1, source_ratio=0.0)),
+        GraphKV(base, Decay(neighbors=0)),
+        GraphKV(base, Decay(neighbors=1, rounds=0)),
     ):
         alone, wrapped = run(base, backend), run(policy, backend)
 
@@ -192,11 +192,11 @@ def test_protected_tokens_are_counted_as_they_are_marked(name):
 WRAPPED = {
     "alone": lambda base: base,
     "decay": GraphKV,
-    "power": lambda base: GraphKV(base, signal="degree"),
-    "max_rank": lambda base: GraphKV(base, signal="degree", fusion="max_rank"),
-    "adakv": lambda base: AdaKV(GraphKV(base, signal="degree")),
-    "under adakv": lambda base: GraphKV(AdaKV(base), signal="degree"),
-    "layer budgets": lambda base: GraphKV(LayerBudgets(base, budgets=[9]), signal="degree"),
+    "power": lambda base: GraphKV(base, Degree()),
+    "max_rank": lambda base: GraphKV(base, Degree(fusion="max_rank")),
+    "adakv": lambda base: AdaKV(GraphKV(base, Degree())),
+    "under adakv": lambda base: GraphKV(AdaKV(base), Degree()),
+    "layer budgets": lambda base: GraphKV(LayerBudgets(base, budgets=[9]), Degree()),
 }
 
 

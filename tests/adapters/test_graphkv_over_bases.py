@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import CAOTE, H2O, SAGEKV, ExpectedAttention, GraphKV, RoCo, SnapKV, evict
+from graphkv import (
+    CAOTE,
+    H2O,
+    SAGEKV,
+    Decay,
+    ExpectedAttention,
+    GraphKV,
+    RoCo,
+    SnapKV,
+    evict,
+)
 from graphkv.core import LayerShape
 from graphkv.core.budgets import tokens_of
 from tests.adapters.decoding import decode
@@ -45,7 +55,7 @@ def with_budget(base, budget):
 
 @each_library
 @each_base
-@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV.paper], ids=["alone", "graph"])
+@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV], ids=["alone", "graph"])
 @pytest.mark.parametrize("budget", [0, 1, 2, 5, 12, 39, 40, 41, 0.5])
 def test_exactly_the_budget_is_kept_in_ascending_order(backend, base, wrap, budget):
     kept = backend.to_numpy(run(wrap(with_budget(base, budget)), backend).kept)
@@ -77,7 +87,7 @@ def test_a_budget_below_the_protected_is_filled_from_them(base):
 
 @each_library
 @each_base
-@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV.paper], ids=["alone", "graph"])
+@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV], ids=["alone", "graph"])
 def test_every_library_keeps_the_same(backend, base, wrap):
     found, expected = run(wrap(base), backend), run(wrap(base), NUMPY)
 
@@ -89,7 +99,7 @@ def test_every_library_keeps_the_same(backend, base, wrap):
 @each_base
 def test_a_graph_without_sources_is_the_base_at_every_step(backend, base):
     for options in ({"source_ratio": 0.0}, {"neighbors": 0}, {"rounds": 0}, {"strength": 0.0}):
-        graph = GraphKV(base, signal="decay", **options)
+        graph = GraphKV(base, Decay(**options))
         for (alone, kept), (with_graph, also_kept) in zip(
             decode(base, KEYS, QUERIES, 30, backend, values=VALUES),
             decode(graph, KEYS, QUERIES, 30, backend, values=VALUES),
@@ -102,7 +112,7 @@ def test_a_graph_without_sources_is_the_base_at_every_step(backend, base):
 @each_library
 @each_base
 def test_a_graph_lowers_scores_after_the_prompt_and_at_every_step(backend, base):
-    policy = GraphKV.paper(base)
+    policy = GraphKV(base)
     steps = decode(policy, KEYS, QUERIES, 30, backend, values=VALUES)
 
     assert len(steps) == 11
@@ -118,7 +128,7 @@ def test_a_graph_lowers_scores_after_the_prompt_and_at_every_step(backend, base)
 
 @each_library
 @each_base
-@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV.paper], ids=["alone", "graph"])
+@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV], ids=["alone", "graph"])
 def test_a_left_padded_row_keeps_what_it_keeps_alone(backend, base, wrap):
     pads = 7
     valid = np.arange(40) >= np.asarray([0, pads])[:, None]
@@ -140,7 +150,7 @@ def test_a_left_padded_row_keeps_what_it_keeps_alone(backend, base, wrap):
 def test_a_wholly_padded_row_is_still_filled(backend, base):
     valid = make(backend, np.zeros((2, 40)), bool)
 
-    for policy in (base, GraphKV.paper(base)):
+    for policy in (base, GraphKV(base)):
         decision = run(policy, backend, valid=valid)
         assert tuple(decision.kept.shape) == (2, 2, 12)
         assert np.isfinite(backend.to_numpy(decision.scores)).all()
@@ -148,7 +158,7 @@ def test_a_wholly_padded_row_is_still_filled(backend, base):
 
 @each_library
 @each_base
-@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV.paper], ids=["alone", "graph"])
+@pytest.mark.parametrize("wrap", [lambda base: base, GraphKV], ids=["alone", "graph"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 12])
 def test_a_prompt_that_fits_is_kept_whole(backend, base, wrap, num_tokens):
     decision = run(wrap(base), backend, slice(0, num_tokens))
@@ -165,7 +175,7 @@ def test_a_prompt_that_fits_is_kept_whole(backend, base, wrap, num_tokens):
 @each_base
 @pytest.mark.parametrize("num_tokens", [1, 2, 3])
 def test_short_prompts_are_evicted_too(backend, base, num_tokens):
-    for policy in (with_budget(base, num_tokens - 1), GraphKV.paper(with_budget(base, num_tokens - 1))):
+    for policy in (with_budget(base, num_tokens - 1), GraphKV(with_budget(base, num_tokens - 1))):
         decision = run(policy, backend, slice(0, num_tokens))
         assert tuple(decision.kept.shape) == (2, 2, num_tokens - 1)
 
@@ -221,7 +231,7 @@ def test_no_value_is_read_on_the_host(base, backend):
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for policy in (base, GraphKV.paper(base)):
+    for policy in (base, GraphKV(base)):
         state = None
         for num_tokens, num_queries in ((40, 40), (13, 1)):
             decision = evict(

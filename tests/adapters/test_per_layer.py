@@ -7,6 +7,7 @@ from graphkv import (
     H2O,
     ArgumentError,
     ArgumentTypeError,
+    Decay,
     GraphKV,
     KNorm,
     LayerBudgets,
@@ -87,7 +88,7 @@ def test_shares_for_another_model_are_refused():
 
 @pytest.mark.parametrize("base", [SnapKV(budget=12, window=4), H2O(budget=12), KNorm(budget=12)])
 def test_layers_go_by_the_policy_of_their_group(base):
-    graph = GraphKV(base, signal="decay", neighbors=3, source_ratio=0.5)
+    graph = GraphKV(base, Decay(neighbors=3, source_ratio=0.5))
     policy = PerLayer(base, policies=[base, graph])
     differ = 0
     for layer in range(5):
@@ -101,7 +102,7 @@ def test_layers_go_by_the_policy_of_their_group(base):
 
 
 def test_groups_are_as_equal_as_whole_layers_can_be():
-    policies = [KNorm(budget=4), GraphKV(KNorm(budget=4)), GraphKV(KNorm(budget=4), signal="decay", rounds=2)]
+    policies = [KNorm(budget=4), GraphKV(KNorm(budget=4)), GraphKV(KNorm(budget=4), Decay(neighbors=1, rounds=2))]
     chosen = [number * 3 // 30 for number in range(30)]
     taken = []
     for layer in range(30):

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from graphkv import TOVA, AdaKV, ArgumentError, GraphKV, Policy, Random, SnapKV, evict
+from graphkv import TOVA, AdaKV, ArgumentError, Decay, Degree, GraphKV, Policy, Random, SnapKV, evict
 from graphkv.core import LayerShape, Requirements, Wrapper
 from tests.arrays import NUMPY
 
@@ -20,7 +20,9 @@ def test_the_cost_of_window_attention_is_that_of_its_product_and_softmax():
 
 
 def test_a_graph_adds_its_cost_to_that_of_the_base():
-    policy = GraphKV(SnapKV(budget=20, window=10), signal="decay", source_ratio=0.5, rounds=2, recompute_sources=True)
+    policy = GraphKV(
+        SnapKV(budget=20, window=10), Decay(neighbors=1, source_ratio=0.5, rounds=2, recompute_sources=True)
+    )
 
     # P = 20 - 10, so K = 5; a graph for each of two rounds.
     assert policy.flops(SHAPE) == policy.base.flops(SHAPE) + 2 * 3 * 2 * 100 * 8 * (2 * 5 + 3)
@@ -29,7 +31,7 @@ def test_a_graph_adds_its_cost_to_that_of_the_base():
 
 
 def test_the_degree_signal_costs_six_operations_an_entry_of_the_keys():
-    policy = GraphKV(Random(budget=20), signal="degree")
+    policy = GraphKV(Random(budget=20), Degree())
 
     assert policy.flops(SHAPE) == 3 * 2 * 100 * 8 * 6
     assert policy.bytes(SHAPE) == 4 * 3 * 2 * 100 * 8

@@ -5,7 +5,7 @@ from math import exp, sqrt
 import numpy as np
 import pytest
 
-from graphkv import TOVA, ArgumentError, ArgumentTypeError, GraphKV, evict
+from graphkv import TOVA, ArgumentError, ArgumentTypeError, Decay, GraphKV, evict
 from tests.arrays import each_backend, make
 
 RNG = np.random.default_rng(8)
@@ -70,7 +70,7 @@ def test_only_the_last_row_of_the_attention_counts():
 
 
 def test_under_a_graph_the_heads_may_part():
-    kept = evict(GraphKV(TOVA(budget=8), signal="decay", neighbors=4), KEYS, queries=QUERIES).kept
+    kept = evict(GraphKV(TOVA(budget=8), Decay(neighbors=4)), KEYS, queries=QUERIES).kept
 
     assert kept[:, 0].tolist() != kept[:, 1].tolist()
 

@@ -8,7 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphkv import GraphKV, KNorm, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
+from graphkv import (
+    Bar,
+    Decay,
+    Degree,
+    Enhance,
+    GraphKV,
+    KNorm,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    build_graph,
+    evict,
+    propagate,
+    select,
+)
 
 FAST = hypothesis.settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -74,13 +88,13 @@ POLICIES = {
     "snapkv-max": SnapKV(budget=0.4, window=8, pooling="max", group_reduction="max", num_sinks=2),
     "streaming": StreamingLLM(budget=9),
     "random": Random(budget=20, seed=3),
-    "graphkv": GraphKV(SnapKV(budget=24, window=8), signal="decay", neighbors=2),
-    "graphkv-rounds": GraphKV(Random(budget=20), signal="decay", neighbors=0.2, rounds=3, strength=0.7),
-    "graphkv-recompute": GraphKV(SnapKV(budget=24, window=8), signal="decay", rounds=2, recompute_sources=True),
-    "graphkv-enhance-sum": GraphKV(StreamingLLM(budget=24), signal="enhance", accumulation="sum"),
-    "graphkv-evict": GraphKV(SnapKV(budget=24, window=8), neighbors=3, signal="evict"),
-    "graphkv-degree": GraphKV(SnapKV(budget=24, window=8), signal="degree"),
-    "graphkv-degree-negative": GraphKV(KNorm(budget=24), signal="degree", exponent=3),
+    "graphkv": GraphKV(SnapKV(budget=24, window=8)),
+    "graphkv-rounds": GraphKV(Random(budget=20), Decay(neighbors=0.2, rounds=3, strength=0.7)),
+    "graphkv-recompute": GraphKV(SnapKV(budget=24, window=8), Decay(neighbors=1, rounds=2, recompute_sources=True)),
+    "graphkv-enhance-sum": GraphKV(StreamingLLM(budget=24), Enhance(neighbors=1, accumulation="sum")),
+    "graphkv-evict": GraphKV(SnapKV(budget=24, window=8), Bar(neighbors=3)),
+    "graphkv-degree": GraphKV(SnapKV(budget=24, window=8), Degree()),
+    "graphkv-degree-negative": GraphKV(KNorm(budget=24), Degree(exponent=3)),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphkv import H2O, GraphKV, KNorm, SnapKV, evict
+from graphkv import H2O, Decay, GraphKV, KNorm, SnapKV, evict
 from tests.policies import every_policy
 
 FOLDER = Path(__file__).parents[1] / "adapters"
@@ -128,7 +128,7 @@ def test_what_holds_for_every_policy(library, name, layer, budget):
 def test_a_graph_without_edges_is_the_base(library, name, layer, budget):
     base = every_policy(budget)[name]
 
-    alone, wrapped = run(library, base, layer), run(library, GraphKV(base, signal="decay", source_ratio=0.0), layer)
+    alone, wrapped = run(library, base, layer), run(library, GraphKV(base, Decay(neighbors=1, source_ratio=0.0)), layer)
 
     assert library.host(wrapped.kept).tolist() == library.host(alone.kept).tolist()
 

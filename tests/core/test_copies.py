@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import graphkv
-from graphkv import Backend, BackendError, GraphKV, KNorm, LayerBudgets, Policy, build_graph, evict
+from graphkv import Backend, BackendError, Decay, GraphKV, KNorm, LayerBudgets, Policy, build_graph, evict
 from graphkv.adapters.plain import from_plain, is_known, to_plain
 from graphkv.backends.numpy import SPARSE
 from graphkv.core import ArgumentError, Assessment, LayerInputs, LayerShape, Requirements
@@ -199,7 +199,7 @@ def test_policies_are_written_as_json_and_made_anew(policy):
 def test_numbers_keep_their_kind():
     assert repr(from_plain(to_plain(KNorm(budget=1)))) == repr(KNorm(budget=1))
     assert repr(from_plain(to_plain(KNorm(budget=1.0)))) == repr(KNorm(budget=1.0))
-    policy = GraphKV(KNorm(budget=9), signal="decay", neighbors=np.int64(2), source_ratio=Fraction(1, 4))
+    policy = GraphKV(KNorm(budget=9), Decay(neighbors=np.int64(2), source_ratio=Fraction(1, 4)))
     assert json.loads(json.dumps(to_plain(policy))) == to_plain(policy)
     assert from_plain(to_plain(policy)) == policy
 

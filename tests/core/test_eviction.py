@@ -1,5 +1,7 @@
 """`evict` and `GraphKV`: budgets, identity, padding, and how the steps hang together."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,14 @@ from graphkv import (
     ArgumentError,
     ArgumentTypeError,
     BackendError,
+    Bar,
+    Decay,
+    Degree,
     GraphKV,
+    PageRank,
     Policy,
     Random,
+    Signal,
     SnapKV,
     StreamingLLM,
     build_graph,
@@ -95,7 +102,7 @@ def test_apply_gathers_any_array_of_the_tokens(backend):
 @each_backend
 def test_graphkv_is_the_three_steps_over_the_open_tokens(backend):
     keys, queries = make(backend, KEYS), make(backend, QUERIES)
-    policy = GraphKV(SNAPKV, signal="decay", source_ratio=0.5, neighbors=4, rounds=2, strength=0.5)
+    policy = GraphKV(SNAPKV, Decay(source_ratio=0.5, neighbors=4, rounds=2, strength=0.5))
 
     decision = evict(policy, keys, queries=queries, backend=backend)
 
@@ -115,7 +122,7 @@ def test_graphkv_is_the_three_steps_over_the_open_tokens(backend):
 @each_backend
 def test_recomputed_sources_are_a_loop_over_two_steps(backend):
     keys, queries = make(backend, KEYS), make(backend, QUERIES)
-    policy = GraphKV(SNAPKV, signal="decay", source_ratio=0.5, neighbors=4, rounds=3, recompute_sources=True)
+    policy = GraphKV(SNAPKV, Decay(source_ratio=0.5, neighbors=4, rounds=3, recompute_sources=True))
 
     decision = evict(policy, keys, queries=queries, backend=backend)
 
@@ -133,26 +140,26 @@ def test_graphkv_without_edges_is_the_base(backend, options):
     keys, queries = make(backend, KEYS), make(backend, QUERIES)
 
     alone = evict(SNAPKV, keys, queries=queries, backend=backend)
-    graph = evict(GraphKV(SNAPKV, signal="decay", **options), keys, queries=queries, backend=backend)
+    graph = evict(GraphKV(SNAPKV, Decay(**options)), keys, queries=queries, backend=backend)
 
     np.testing.assert_array_equal(backend.to_numpy(graph.kept), backend.to_numpy(alone.kept))
 
 
 def test_sources_are_counted_from_what_the_base_may_still_choose():
-    decision = evict(GraphKV(SNAPKV, signal="decay", source_ratio=0.35, neighbors=0.2), KEYS, queries=QUERIES)
+    decision = evict(GraphKV(SNAPKV, Decay(source_ratio=0.35, neighbors=0.2)), KEYS, queries=QUERIES)
 
     # Budget 20 less the window of 10 leaves P = 10: K = floor(3.5), M = 2.
     assert decision.graph.weights.shape == (2, 3, 3, 2)
 
 
 def test_a_source_ratio_is_a_share_also_as_an_integer():
-    decision = evict(GraphKV(SNAPKV, signal="decay", source_ratio=1, neighbors=1), KEYS, queries=QUERIES)
+    decision = evict(GraphKV(SNAPKV, Decay(source_ratio=1, neighbors=1)), KEYS, queries=QUERIES)
 
     assert decision.graph.num_sources == 10
 
 
 def test_a_budget_below_the_protected_tokens_leaves_no_room_for_a_graph():
-    decision = evict(GraphKV(SnapKV(budget=8, window=10), signal="decay"), KEYS, queries=QUERIES)
+    decision = evict(GraphKV(SnapKV(budget=8, window=10), Decay(neighbors=1)), KEYS, queries=QUERIES)
 
     assert decision.graph.weights.shape == (2, 3, 0, 0)
     # The newest of the window.
@@ -191,7 +198,7 @@ def test_inputs_are_not_written_to():
     keys.setflags(write=False)
     queries.setflags(write=False)
 
-    evict(GraphKV(SNAPKV, signal="decay", rounds=2), keys, queries=queries)
+    evict(GraphKV(SNAPKV, Decay(neighbors=1, rounds=2)), keys, queries=queries)
 
     np.testing.assert_array_equal(keys, KEYS.astype("f4"))
 
@@ -204,15 +211,15 @@ def test_policies_are_immutable_values():
 
 
 @each_backend
-@pytest.mark.parametrize("options", [{"signal": "decay", "neighbors": 3}, {}], ids=["decay", "degree"])
-def test_unrotated_keys_are_compared_in_place_of_the_cached_ones(backend, options):
+@pytest.mark.parametrize("signal", [Decay(neighbors=3), Degree(), PageRank()], ids=["decay", "degree", "pagerank"])
+def test_unrotated_keys_are_compared_in_place_of_the_cached_ones(backend, signal):
     # Scores by position, so keys are for comparison only.
     base, cached, unrotated = StreamingLLM(budget=20), make(backend, KEYS), make(backend, KEYS[..., ::-1] ** 3)
 
-    found = evict(GraphKV(base, unrotated=True, **options), cached, unrotated_keys=unrotated, backend=backend)
+    found = evict(GraphKV(base, signal, unrotated=True), cached, unrotated_keys=unrotated, backend=backend)
 
-    wanted = evict(GraphKV(base, **options), unrotated, backend=backend)
-    other = evict(GraphKV(base, **options), cached, backend=backend)
+    wanted = evict(GraphKV(base, signal), unrotated, backend=backend)
+    other = evict(GraphKV(base, signal), cached, backend=backend)
     assert backend.to_numpy(found.scores).tolist() == backend.to_numpy(wanted.scores).tolist()
     assert backend.to_numpy(found.scores).tolist() != backend.to_numpy(other.scores).tolist()
 
@@ -222,12 +229,29 @@ def test_a_policy_says_that_it_needs_unrotated_keys():
     assert not GraphKV(SNAPKV).needs().unrotated_keys
 
 
-def test_the_papers_preset_is_apart_from_the_default():
-    paper = GraphKV.paper(SNAPKV)
+def test_the_default_is_the_papers_setting():
+    paper = GraphKV(SNAPKV)
 
-    assert (paper.source_ratio, paper.rounds, paper.accumulation, paper.signal) == (0.3, 1, "product", "decay")
+    assert paper.signal == Decay(source_ratio=0.3, neighbors=2, rounds=1, accumulation="product", strength=1.0)
+    assert not paper.signal.recompute_sources
+    assert not paper.unrotated
     assert paper.budget == 20
     assert isinstance(paper, Policy)
+
+
+def test_a_signal_of_ones_own_needs_no_change_of_graphkv():
+    @dataclass(frozen=True, kw_only=True)
+    class Reversed(Signal):
+        def rescore(self, scores, keys, /, *, valid, candidates, open_tokens, backend):
+            assert open_tokens == 20 - 10
+            return backend.xp.where(candidates, -scores, scores), None
+
+    alone = evict(SNAPKV, KEYS, queries=QUERIES)
+    found = evict(GraphKV(SNAPKV, Reversed()), KEYS, queries=QUERIES)
+
+    np.testing.assert_array_equal(found.scores, np.where(found.protected, alone.scores, -alone.scores))
+    assert not np.array_equal(found.kept, alone.kept)
+    assert found.graph is None
 
 
 @pytest.mark.parametrize(
@@ -245,53 +269,45 @@ def test_the_papers_preset_is_apart_from_the_default():
         (lambda: StreamingLLM(budget=9, num_sinks=-1), ArgumentError, "num_sinks must be at least 0"),
         (lambda: Random(budget=9, seed=0.5), ArgumentTypeError, "seed must be an integer; got 0.5"),
         (lambda: GraphKV(4), ArgumentTypeError, "base must be a Policy; got int"),
-        (lambda: GraphKV(SNAPKV, signal="decay", source_ratio=2.0), ArgumentError, "source_ratio must lie in"),
-        (lambda: GraphKV(SNAPKV, signal="decay", neighbors=-1), ArgumentError, "neighbors must be at least 0"),
-        (lambda: GraphKV(SNAPKV, signal="fade"), ArgumentError, "signal must be one of"),
+        (lambda: GraphKV(SNAPKV, Decay(neighbors=1, source_ratio=2.0)), ArgumentError, "source_ratio must lie in"),
+        (lambda: GraphKV(SNAPKV, Decay(neighbors=-1)), ArgumentError, "neighbors must be at least 0"),
+        (lambda: GraphKV(SNAPKV, signal="decay"), ArgumentTypeError, "signal must be a Signal; got str"),
         (
-            lambda: GraphKV(SNAPKV, signal="decay", accumulation="sum", rounds=2),
+            lambda: GraphKV(SNAPKV, Decay(neighbors=1, accumulation="sum", rounds=2)),
             ArgumentError,
             "rounds must be 1 with accumulation 'sum'",
         ),
         (
-            lambda: GraphKV(SNAPKV, signal="decay", recompute_sources=1),
+            lambda: GraphKV(SNAPKV, Decay(neighbors=1, recompute_sources=1)),
             ArgumentTypeError,
             "recompute_sources must be True or False",
         ),
+        (lambda: Degree(neighbors=2), TypeError, "unexpected keyword argument 'neighbors'"),
+        (lambda: Degree(source_ratio=0.1), TypeError, "unexpected keyword argument 'source_ratio'"),
+        (lambda: Degree(rounds=2), TypeError, "unexpected keyword argument 'rounds'"),
+        (lambda: Degree(accumulation="sum"), TypeError, "unexpected keyword argument 'accumulation'"),
+        (lambda: Degree(strength=0.5), TypeError, "unexpected keyword argument 'strength'"),
+        (lambda: Degree(recompute_sources=True), TypeError, "unexpected keyword argument 'recompute_sources'"),
+        (lambda: Decay(fusion="max_rank"), TypeError, "unexpected keyword argument 'fusion'"),
+        (lambda: Bar(exponent=2), TypeError, "unexpected keyword argument 'exponent'"),
+        (lambda: Bar(rounds=2), TypeError, "unexpected keyword argument 'rounds'"),
+        (lambda: Bar(strength=0.5), TypeError, "unexpected keyword argument 'strength'"),
+        (lambda: PageRank(neighbors=2), TypeError, "unexpected keyword argument 'neighbors'"),
+        (lambda: GraphKV(SNAPKV, neighbors=2), TypeError, "unexpected keyword argument 'neighbors'"),
+        (lambda: GraphKV(SNAPKV, Degree), ArgumentTypeError, "signal must be a Signal; got"),
+        (lambda: PageRank(damping=1.5), ArgumentError, r"damping must lie in \[0, 1\]; got 1.5"),
+        (lambda: PageRank(damping="much"), ArgumentTypeError, "damping must be a real number"),
+        (lambda: PageRank(rounds=-1), ArgumentError, "rounds must be at least 0; got -1"),
+        (lambda: PageRank(rounds=1.0), ArgumentTypeError, "rounds must be an integer; got 1.0"),
         (
-            lambda: GraphKV(SNAPKV, signal="degree", neighbors=2),
-            ArgumentError,
-            "neighbors must be left out with signal 'degree'; got 2",
-        ),
-        (
-            lambda: GraphKV(SNAPKV, signal="degree", neighbors=1.0),
-            ArgumentError,
-            "neighbors must be left out with signal 'degree'; got 1.0",
-        ),
-        (lambda: GraphKV(SNAPKV, signal="degree", source_ratio=0.1), ArgumentError, "source_ratio must be left out"),
-        (lambda: GraphKV(SNAPKV, signal="degree", rounds=2), ArgumentError, "rounds must be left out"),
-        (lambda: GraphKV(SNAPKV, signal="degree", accumulation="sum"), ArgumentError, "accumulation must be left out"),
-        (lambda: GraphKV(SNAPKV, signal="degree", strength=0.5), ArgumentError, "strength must be left out"),
-        (
-            lambda: GraphKV(SNAPKV, signal="degree", recompute_sources=True),
-            ArgumentError,
-            "recompute_sources must be left out with signal 'degree'; got True",
-        ),
-        (
-            lambda: GraphKV(SNAPKV, signal="decay", fusion="max_rank"),
-            ArgumentError,
-            "fusion must be left out with signal 'decay'; got 'max_rank'",
-        ),
-        (lambda: GraphKV(SNAPKV, signal="evict", exponent=2), ArgumentError, "exponent must be left out with signal"),
-        (
-            lambda: GraphKV(SNAPKV, signal="degree", fusion="mean_rank", exponent=2),
+            lambda: GraphKV(SNAPKV, Degree(fusion="mean_rank", exponent=2)),
             ArgumentError,
             "exponent must be left out with fusion 'mean_rank'; got 2",
         ),
-        (lambda: GraphKV(SNAPKV, signal="degree", fusion="sum"), ArgumentError, "fusion must be one of"),
-        (lambda: GraphKV(SNAPKV, signal="degree", exponent=0), ArgumentError, "exponent must be at least 1; got 0"),
+        (lambda: GraphKV(SNAPKV, Degree(fusion="sum")), ArgumentError, "fusion must be one of"),
+        (lambda: GraphKV(SNAPKV, Degree(exponent=0)), ArgumentError, "exponent must be at least 1; got 0"),
         (
-            lambda: GraphKV(SNAPKV, signal="degree", exponent=0.5),
+            lambda: GraphKV(SNAPKV, Degree(exponent=0.5)),
             ArgumentTypeError,
             "exponent must be an integer; got 0.5",
         ),

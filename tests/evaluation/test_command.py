@@ -153,7 +153,7 @@ def test_the_suites_are_sound():
     assert set(standard.lengths) == {1024, 2048, 4096}
     assert set(standard.budgets) == {128, 256, 512, 1024}
     for base in ("snapkv", "pyramidkv", "h2o", "knorm"):
-        assert {base, f"{base}+graphkv", f"{base}+graphkv-paper"} <= set(standard.policies)
+        assert {base, f"{base}+graphkv", f"{base}+degree"} <= set(standard.policies)
     assert {"full", "random", "keydiff"} <= set(standard.policies)
 
 

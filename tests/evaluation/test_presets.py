@@ -5,16 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from graphkv import ArgumentError, GraphKV, LayerShares, PerLayer, SnapKV, evict
+from graphkv import AdaKV, ArgumentError, Decay, GraphKV, LayerShares, PerLayer, SnapKV, evict
 from graphkv.__main__ import main
 from graphkv.evaluation.policies import make_policy
 from graphkv.evaluation.presets import Preset, load_preset, write_preset
 
 FULL = Preset(
-    base="snapkv",
-    options={"window": 8, "pooling": "max"},
+    base="snapkv(window=8, pooling=max)",
     sinks=2,
-    graph=({"signal": "decay", "neighbors": 3, "strength": 0.5}, {"signal": "decay", "rounds": 0}),
+    graph=("graphkv(neighbors=3, strength=0.5)", ""),
     layer_budgets=(30, 20, 13),
     about={"model": "tiny", "value": 1.5, "lengths": [64, 128]},
 )
@@ -37,7 +36,7 @@ def test_a_preset_comes_back_as_it_was_written(path):
 
 def test_a_preset_is_the_policy_that_it_names(path):
     base = SnapKV(budget=21, window=8, pooling="max", num_sinks=2)
-    graphs = (GraphKV(base, signal="decay", neighbors=3, strength=0.5), GraphKV(base, signal="decay", rounds=0))
+    graphs = (GraphKV(base, Decay(neighbors=3, strength=0.5)), base)
     expected = LayerShares(PerLayer(base, graphs), (30, 20, 13))
 
     assert make_policy(str(path), 21) == expected
@@ -55,10 +54,13 @@ def test_sinks_of_the_command_come_first(path):
 
 def test_parts_that_are_not_there_change_nothing(tmp_path):
     (tmp_path / "plain.toml").write_text('base = "h2o"')
-    (tmp_path / "graph.toml").write_text('base = "h2o"\n[[graph]]\nsignal = "decay"\nrounds = 2\n')
+    (tmp_path / "graph.toml").write_text('base = "h2o"\ngraph = ["graphkv(rounds=2)+adakv"]\n')
+    (tmp_path / "none.toml").write_text('base = "h2o"\ngraph = [""]\n')
 
     assert make_policy(str(tmp_path / "plain.toml"), 9) == make_policy("h2o", 9)
-    assert make_policy(str(tmp_path / "graph.toml"), 9) == make_policy("h2o+graphkv(signal='decay', rounds=2)", 9)
+    assert make_policy(str(tmp_path / "graph.toml"), 9) == make_policy("h2o+graphkv(rounds=2)+adakv", 9)
+    assert isinstance(make_policy(str(tmp_path / "graph.toml"), 9), AdaKV)
+    assert make_policy(str(tmp_path / "none.toml"), 9) == make_policy("h2o", 9)
 
 
 @pytest.mark.parametrize(
@@ -67,16 +69,18 @@ def test_parts_that_are_not_there_change_nothing(tmp_path):
         ("base = 1", "base must be a string; got 1"),
         ("sinks = 4", "must have the field base"),
         ('base = "best"', "base must be one of random, streaming-llm, snapkv"),
-        ('base = "snapkv"\nbudget = 4', "unknown fields: budget; known: base, options"),
+        ('base = "snapkv"\nbudget = 4', "unknown fields: budget; known: base, sinks"),
         ('base = "snapkv"\nsinks = -1', "sinks must be at least 0; got -1"),
         ('base = "snapkv"\nsinks = "four"', "sinks must be"),
-        ('base = "snapkv"\n[options]\nwindows = 8', "options: got an unexpected keyword argument 'windows'"),
-        ('base = "snapkv"\n[options]\nwindow = 0', "options: window must be"),
-        ('base = "snapkv"\noptions = 3', "options must be a table; got 3"),
-        ('base = "snapkv"\n[[graph]]\n[[graph]]\nstrength = 2', r"graph\[1\]: strength must lie in \[0, 1\]"),
-        ('base = "snapkv"\n[[graph]]\nstrengths = 1', r"graph\[0\]: got an unexpected keyword argument 'strengths'"),
-        ('base = "snapkv"\ngraph = [1]', r"graph\[0\] must be a table; got 1"),
-        ('base = "snapkv"\n[graph]\nrounds = 1', "graph must be an array of tables"),
+        ('base = "snapkv(windows=8)"', "base: got an unexpected keyword argument 'windows'"),
+        ('base = "snapkv(window=0)"', "base: window must be"),
+        ('base = "snapkv+graphkv"', r"base must be one of random.*; got 'snapkv\+graphkv'"),
+        ('base = "snapkv"\n[options]\nwindow = 8', "unknown fields: options; known: base"),
+        ('base = "snapkv"\ngraph = ["", "graphkv(strength=2)"]', r"graph\[1\]: strength must lie in \[0, 1\]"),
+        ('base = "snapkv"\ngraph = ["graphkv(strengths=1)"]', r"graph\[0\]: got an unexpected keyword .* 'strengths'"),
+        ('base = "snapkv"\ngraph = ["graph"]', r"graph\[0\] must be wrappers such as graphkv, .*; got 'graph'"),
+        ('base = "snapkv"\n[[graph]]\nrounds = 1', r"graph\[0\] must be a string; got"),
+        ('base = "snapkv"\n[graph]\nrounds = 1', "graph must be an array of strings"),
         ('base = "snapkv"\nlayer_budgets = [1, -2]', r"layer_budgets\[1\] must be finite and at least 0"),
         ('base = "snapkv"\nlayer_budgets = 4', "layer_budgets must be an array of numbers; got 4"),
         ("base = ", "must be TOML"),

@@ -12,6 +12,7 @@ pytest.importorskip("tomli_w", reason="presets are written with tomli-w, of grap
 
 from graphkv.__main__ import main
 from graphkv.evaluation import statistics
+from graphkv.evaluation.names import parse
 from graphkv.evaluation.policies import make_preset
 from graphkv.evaluation.presets import Preset, load_preset
 from graphkv.evaluation.records import read_records
@@ -31,12 +32,14 @@ def budget_loss(preset):
 def graph_loss(preset):
     if not preset.graph:
         return 3.0
-    found = preset.graph[0]
-    if not found.get("rounds"):
+    first, second = (parse(wrapper)[0] if wrapper else (None, {}) for wrapper in preset.graph)
+    kind, found = first
+    if "source_ratio" not in found:
         return 3.0
-    loss = abs(found["source_ratio"] - 0.7) + abs(log(found["neighbors"] / 4)) + abs(found["strength"] - 0.4)
-    loss += (found["signal"] != "decay") + abs(found["rounds"] - 1)
-    return loss + preset.graph[1].get("rounds", 1)
+    # Options that a signal lacks are as far off as can be.
+    loss = abs(found["source_ratio"] - 0.7) + abs(log(found["neighbors"] / 4)) + abs(found.get("strength", 1) - 0.4)
+    loss += (kind != "graphkv") + abs(found.get("rounds", 1) - 1)
+    return loss + (second[1].get("rounds", 1) if second[0] else 0)
 
 
 def run_search(seed=0, evaluations=600, loss=lambda preset: budget_loss(preset) + graph_loss(preset), **options):
@@ -63,11 +66,12 @@ def test_a_planted_optimum_is_found(seed):
         == min(map(lambda each: budget_loss(each) + graph_loss(each), seen))
     )
     assert np.allclose(best.layer_budgets, WANTED, rtol=0.2)
-    assert best.graph[0]["signal"] == "decay"
-    assert best.graph[0]["source_ratio"] == pytest.approx(0.7, abs=0.15)
-    assert best.graph[0]["strength"] == pytest.approx(0.4, abs=0.15)
-    assert best.graph[0]["neighbors"] in (3, 4, 5)
-    assert (best.graph[0]["rounds"], best.graph[1]) == (1, {"signal": "decay", "rounds": 0})
+    ((kind, options),) = parse(best.graph[0])
+    assert kind == "graphkv"
+    assert options["source_ratio"] == pytest.approx(0.7, abs=0.15)
+    assert options["strength"] == pytest.approx(0.4, abs=0.15)
+    assert options["neighbors"] in (3, 4, 5)
+    assert (options["rounds"], best.graph[1]) == (1, "")
     assert 900 <= len(seen) <= 1000
 
 
@@ -111,16 +115,14 @@ def test_either_search_can_be_left_out(options, graphs, alike):
     assert (best.layer_budgets == START.layer_budgets) == alike
 
 
-def test_the_start_of_the_graph_is_the_default_graph():
+def test_the_start_of_the_graph_is_the_degree():
     space = GraphSpace(groups=1)
-    (options,) = space.place(START, space.start()).graph
-
-    assert make_preset(Preset(base="snapkv", graph=(options,)), 9) == make_preset(Preset(base="snapkv", graph=({},)), 9)
+    assert make_preset(space.place(START, space.start()), 9) == make_preset(replace(START, graph=("degree",)), 9)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.2, 0.999, 1.0])
 def test_every_point_of_the_cube_is_a_policy(value):
-    preset = GraphSpace(groups=3).place(START, [value] * 18)
+    preset = GraphSpace(groups=3).place(START, [value] * 21)
     space = BudgetSpace(layers=range(4, 8), budget=BUDGET, least=8, most=200)
     policy = make_preset(space.place(preset, [value, 1 - value, value, 0.5]), BUDGET)
 
@@ -158,7 +160,7 @@ def test_the_preset_is_the_best_candidate_of_the_tuning_split(tuned):
     assert len(means) > 10
     assert means[name] == min(means.values()) == pytest.approx(preset.about["value"])
     assert sum(preset.layer_budgets) == 3 * 48
-    assert (preset.base_name, preset.sinks, preset.about["split"]) == ("snapkv(window=8)", 4, "tuning")
+    assert (preset.base, preset.sinks, preset.about["split"]) == ("snapkv(window=8)", 4, "tuning")
 
 
 def test_it_is_reported_on_prompts_that_it_was_not_tuned_on(tuned, capsys):
@@ -168,7 +170,7 @@ def test_it_is_reported_on_prompts_that_it_was_not_tuned_on(tuned, capsys):
 
     assert {record.split for record in records} == {"held-out"}
     assert {record.policy for record in records} == {
-        "full", "snapkv(window=8)", "snapkv(window=8)+graphkv", path
+        "full", "snapkv(window=8)", "snapkv(window=8)+graphkv", "snapkv(window=8)+degree", path
     }  # fmt: skip
     assert header["presets"][path]["layer_budgets"] == list(load_preset(tuned / "preset.toml").layer_budgets)
     assert len(statistics.compare(records, "nll", {path: "snapkv(window=8)"})) == 1

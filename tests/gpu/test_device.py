@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
+from graphkv import Decay, Degree, GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
 
 pytestmark = pytest.mark.gpu
 
@@ -13,9 +13,9 @@ POLICIES = {
     "snapkv": SnapKV(budget=128, window=16, num_sinks=2),
     "streaming": StreamingLLM(budget=128),
     "random": Random(budget=128),
-    "graphkv": GraphKV(SnapKV(budget=128, window=16), signal="decay", neighbors=4, rounds=2),
-    "graphkv-recompute": GraphKV(SnapKV(budget=128, window=16), signal="decay", rounds=2, recompute_sources=True),
-    "graphkv-degree": GraphKV(SnapKV(budget=128, window=16), signal="degree"),
+    "graphkv": GraphKV(SnapKV(budget=128, window=16), Decay(neighbors=4, rounds=2)),
+    "graphkv-recompute": GraphKV(SnapKV(budget=128, window=16), Decay(neighbors=1, rounds=2, recompute_sources=True)),
+    "graphkv-degree": GraphKV(SnapKV(budget=128, window=16), Degree()),
 }
 
 
@@ -128,7 +128,7 @@ def _wait(gpu) -> None:
 
 def test_two_streams_do_not_disturb_each_other_only_on_a_device(gpu):
     first, second = gpu.make(layer(4000)[0]), gpu.make(layer(4000)[0][..., ::-1].copy())
-    policy = GraphKV(Random(budget=500), signal="decay", neighbors=4)
+    policy = GraphKV(Random(budget=500), Decay(neighbors=4))
     expected = [gpu.host(evict(policy, keys).scores) for keys in (first, second)]
     _wait(gpu)
 

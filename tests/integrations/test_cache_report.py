@@ -7,7 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import CAKE, H2O, AdaKV, Eviction, Graph, GraphKV, KeyDiff, SnapKV, propagate, select
+from graphkv import (
+    CAKE,
+    H2O,
+    AdaKV,
+    Bar,
+    Decay,
+    Degree,
+    Enhance,
+    Eviction,
+    Graph,
+    GraphKV,
+    KeyDiff,
+    SnapKV,
+    propagate,
+    select,
+)
 from graphkv.core import ArgumentError
 from graphkv.core.backend import load
 from graphkv.integrations.transformers import (
@@ -26,17 +41,17 @@ from tests.integrations.tiny import FAMILIES, tiny_llama
 
 N = 60
 BYTES_PER_TOKEN = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 floats
-GRAPH = {"signal": "decay", "neighbors": 4, "source_ratio": 0.5}
+GRAPH = Decay(source_ratio=0.5, neighbors=4)
 POLICIES = {
     "snapkv": SnapKV(budget=24, window=6),
-    "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), **GRAPH),
-    "adakv+graphkv": GraphKV(AdaKV(SnapKV(budget=24, window=6)), **GRAPH),
+    "snapkv+graphkv": GraphKV(SnapKV(budget=24, window=6), GRAPH),
+    "adakv+graphkv": GraphKV(AdaKV(SnapKV(budget=24, window=6)), GRAPH),
     # Another budget in every row and layer.
-    "cake+graphkv": GraphKV(CAKE(budget=24, window=6), **GRAPH),
-    "h2o+graphkv": GraphKV(H2O(budget=24), **GRAPH),
-    "keydiff+graphkv+evict": GraphKV(KeyDiff(budget=24), **{**GRAPH, "signal": "evict"}),
-    "snapkv+graphkv+degree": GraphKV(SnapKV(budget=24, window=6)),
-    "snapkv+graphkv+enhance": GraphKV(SnapKV(budget=24, window=6), signal="enhance", neighbors=8),
+    "cake+graphkv": GraphKV(CAKE(budget=24, window=6), GRAPH),
+    "h2o+graphkv": GraphKV(H2O(budget=24), GRAPH),
+    "keydiff+bar": GraphKV(KeyDiff(budget=24), Bar(source_ratio=0.5, neighbors=4)),
+    "snapkv+degree": GraphKV(SnapKV(budget=24, window=6), Degree()),
+    "snapkv+enhance": GraphKV(SnapKV(budget=24, window=6), Enhance(neighbors=8)),
 }
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
@@ -166,7 +181,7 @@ def test_suppressions_equal_loops(model, prompts, policy, backend):
     num_tokens, without_source = check_suppressions(cache)
     assert bool(num_tokens) == isinstance(policy, GraphKV)
     # Who was overtaken has no culprit; who was lowered has.
-    assert without_source == (num_tokens if getattr(policy, "signal", None) in ("enhance", "degree") else 0)
+    assert without_source == (num_tokens if isinstance(getattr(policy, "signal", None), (Enhance, Degree)) else 0)
 
 
 @each_policy

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from graphkv import H2O, GraphKV, KeyDiff, SnapKV
+from graphkv import H2O, Decay, GraphKV, KeyDiff, SnapKV
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import reference_logits
@@ -13,7 +13,7 @@ from tests.integrations.tiny import FAMILIES
 
 N = 40
 POLICIES = {
-    "snapkv+graphkv": GraphKV(SnapKV(budget=14, window=6, kernel_size=3), signal="decay", neighbors=3),
+    "snapkv+graphkv": GraphKV(SnapKV(budget=14, window=6, kernel_size=3), Decay(neighbors=3)),
     "h2o": H2O(budget=12),
     "keydiff": KeyDiff(budget=10, num_sinks=1),
 }

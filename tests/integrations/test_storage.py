@@ -26,9 +26,11 @@ from graphkv import (
     AdaKV,
     ArgumentError,
     ArgumentTypeError,
+    Degree,
     GraphKV,
     KeyDiff,
     KNorm,
+    PageRank,
     PerLayer,
     Policy,
     PyramidKV,
@@ -45,24 +47,23 @@ from tests.integrations.tiny import FAMILIES, SIZES, tiny, tiny_gemma3, tiny_lla
 ROOT = Path(__file__).parents[2]
 N = 40
 SNAPKV = SnapKV(budget=14, window=6, kernel_size=3)
-GRAPH = {"signal": "decay", "neighbors": 2}
 # Name to (policy, options of the cache, model).
 CASES = {
     "no policy": (None, {"num_queries": 7}, "llama"),
     "once": (SNAPKV, {}, "llama"),
-    "a window that reaches back": (GraphKV(SNAPKV, **GRAPH), {"every": 4}, "llama"),
-    "records of numpy": (GraphKV(SNAPKV, **GRAPH), {"every": 4, "record": True, "backend": "numpy"}, "llama"),
-    "records of torch": (GraphKV(SNAPKV, **GRAPH), {"every": 4, "record": True, "backend": "torch"}, "llama"),
+    "a window that reaches back": (GraphKV(SNAPKV), {"every": 4}, "llama"),
+    "records of numpy": (GraphKV(SNAPKV), {"every": 4, "record": True, "backend": "numpy"}, "llama"),
+    "records of torch": (GraphKV(SNAPKV), {"every": 4, "record": True, "backend": "torch"}, "llama"),
     "sums": (H2O(budget=12), {"every": 4}, "llama"),
     "sums of numpy": (RoCo(budget=14, num_sinks=1, num_recent=3), {"every": 4, "backend": "numpy"}, "llama"),
     "heads of different size": (AdaKV(SNAPKV), {"every": 4, "record": True}, "llama"),
     "heads with sums": (AdaKV(H2O(budget=12)), {"every": 4}, "llama"),
     "rows of different size": (CAKE(budget=14, window=6, kernel_size=3), {"every": 4, "record": True}, "llama"),
     "layers of different size": (PyramidKV(budget=14, window=6, kernel_size=3, beta=4), {"every": 4}, "llama"),
-    "two policies": (PerLayer(SNAPKV, policies=[SNAPKV, GraphKV(SNAPKV)]), {"every": 4}, "llama"),
+    "two policies": (PerLayer(SNAPKV, policies=[SNAPKV, GraphKV(SNAPKV, Degree())]), {"every": 4}, "llama"),
     "turned keys": (SNAPKV, {"every": 4, "rerotate": True}, "llama"),
-    "keys turned back": (GraphKV(KNorm(budget=12), unrotated=True), {"every": 4, "rerotate": True}, "llama"),
-    "sliding and full layers": (GraphKV(SNAPKV), {"every": 4}, "gemma3-mixed"),
+    "keys turned back": (GraphKV(KNorm(budget=12), Degree(), unrotated=True), {"every": 4, "rerotate": True}, "llama"),
+    "sliding and full layers": (GraphKV(SNAPKV, PageRank()), {"every": 4}, "gemma3-mixed"),
     "sliding layers": (H2O(budget=12), {"every": 4}, "mistral-sliding"),
     "a share": (KNorm(budget=0.5), {"every": 4}, "qwen3"),
     "learned positions": (KeyDiff(budget=12), {"every": 4}, "gpt2"),

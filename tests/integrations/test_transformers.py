@@ -12,6 +12,7 @@ from graphkv import (
     ArgumentError,
     ArgumentTypeError,
     BackendError,
+    Decay,
     ExpectedAttention,
     GraphKV,
     KeyDiff,
@@ -30,12 +31,12 @@ from tests.integrations.tiny import tiny_llama
 N = 40
 POLICIES = {
     "snapkv": SnapKV(budget=14, window=6, kernel_size=3),
-    "snapkv+graphkv": GraphKV(SnapKV(budget=14, window=6, kernel_size=3), signal="decay", neighbors=4),
+    "snapkv+graphkv": GraphKV(SnapKV(budget=14, window=6, kernel_size=3), Decay(neighbors=4)),
     "streaming-llm": StreamingLLM(budget=9, num_sinks=2),
     "random": Random(budget=0.3, seed=5),
     # Another budget in every layer.
     "pyramidkv": PyramidKV(budget=14, window=6, kernel_size=3),
-    "h2o+graphkv": GraphKV(H2O(budget=14), signal="decay", neighbors=2),
+    "h2o+graphkv": GraphKV(H2O(budget=14)),
     "tova": TOVA(budget=14),
     "keydiff": KeyDiff(budget=14, num_sinks=1),
     "expected-attention": ExpectedAttention(budget=14),

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from graphkv import ArgumentError, GraphKV, KNorm, Policy, SnapKV
+from graphkv import ArgumentError, Degree, GraphKV, KNorm, Policy, SnapKV
 from graphkv.core import Requirements
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
@@ -14,7 +14,7 @@ from tests.integrations.releases import cache_of
 from tests.integrations.tiny import FAMILIES, tiny_llama
 
 N = 40
-DEGREE = GraphKV(SnapKV(budget=14, window=6, kernel_size=3), signal="degree", unrotated=True)
+DEGREE = GraphKV(SnapKV(budget=14, window=6, kernel_size=3), Degree(), unrotated=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def test_a_left_padded_row_keeps_what_it_keeps_alone(family, ids):
     with evicting(model, DEGREE), torch.inference_mode():
         together = cache_of(model(prompts, attention_mask=mask, position_ids=mask.cumsum(-1) - 1))
         alone = cache_of(model(ids[None, pad:N]))
-    with evicting(model, GraphKV(DEGREE.base, signal="degree")), torch.inference_mode():
+    with evicting(model, GraphKV(DEGREE.base, Degree())), torch.inference_mode():
         rotated = cache_of(model(ids[None, pad:N]))
 
     moved = False

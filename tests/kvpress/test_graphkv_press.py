@@ -39,7 +39,7 @@ from kvpress import (
     TOVAPress,
 )
 
-from graphkv import ArgumentError, ArgumentTypeError, Policy, build_graph, propagate, select
+from graphkv import ArgumentError, ArgumentTypeError, Decay, Enhance, Policy, build_graph, propagate, select
 from graphkv.integrations.kvpress import GraphKVPress, PolicyPress
 from tests.integrations.reference import reference_generate
 from tests.integrations.tiny import tiny_llama
@@ -117,11 +117,11 @@ def test_the_graph_is_the_one_applied_by_hand(name, kv_heads):
     base = Recorded(press)
     if name == "pyramidkv":
         budgets = [press.get_layer_budget(layer.self_attn, N) for layer in model.model.layers]
-        wrapped = GraphKVPress(press, signal="decay", neighbors=3)
+        wrapped = GraphKVPress(press, signal=Decay(neighbors=3))
         prefill(model, ids, base)
     else:
         budgets = [24 if name == "lagkv" else 20] * 3
-        wrapped = GraphKVPress(base, signal="decay", neighbors=3)
+        wrapped = GraphKVPress(base, signal=Decay(neighbors=3))
 
     cache = prefill(model, ids, wrapped)
 
@@ -131,7 +131,7 @@ def test_the_graph_is_the_one_applied_by_hand(name, kv_heads):
 
 def test_attention_rows_reach_the_press():
     model, base = tiny_llama(attn_implementation="eager"), Recorded(ObservedAttentionPress(0.5))
-    cache = prefill(model, prompts(), GraphKVPress(base, signal="decay", neighbors=3))
+    cache = prefill(model, prompts(), GraphKVPress(base, signal=Decay(neighbors=3)))
 
     assert same(cache, by_hand(base.calls, (0, 0), [20] * 3, num_neighbors=3))
 
@@ -139,7 +139,7 @@ def test_attention_rows_reach_the_press():
 @pytest.mark.parametrize("kind", sorted(MODELS))
 def test_every_family_of_models(kind):
     base = Recorded(KnormPress(0.5) if kind == "phi3" else SnapKVPress(0.5, window_size=6, kernel_size=3))
-    cache = prefill(MODELS[kind](), prompts(), GraphKVPress(base, signal="decay", neighbors=2))
+    cache = prefill(MODELS[kind](), prompts(), GraphKVPress(base))
 
     forced = (0, 0) if kind == "phi3" else (0, 6)
     assert same(cache, by_hand(base.calls, forced, [20] * 4, num_neighbors=2))
@@ -151,7 +151,7 @@ def test_half_precision(dtype, name):
     """Scores are widened before the graph, so equal ones stay equal and go to the lower index."""
     press, forced = PRESSES[name]
     base = Recorded(press)
-    cache = prefill(MODELS["llama"]().to(dtype), prompts(), GraphKVPress(base, signal="decay", neighbors=3))
+    cache = prefill(MODELS["llama"]().to(dtype), prompts(), GraphKVPress(base, signal=Decay(neighbors=3)))
 
     assert base.calls[0][0].dtype == dtype
     assert cache.layers[0].keys.dtype == dtype
@@ -161,7 +161,7 @@ def test_half_precision(dtype, name):
 def test_all_options_of_graphkv_are_taken(model):
     base = Recorded(PRESSES["snapkv"][0])
     press = GraphKVPress(
-        base, source_ratio=0.5, neighbors=2, rounds=3, signal="enhance", strength=0.25, recompute_sources=False
+        base, signal=Enhance(source_ratio=0.5, neighbors=2, rounds=3, strength=0.25, recompute_sources=False)
     )
     cache = prefill(model, prompts(), press)
 
@@ -203,7 +203,7 @@ class Loud(ScorerPress):
 
 def test_a_forced_token_is_told_from_an_equal_score(model):
     base = Recorded(Loud(0.5))
-    cache = prefill(model, prompts(), GraphKVPress(base, signal="decay", neighbors=2))
+    cache = prefill(model, prompts(), GraphKVPress(base))
 
     scores = base.calls[0][0]
     # The mark of kvpress is lost in rounding: the best token of every head has it too.
@@ -218,7 +218,7 @@ class Even(ScorerPress):
 
 def test_equal_scores_force_nothing(model):
     base = Recorded(Even(0.5))
-    cache = prefill(model, prompts(), GraphKVPress(base, signal="decay", neighbors=1))
+    cache = prefill(model, prompts(), GraphKVPress(base, signal=Decay(neighbors=1)))
 
     assert same(cache, by_hand(base.calls, (0, 0), [20] * 4, num_neighbors=1))
     # Without the graph the first half would stay.
@@ -238,7 +238,7 @@ class Kept(Policy):
 
 @pytest.mark.parametrize("name", ["snapkv", "knorm"])
 def test_generation_equals_a_reference_without_a_cache(model, name):
-    press = GraphKVPress(PRESSES[name][0], signal="decay", source_ratio=0.5, neighbors=4)
+    press = GraphKVPress(PRESSES[name][0], signal=Decay(source_ratio=0.5, neighbors=4))
     ids = prompts(batch=2)
     with press(model):
         found = generate(model, ids)
@@ -288,9 +288,12 @@ def test_wrappers_of_kvpress_take_it(model, wrapper, name):
     without = outcome(model, wrapper(copy.deepcopy(base)), ids)
 
     # A graph without sources changes nothing, whoever asks for the scores.
-    assert outcome(model, wrapper(GraphKVPress(copy.deepcopy(base), signal="decay", source_ratio=0)), ids) == without
     assert (
-        outcome(model, wrapper(GraphKVPress(copy.deepcopy(base), signal="decay", source_ratio=0.5, neighbors=6)), ids)
+        outcome(model, wrapper(GraphKVPress(copy.deepcopy(base), signal=Decay(neighbors=1, source_ratio=0))), ids)
+        == without
+    )
+    assert (
+        outcome(model, wrapper(GraphKVPress(copy.deepcopy(base), signal=Decay(source_ratio=0.5, neighbors=6))), ids)
         != without
     )
 
@@ -298,7 +301,7 @@ def test_wrappers_of_kvpress_take_it(model, wrapper, name):
 def test_scores_for_wrappers_put_forced_tokens_first(model):
     base = Recorded(PRESSES["snapkv"][0])
     seen = []
-    press = GraphKVPress(base, signal="enhance", neighbors=5, source_ratio=1.0, rounds=5)
+    press = GraphKVPress(base, signal=Enhance(neighbors=5, source_ratio=1.0, rounds=5))
 
     class Spy(AdaKVPress):
         def compress(self, *args):
@@ -328,10 +331,10 @@ def test_decoding_press_reaches_its_target(model, target):
         with DecodingPress(base, compression_interval=5, target_size=target)(model):
             return generate(model, prompts(batch=1), num_new=num_new).tolist()
 
-    decode(Spied(KnormPress(), signal="decay", source_ratio=0.5, neighbors=6), 12)
+    decode(Spied(KnormPress(), signal=Decay(source_ratio=0.5, neighbors=6)), 12)
     assert sizes == [(45, target)] * 4 + [(target + 5, target)] * 4
     # Without sources all is as with the base, but for the order, which decides ties from the second time on.
-    assert decode(GraphKVPress(KnormPress(), signal="decay", source_ratio=0), 10) == decode(KnormPress(), 10)
+    assert decode(GraphKVPress(KnormPress(), signal=Decay(neighbors=1, source_ratio=0)), 10) == decode(KnormPress(), 10)
 
 
 def test_the_ratio_is_that_of_the_base(model):
@@ -398,10 +401,10 @@ class OwnCompress(KnormPress):
         (PolicyPress, {}, ArgumentTypeError, "base_press must be a ScorerPress"),
         (OwnCompress(0.5), {}, ArgumentError, "OwnCompress has a compress of its own"),
         (GraphKVPress(KnormPress(0.5)), {}, ArgumentError, "GraphKVPress has a compress of its own"),
-        (KnormPress(0.5), {"source_ratio": 1.5}, ArgumentError, "source_ratio must lie in"),
-        (KnormPress(0.5), {"signal": "loud"}, ArgumentError, "signal must be one of"),
+        (KnormPress(0.5), {"signal": Decay}, ArgumentTypeError, "signal must be a Signal; got"),
+        (KnormPress(0.5), {"signal": "decay"}, ArgumentTypeError, "signal must be a Signal; got str"),
         (KnormPress(0.5), {"compression_ratio": -0.5}, ArgumentError, "compression_ratio must lie in"),
-        (KnormPress(0.5), {"neighbours": 2}, TypeError, "neighbours"),
+        (KnormPress(0.5), {"neighbors": 2}, TypeError, "neighbors"),
     ],
 )
 def test_bad_input(base, options, error, message):

@@ -18,6 +18,7 @@ from graphkv import (
     AdaKV,
     ArgumentError,
     ArgumentTypeError,
+    Decay,
     GraphKV,
     KeyDiff,
     KNorm,
@@ -74,9 +75,7 @@ def is_headwise(policy):
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
-@pytest.mark.parametrize(
-    "policy", [SNAPKV, GraphKV(H2O(budget=BUDGET), signal="decay", neighbors=2)], ids=["snapkv", "h2o+graphkv"]
-)
+@pytest.mark.parametrize("policy", [SNAPKV, GraphKV(H2O(budget=BUDGET))], ids=["snapkv", "h2o+graphkv"])
 def test_queries_are_those_of_the_model(kind, policy):
     """Biases, norms, fused projections and partial rotation: evicting() takes the queries out of the attention."""
     model = MODELS[kind]()
@@ -99,11 +98,11 @@ def test_another_scaling_of_the_logits_reaches_the_policy():
     "policy",
     [
         SNAPKV,
-        GraphKV(SNAPKV, signal="decay", neighbors=4),
+        GraphKV(SNAPKV, Decay(neighbors=4)),
         PYRAMID,
         H2O(budget=0.3),
         AdaKV(SNAPKV),
-        AdaKV(GraphKV(SNAPKV, signal="decay", neighbors=4)),
+        AdaKV(GraphKV(SNAPKV, Decay(neighbors=4))),
     ],
     ids=["snapkv", "snapkv+graphkv", "pyramidkv", "h2o", "adakv", "adakv+graphkv"],
 )
@@ -149,7 +148,7 @@ def test_the_next_prompt_lifts_the_mask_of_head_budgets(model):
 
 
 def test_a_row_of_a_batch_keeps_what_it_keeps_alone(model):
-    press = PolicyPress(GraphKV(SNAPKV, signal="decay", neighbors=3))
+    press = PolicyPress(GraphKV(SNAPKV, Decay(neighbors=3)))
     together = prefill(model, prompts(), press)
     for row in range(3):
         alone = prefill(model, prompts()[row : row + 1], press)
@@ -161,7 +160,7 @@ def test_a_row_of_a_batch_keeps_what_it_keeps_alone(model):
 def test_half_precision(dtype):
     model, ids = MODELS["llama"]().to(dtype), prompts()
 
-    policy = GraphKV(KeyDiff(budget=BUDGET), signal="decay", neighbors=2)
+    policy = GraphKV(KeyDiff(budget=BUDGET))
     assert same(prefill(model, ids, PolicyPress(policy)), evicted(model, ids, policy))
 
     with PolicyPress(GraphKV(SNAPKV))(model), torch.inference_mode():

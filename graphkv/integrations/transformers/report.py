@@ -41,7 +41,7 @@ class Suppressions:
     A token is suppressed where the importance alone, under the same budget, would have kept it and the scores after the
     graph did not. There is one entry for every edge of weight above 0 that leads to a suppressed token and lowered its
     score, and one with source -1 for a suppressed token without such an edge: one that others overtook because their
-    scores were raised, or that sank under ``signal="degree"``, which has no edges.
+    scores were raised, or that sank under `Degree` or `PageRank`, which have no edges.
 
     Entries are in order of row, head and token; then the strongest edge first, equal ones by source. So the first entry
     of a token names the source that lowered it most. With ``recompute_sources=True`` the edges are those of the last

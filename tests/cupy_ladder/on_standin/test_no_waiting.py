@@ -10,7 +10,21 @@ import numpy as np
 import pytest
 import standin
 
-from graphkv import GraphKV, Random, SnapKV, StreamingLLM, build_graph, degree, evict, fuse, propagate, select
+from graphkv import (
+    Bar,
+    Decay,
+    Enhance,
+    GraphKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    build_graph,
+    degree,
+    evict,
+    fuse,
+    propagate,
+    select,
+)
 from graphkv.core import primitives
 from graphkv.core.backend import load
 from tests.policies import every_policy
@@ -23,11 +37,11 @@ POLICIES = {
     "snapkv-max": SnapKV(budget=12, window=4, pooling="max", group_reduction="max"),
     "streaming": StreamingLLM(budget=9),
     "random": Random(budget=9),
-    "graphkv": GraphKV(SnapKV(budget=12, window=4), signal="decay", neighbors=2),
-    "graphkv-rounds": GraphKV(Random(budget=12), signal="decay", rounds=3, strength=0.5),
-    "graphkv-recompute": GraphKV(StreamingLLM(budget=12), signal="decay", rounds=2, recompute_sources=True),
-    "graphkv-enhance": GraphKV(SnapKV(budget=12, window=4), signal="enhance", accumulation="sum"),
-    "graphkv-evict": GraphKV(SnapKV(budget=12, window=4), signal="evict"),
+    "graphkv": GraphKV(SnapKV(budget=12, window=4)),
+    "graphkv-rounds": GraphKV(Random(budget=12), Decay(neighbors=1, rounds=3, strength=0.5)),
+    "graphkv-recompute": GraphKV(StreamingLLM(budget=12), Decay(neighbors=1, rounds=2, recompute_sources=True)),
+    "graphkv-enhance": GraphKV(SnapKV(budget=12, window=4), Enhance(neighbors=1, accumulation="sum")),
+    "graphkv-evict": GraphKV(SnapKV(budget=12, window=4), Bar(neighbors=1)),
     "everything fits": StreamingLLM(budget=99),
     **every_policy(9),
 }
