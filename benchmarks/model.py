@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from graphkv import GraphKV, SnapKV
+from graphkv import Degree, GraphKV, SnapKV
 from graphkv.evaluation.model import DEFAULT_MODEL, load_model
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.versions import with_cache
@@ -19,7 +19,7 @@ from .measure import Row
 __all__ = ["rows"]
 
 BUDGET = 512
-POLICY = GraphKV(SnapKV(budget=BUDGET))
+POLICY = GraphKV(SnapKV(budget=BUDGET), Degree())
 DECODED = 16
 
 

@@ -21,9 +21,9 @@ HERE = Path(__file__).parent / "results"
 BASES = {"snapkv": "SnapKV", "pyramidkv": "PyramidKV", "h2o": "H2O", "knorm": "KNorm"}
 PARTS = {("needle", "aware"): "aware", ("needle", "agnostic"): "agnostic", ("continuation", "agnostic"): "continuation"}
 KINDS = {
-    "default over base": {f"{base}+graphkv": base for base in BASES},
-    "paper's setting over base": {f"{base}+graphkv-paper": base for base in BASES},
-    "default over KeyDiff": {f"{base}+graphkv": "keydiff" for base in BASES},
+    "degree over base": {f"{base}+degree": base for base in BASES},
+    "paper's setting over base": {f"{base}+graphkv": base for base in BASES},
+    "degree over KeyDiff": {f"{base}+degree": "keydiff" for base in BASES},
 }
 FUSIONS = {
     "exponent=8": "power 8",
@@ -81,7 +81,7 @@ def counts(comparisons: dict[str, list[Comparison]]) -> str:
 
 
 def gains(comparisons: list[Comparison], part: str) -> str:
-    """Show what the default changes, cell by cell."""
+    """Show what the degree changes, cell by cell."""
     shown = {(one.cell.length, one.cell.budget, one.baseline): one for one in comparisons if part_of(one) == part}
     body = []
     for length, budget in sorted({key[:2] for key in shown}):
@@ -94,7 +94,7 @@ def tuning(read: list[Record]) -> str:
     """Show what every fusion changes on the tuning split, with standard errors."""
     body = []
     for base, name in BASES.items():
-        names = {f"{base}+graphkv(signal='degree',{options})": fusion for options, fusion in FUSIONS.items()}
+        names = {f"{base}+degree({options})": fusion for options, fusion in FUSIONS.items()}
         for policy, fusion in {**names, "keydiff": "KeyDiff alone"}.items():
             found = {(part_of(one), one.cell.budget): one for one in compare(read, "nll", {policy: base})}
             if found:
@@ -112,7 +112,7 @@ def main() -> int:
     read = records("standard/records.jsonl.gz")
     comparisons = {kind: compare(read, "nll", pairs) for kind, pairs in KINDS.items()}
     tables = {"counts": counts(comparisons)}
-    tables |= {part: gains(comparisons["default over base"], part) for part in PARTS.values()}
+    tables |= {part: gains(comparisons["degree over base"], part) for part in PARTS.values()}
     tables |= {f"tuning {name}": tuning(records(f"tuning/{name}.jsonl.gz")) for name in ("smollm2", "gemma3")}
     return renew(HERE / "index.md", tables)
 

@@ -2,8 +2,8 @@
 
 It was written only from the documentation pages (specification, vectors, porting, glossary) and the vector files, by
 someone who had not seen the source, and shares no code with the library. Since then two things have changed: how
-`direction` computes the length of a key, which the pages had not said, and `degree` and `fuse`, which came later and
-are by the library's authors.
+`direction` computes the length of a key, which the pages had not said, and `degree`, `fuse` and `pagerank`, which came
+later and are by the library's authors.
 
 The first half computes one row at a time and has no dtypes: every number is a Python float. The second half reads the
 vectors, calls the first for each row, and compares.
@@ -18,7 +18,7 @@ from fractions import Fraction
 from math import floor, inf, isfinite, isnan, prod, sqrt
 from pathlib import Path
 
-CORE = ("order", "build_graph", "propagate", "degree", "fuse", "select", "figure", "counts")
+CORE = ("order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "figure", "counts")
 SMALLEST_FACTOR = 1e-6
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 
@@ -155,6 +155,27 @@ def ranks(values):
     return found
 
 
+def pagerank(importance, keys, damping=0.15, rounds=10, valid=None, narrow=False):
+    """The scores after importance has flowed between like tokens, by way of one sum of directions a round."""
+    if damping == 0 or rounds == 0:
+        return list(importance)
+    tokens = [j for j in range(len(keys)) if (valid is None or valid[j]) and isfinite(importance[j])]
+    found = {j: direction(keys[j], narrow) for j in tokens}
+    directions = {j: one or [0.0 for _ in keys[j]] for j, one in found.items()}
+    lowest = min([0.0] + [importance[j] for j in tokens])
+    size = sum(importance[j] - lowest for j in tokens)
+    home = {j: (importance[j] - lowest) / size if size else 1.0 / len(tokens) for j in tokens}
+    central = home
+    for _ in range(rounds if tokens else 0):
+        weighted = [[central[j] * x for x in directions[j]] for j in tokens]
+        anchor = [sum(parts) for parts in zip(*weighted, strict=True)]
+        here = sum(central.values())
+        near = {j: here + sum(x * a for x, a in zip(directions[j], anchor, strict=True)) for j in tokens}
+        total = sum(near.values())
+        central = {j: damping * near[j] / total + (1 - damping) * home[j] for j in tokens}
+    return [central[j] * (size or 1.0) if j in central else importance[j] for j in range(len(keys))]
+
+
 def select(scores, budget, protected=None, valid=None):
     """Step 3: the tokens that are kept, ascending."""
     protected = protected or [False for _ in scores]
@@ -260,6 +281,15 @@ def run_fuse(importance, degree, valid, **options):
     return {"scores": pack(found, lead, num_tokens)}
 
 
+def run_pagerank(importance, keys, valid, **options):
+    """The scores by PageRank."""
+    *lead, num_tokens = importance["shape"]
+    narrow = "float64" not in (keys["dtype"], importance["dtype"])
+    inputs = zip(rows(importance, lead, numbers=True), rows(keys, lead, numbers=True), rows(valid, lead), strict=True)
+    found = [pagerank(score, key, valid=ok, narrow=narrow, **options) for score, key, ok in inputs]
+    return {"scores": pack(found, lead, num_tokens)}
+
+
 def run_select(scores, budget, protected, valid):
     """The kept tokens."""
     *lead, num_tokens = scores["shape"]
@@ -274,6 +304,7 @@ STEPS = {
     "propagate": run_propagate,
     "degree": run_degree,
     "fuse": run_fuse,
+    "pagerank": run_pagerank,
     "select": run_select,
     "budget_tokens": lambda **arguments: {"count": budget_tokens(**arguments)},
     "ratio_count": lambda **arguments: {"count": ratio_count(**arguments)},

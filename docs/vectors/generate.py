@@ -481,6 +481,61 @@ def fuse_cases() -> list[dict[str, Any]]:
     ]
 
 
+# --- pagerank --------------------------------------------------------------------------------------------------------
+
+
+def flow(name: str, rule: str, importance: Any, keys: Any, **given: Any) -> dict[str, Any]:
+    """Make a case of pagerank: half of everything flows, in two rounds, unless said otherwise."""
+    dtype = given.pop("dtype", "float32")
+    importance = importance if isinstance(importance, dict) else numbers(importance, dtype)
+    keys = keys if isinstance(keys, dict) else numbers(keys, dtype)
+    options = {"damping": 0.5, "rounds": 2, "valid": None} | given
+    if isinstance(options["valid"], list):
+        options["valid"] = mask(options["valid"])
+    tolerance = options.pop("tolerance", CLOSE)
+    return case("pagerank", name, rule, tolerance, importance=importance, keys=keys, **options)
+
+
+def pagerank_cases() -> list[dict[str, Any]]:
+    """Cover PageRank: it divides by sums, so most results are compared within a tolerance."""
+    up = [8, 6, 4, 2, 1, 0, 3, 5]
+    down = [-1, -2, -3, -9, -4, -5, -8, -6]
+    rule, lift = "importance flows between all pairs, and teleports", "the least of negative importance becomes 0"
+    none, flat = "a key without direction has the cosine 0", "where nothing is important all tokens are alike"
+    left_out, same = "invalid tokens take no part and keep their importance", "no damping or no rounds changes nothing"
+    stays = "infinity and NaN stay, and their tokens take no part"
+    return [
+        flow("eight_keys", rule, up, KEYS),
+        flow("one_round", rule, up, KEYS, rounds=1),
+        flow("ten_rounds", rule, up, KEYS, damping=0.15, rounds=10),
+        flow("no_teleport", rule, up, KEYS, damping=1.0),
+        flow("one_key", rule, [3], [A]),
+        flow("opposites", rule, [1, 3], [A, [-4, 0, 0, 0, 0]]),
+        flow("duplicates", rule, [1, 1, 2, 1], [A, B, A, A]),
+        flow("length_does_not_matter", rule, [4, 3, 2, 1], [A, B, [8, 0, 0, 0, 0], [0.25, 0, 0, 0, 0]]),
+        flow("negative_scores", lift, down, KEYS),
+        flow("mixed_signs", lift, [4, -2, 1, -1, 0, 2, -2, 3], KEYS),
+        flow("all_zero", flat, [0] * 8, KEYS),
+        flow("all_equal_and_negative", flat, [-3] * 8, KEYS),
+        flow("zero_key", none, [4, 3, 2, 1], [A, [0] * 5, A, B]),
+        flow("infinite_and_nan_keys", none, [4, 3, 2, 1], [A, [inf, 0, 0, 0, 0], [nan] * 5, A]),
+        flow("special_scores", stays, [inf, -inf, nan, 3, 1, -0.0, 2, 5], KEYS),
+        flow("only_special_scores", stays, [inf, nan, -inf], KEYS[:3], tolerance=None),
+        flow("padding", left_out, up, KEYS, valid=[1, 0, 0, 1, 0, 1, 1, 0]),
+        flow("padding_of_nan", left_out, [2, 9, 1, -9], [A, [nan] * 5, B, [inf] * 5], valid=[1, 0, 1, 0]),
+        flow("nothing_valid", left_out, up, KEYS, valid=[0] * 8, tolerance=None),
+        flow("no_damping", same, [-0.0, 1, nan, inf], KEYS[:4], damping=0.0, tolerance=None),
+        flow("no_rounds", same, [-0.0, 1, nan, inf], KEYS[:4], rounds=0, tolerance=None),
+        flow("no_tokens", "leading axes", numbers([], shape=(0,)), numbers([], shape=(0, 5)), tolerance=None),
+        flow("no_rows", "leading axes", numbers([], shape=(0, 3)), numbers([], shape=(0, 3, 5)), tolerance=None),
+        flow("rows", "leading axes", [[[4, 3, 2, 1]], [[0, 1, 2, -3]]], [[KEYS[:4]], [KEYS[4:]]]),
+        flow("half", "arithmetic", numbers(up, "float16"), numbers(KEYS, "float16")),
+        flow("integer_importance", "arithmetic", numbers(up, "int64"), KEYS),
+        flow("float64_keys", "arithmetic", up, numbers(KEYS, "float64")),
+        flow("float64_importance", "arithmetic", numbers(up, "float64"), KEYS),
+    ]
+
+
 # --- select ----------------------------------------------------------------------------------------------------------
 
 
@@ -611,12 +666,21 @@ def policy_cases() -> list[dict[str, Any]]:
             ]
         ]
     )
-    decay = {
-        "name": "GraphKV", "base": streaming, "source_ratio": 0.7, "neighbors": 2, "rounds": 1, "signal": "decay",
-        "accumulation": "product", "strength": 1.0, "recompute_sources": False,
+    options = {
+        "name": "Decay", "source_ratio": 0.7, "neighbors": 2, "rounds": 1, "accumulation": "product", "strength": 1.0,
+        "recompute_sources": False,
     }  # fmt: skip
-    apart = {"name": "GraphKV", "base": streaming, "signal": "degree", "fusion": "power", "exponent": 2}
-    ranks = {"name": "GraphKV", "base": streaming, "signal": "degree", "fusion": "max_rank"}
+    square, highest = {"name": "Degree", "exponent": 2, "fusion": "power"}, {"name": "Degree", "fusion": "max_rank"}
+    graph = {"name": "GraphKV", "base": streaming}
+    decay, apart, ranks = graph | {"signal": options}, graph | {"signal": square}, graph | {"signal": highest}
+
+    spread_out = graph | {"signal": {"name": "PageRank", "damping": 0.5, "rounds": 2}}
+    barred = graph | {"signal": {"name": "Bar", "source_ratio": 0.7, "neighbors": 2}}
+    middle = graph | {"signal": highest | {"fusion": "mean_rank"}}
+
+    def sent(**changes: Any) -> dict[str, Any]:
+        return graph | {"signal": options | changes}
+
     pairs = mask([[1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]])
     wide = numbers([[[row[i : i + 1] * 5 for row in KEYS] for i in range(2)]])
     generator = random.Random(2509)
@@ -662,43 +726,43 @@ def policy_cases() -> list[dict[str, Any]]:
             queries=numbers([vectors.decode(queries["data"])[0]] * 2),
         ),
         evict("graphkv", "decay over the base", decay, recent),
-        evict("graphkv_sum", "decay over the base", decay | {"accumulation": "sum"}, recent),
-        evict("graphkv_enhance", "signals", decay | {"signal": "enhance"}, recent),
-        evict("graphkv_evict", "signals", decay | {"signal": "evict"}, recent),
-        evict("graphkv_two_rounds", "fixed sources", decay | {"rounds": 2}, recent),
+        evict("graphkv_sum", "decay over the base", sent(accumulation="sum"), recent),
+        evict("graphkv_enhance", "signals", sent(name="Enhance"), recent),
+        evict("graphkv_evict", "signals", barred, recent),
+        evict("graphkv_two_rounds", "fixed sources", sent(rounds=2), recent),
         evict(
             "graphkv_recompute",
             "sources chosen anew",
-            decay | {"signal": "enhance", "rounds": 2, "recompute_sources": True},
+            sent(name="Enhance", rounds=2, recompute_sources=True),
             recent,
         ),
-        evict("graphkv_strength", "strength", decay | {"strength": 0.5}, recent),
+        evict("graphkv_strength", "strength", sent(strength=0.5), recent),
         evict("graphkv_padding", "padding is not counted", decay, two_recent, valid=left),
-        evict("graphkv_no_sources", same, decay | {"source_ratio": 0.0}, recent),
-        evict("graphkv_no_neighbors", same, decay | {"neighbors": 0}, recent),
-        evict("graphkv_no_rounds", same, decay | {"rounds": 0}, recent),
+        evict("graphkv_no_sources", same, sent(source_ratio=0.0), recent),
+        evict("graphkv_no_neighbors", same, sent(neighbors=0), recent),
+        evict("graphkv_no_rounds", same, sent(rounds=0), recent),
         evict("graphkv_nothing_open", counts, decay | {"base": streaming | {"num_sinks": 4}}, recent),
-        evict("graphkv_one_source_at_least", counts, decay | {"source_ratio": 0.1}, recent),
-        evict("graphkv_neighbor_share", counts, decay | {"neighbors": 0.7}, recent),
+        evict("graphkv_one_source_at_least", counts, sent(source_ratio=0.1), recent),
+        evict("graphkv_neighbor_share", counts, sent(neighbors=0.7), recent),
         evict(
             "graphkv_over_snapkv",
             counts,
-            decay | {"base": snap, "source_ratio": 0.5, "neighbors": 1},
+            sent(source_ratio=0.5, neighbors=1) | {"base": snap},
             recent,
             attention=rows,
         ),
         evict("graphkv_over_random", "decay over the base", decay | {"base": draw}, recent, tolerance=CLOSE),
         evict("graphkv_degree", "the degree signal", apart, eight),
-        evict("graphkv_degree_cube", "the degree signal", apart | {"exponent": 3}, eight),
-        evict("graphkv_degree_max_rank", "the degree signal", ranks | {"fusion": "max_rank"}, eight),
-        evict("graphkv_degree_mean_rank", "the degree signal", ranks | {"fusion": "mean_rank"}, eight),
+        evict("graphkv_degree_cube", "the degree signal", graph | {"signal": square | {"exponent": 3}}, eight),
+        evict("graphkv_degree_max_rank", "the degree signal", ranks, eight),
+        evict("graphkv_degree_mean_rank", "the degree signal", middle, eight),
         evict("graphkv_degree_padding", "padding is not counted", apart, two, valid=pairs),
         evict("graphkv_degree_padding_ranks", "padding is not counted", ranks, two, valid=pairs),
         evict("graphkv_degree_over_snapkv", "the degree signal", apart | {"base": snap}, eight, attention=rows),
         evict(
             "graphkv_degree_over_graphkv",
             "the degree signal",
-            apart | {"base": decay | {"neighbors": 1, "source_ratio": 0.5}},
+            apart | {"base": sent(neighbors=1, source_ratio=0.5)},
             eight,
         ),
         evict(
@@ -715,6 +779,16 @@ def policy_cases() -> list[dict[str, Any]]:
             eight,
             unrotated_keys=recent,
         ),
+        evict("graphkv_pagerank", "the PageRank signal", spread_out, eight, tolerance=CLOSE),
+        evict("graphkv_pagerank_padding", "padding is not counted", spread_out, two, valid=pairs, tolerance=CLOSE),
+        evict(
+            "graphkv_pagerank_over_snapkv",
+            "the PageRank signal",
+            spread_out | {"base": snap},
+            eight,
+            attention=rows,
+            tolerance=CLOSE,
+        ),
         evict("graphkv_degree_fits", fits, apart | {"base": streaming | {"budget": 8}}, eight),
         evict("graphkv_fits", fits, decay | {"base": streaming | {"budget": 8}}, recent),
     ]
@@ -730,7 +804,7 @@ def error_cases() -> list[dict[str, Any]]:
     kinds = "wrong types"
     shapes = "shapes that disagree"
     once = "a sum is for one round only, whatever the signal"
-    foreign = "options of another signal or fusion"
+    foreign = "options of another fusion"
     base = {"name": "GraphKV", "base": {"name": "StreamingLLM", "budget": 2, "num_sinks": 0}}
     return [
         spread("iterated_sum", once, up, accumulation="sum", rounds=2),
@@ -766,13 +840,15 @@ def error_cases() -> list[dict[str, Any]]:
         join("exponent_0_of_ranks", rule, [1, 2], [0, 0], exponent=0, fusion="max_rank"),
         join("float_exponent", kinds, [1, 2], [0, 0], exponent=2.0),
         join("another_n_of_degrees", shapes, [1, 2], [0, 0, 0]),
-        evict("neighbors_of_the_degree", foreign, base | {"signal": "degree", "neighbors": 2}, numbers([[KEYS]])),
-        evict("rounds_of_the_degree", foreign, base | {"signal": "degree", "rounds": 2}, numbers([[KEYS]])),
-        evict("fusion_of_the_decay", foreign, base | {"signal": "decay", "fusion": "max_rank"}, numbers([[KEYS]])),
+        flow("damping_above_1", rule, [1, 2], [A, B], damping=1.5),
+        flow("damping_of_a_word", kinds, [1, 2], [A, B], damping="much"),
+        flow("negative_rounds_of_pagerank", rule, [1, 2], [A, B], rounds=-1),
+        flow("another_n_of_keys", shapes, [1, 2], [A, B, A]),
+        flow("mask_of_another_n", shapes, [1, 2], [A, B], valid=[1, 1, 1]),
         evict(
             "exponent_of_ranks",
             foreign,
-            base | {"signal": "degree", "fusion": "max_rank", "exponent": 2},
+            base | {"signal": {"name": "Degree", "fusion": "max_rank", "exponent": 2}},
             numbers([[KEYS]]),
         ),
         evict("share_above_1", rule, {"name": "StreamingLLM", "budget": 1.5, "num_sinks": 0}, numbers([[KEYS]])),
@@ -793,6 +869,7 @@ FILES = {
     "propagate": ("Step 2: signals, accumulation, rounds, strength.", propagate_cases),
     "degree": ("The degree signal: the mean cosine with all tokens.", degree_cases),
     "fuse": ("The degree signal: importance and distance in one score.", fuse_cases),
+    "pagerank": ("The PageRank signal: importance that flows between like tokens.", pagerank_cases),
     "select": ("Step 3: exactly the budget, protected first, padding last.", select_cases),
     "figure": ("The worked example of the paper's method figure.", figure_cases),
     "counts": ("From shares to numbers of tokens.", count_cases),

@@ -26,6 +26,9 @@ POLICIES = {
     "SnapKV": graphkv.SnapKV,
     "StreamingLLM": graphkv.StreamingLLM,
 }
+SIGNALS = {
+    kind.__name__: kind for kind in (graphkv.Bar, graphkv.Decay, graphkv.Degree, graphkv.Enhance, graphkv.PageRank)
+}
 
 
 class NotApplicableError(Exception):
@@ -87,8 +90,11 @@ def arguments(case: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
 
 
 def policy(value: dict[str, Any]) -> graphkv.Policy:
-    """Make a policy from ``{"name": ..., **fields}``; the field ``base`` is a policy again."""
+    """Make a policy from ``{"name": ..., **fields}``; the field ``base`` is a policy again, ``signal`` a signal."""
     fields = {key: policy(field) if key == "base" else field for key, field in value.items() if key != "name"}
+    if "signal" in fields:
+        options = dict(fields["signal"])
+        fields["signal"] = SIGNALS[options.pop("name")](**options)
     kind = POLICIES[value["name"]]
     return kind(fields.pop("base"), **fields) if "base" in fields else kind(**fields)
 
@@ -130,6 +136,11 @@ def _fuse(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
     return {"scores": shown(graphkv.fuse(importance, degree, **given, backend=backend), backend)}
 
 
+def _pagerank(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
+    importance, keys = given.pop("importance"), given.pop("keys")
+    return {"scores": shown(graphkv.pagerank(importance, keys, **given, backend=backend), backend)}
+
+
 def _select(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
     scores, budget = given.pop("scores"), given.pop("budget")
     return {"kept": shown(graphkv.select(scores, budget, **given, backend=backend), backend)}
@@ -166,6 +177,7 @@ STEPS = {
     "propagate": _propagate,
     "degree": _degree,
     "fuse": _fuse,
+    "pagerank": _pagerank,
     "select": _select,
     "evict": _evict,
     "budget_tokens": _tokens,
