@@ -37,7 +37,8 @@ from tests.models.configs import tiny_config, tiny_model
 from tests.models.pictures import PICTURES, num_tokens, token_of
 from tests.models.recomputed import Recomputed, recompute
 
-PROMPT, NEW, EVERY, PADS = 40, 9, 4, [0, 7]
+# The second row is shorter than the small budget, so that padding is kept.
+PROMPT, NEW, EVERY, PADS = 40, 9, 4, [0, 31]
 EVERYTHING = SnapKV(budget=1000, window=6, kernel_size=3)
 SMALL = SnapKV(budget=14, window=6, kernel_size=3)
 TOLERANCE = 1e-5
@@ -117,14 +118,14 @@ def prompt_of(model: Any, extra: dict[str, torch.Tensor], pads: list[int]) -> di
     if not extra:
         return inputs
     is_more = torch.zeros(2, length, dtype=torch.int64)
-    is_more[:, 12 : 12 + count] = 1
+    is_more[:, max(PADS) + 3 : max(PADS) + 3 + count] = 1
     takes = inspect.signature(model.forward).parameters
     if count:
         inputs["input_ids"][is_more.bool()] = token_of(model.config)
     inputs |= {name: is_more for name in LIKE_TEXT if name in takes and name != "cross_attention_mask"}
     if "cross_attention_mask" in takes:
         tiles = int(model.config.vision_config.max_num_tiles)
-        inputs["cross_attention_mask"] = (torch.arange(length) > 16).long()[None, :, None, None].repeat(2, 1, 1, tiles)
+        inputs["cross_attention_mask"] = (torch.arange(length) > max(PADS) + 3).long()[None, :, None, None].repeat(2, 1, 1, tiles)
     return inputs
 
 
