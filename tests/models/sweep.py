@@ -126,7 +126,8 @@ def prompt_of(model: Any, extra: dict[str, torch.Tensor], pads: list[int]) -> di
     inputs |= {name: is_more for name in LIKE_TEXT if name in takes and name != "cross_attention_mask"}
     if "cross_attention_mask" in takes:
         tiles = int(model.config.vision_config.max_num_tiles)
-        inputs["cross_attention_mask"] = (torch.arange(length) > max(PADS) + 3).long()[None, :, None, None].repeat(2, 1, 1, tiles)
+        sees = (torch.arange(length) > max(PADS) + 3).long()
+        inputs["cross_attention_mask"] = sees[None, :, None, None].repeat(2, 1, 1, tiles)
     return inputs
 
 
