@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ...core import checks
 from ...core.backend import Backend
@@ -300,6 +300,10 @@ class _Hooks:
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Supply a cache where there is none."""
         given, result = self.cache_of(args, kwargs), None
+        other_names = [name for name in kwargs if name in versions.CACHE_ARGUMENTS and name not in self.parameters]
+        if given is not None and other_names and self.name in self.parameters:
+            # Another release's name, which this forward would take for anything else and drop.
+            args, kwargs = result = self.with_cache(given, args, kwargs)
         if self.new_cache is not None and not isinstance(given, EvictingCache):
             uses_cache = self.argument("use_cache", args, kwargs)
             if uses_cache is None:
@@ -308,7 +312,8 @@ class _Hooks:
                 if self.watch is not None:
                     self.watch.reasons["use_cache is False"] = None
                 return None
-            given, result = self.supplied(self.new_cache, given, args, kwargs)
+            given, (args, kwargs) = self.supplied(self.new_cache, given, args, kwargs)
+            result = args, kwargs
         if isinstance(given, EvictingCache):
             if self.watch is not None and given.policy != self.watch.policy:
                 raise ArgumentError(
@@ -330,13 +335,14 @@ class _Hooks:
         if given is None:
             return cache, self.with_cache(cache, args, kwargs)
         if type(given) is not DynamicCache or given.get_seq_length() > 0 or given.offloading:
-            offloading = " with offloading" if getattr(given, "offloading", False) else ""
+            tokens = f" with {given.get_seq_length()} tokens" if isinstance(given, Cache) else ""
+            offloading = " and offloading" if getattr(given, "offloading", False) else ""
             raise ArgumentError(
                 f"{self.name} must be None, an empty DynamicCache or an EvictingCache inside evicting(); got "
-                f"{type(given).__name__} with {given.get_seq_length()} tokens{offloading}"
+                f"{type(given).__name__}{tokens}{offloading}"
             )
         EvictingCache.adopt(given, cache)
-        return given, None
+        return given, (args, kwargs)
 
     @not_compiled
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
