@@ -419,7 +419,11 @@ class _Hooks:
                 if cache is not None:
                     self.supplied(self.new_cache, cache, args, kwargs)
                 elif _uses_cache(self.module, args, kwargs):
-                    kwargs = {**kwargs, self.name: self.new_cache()}
+                    cache = self.new_cache()
+                    kwargs = {**kwargs, self.name: cache}
+            if isinstance(cache, EvictingCache) and _guesses(self.module, args, kwargs):
+                # transformers says so itself from 5.20 on.
+                cache.activate_past_recording()
             try:
                 result = None if self.is_over else generate(*args, **kwargs)
             except Exception as error:
@@ -437,12 +441,20 @@ class _Hooks:
         return ArgumentError("the block of evicting() or observing() must last until generate() returns")
 
 
+def _option(name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Find an option of `generate` where it is given: by keyword, in a configuration, or in that of the model."""
+    configs = [each for each in (kwargs.get("generation_config"), *args) if isinstance(each, GenerationConfig)]
+    values = (kwargs.get(name), *(getattr(each, name, None) for each in (*configs, model.generation_config)))
+    return next((value for value in values if value is not None), None)
+
+
 def _uses_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `generate` would make a cache of the ordinary kind for itself."""
-    configs = [each for each in (kwargs.get("generation_config"), *args) if isinstance(each, GenerationConfig)]
+    use_cache, implementation = (_option(name, model, args, kwargs) for name in ("use_cache", "cache_implementation"))
+    return use_cache is not False and implementation is None
 
-    def option(name: str) -> Any:
-        values = (kwargs.get(name), *(getattr(each, name, None) for each in (*configs, model.generation_config)))
-        return next((value for value in values if value is not None), None)
 
-    return option("use_cache") is not False and option("cache_implementation") is None
+def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` decodes with an assistant of any kind."""
+    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    return any(_option(name, model, args, kwargs) is not None for name in names)
