@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM, cache_utils
 
 import graphkv
 from graphkv import (
@@ -37,6 +38,7 @@ from graphkv import (
 from graphkv.backends.numpy import SPARSE
 from graphkv.integrations.transformers import EvictingCache, EvictingLayer, observing, storage
 from graphkv.integrations.transformers.layer import Settings, Source
+from graphkv.integrations.transformers.rotary import Rotation
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.tiny import FAMILIES, SIZES, tiny, tiny_gemma3, tiny_llama
 
@@ -65,6 +67,26 @@ CASES = {
     "a share": (KNorm(budget=0.5), {"every": 4}, "qwen3"),
     "learned positions": (KeyDiff(budget=12), {"every": 4}, "gpt2"),
 }
+if hasattr(cache_utils, "LinearAttentionLayer"):
+    CASES |= {
+        "layers of linear attention": (H2O(budget=12), {"every": 4}, "lfm2"),
+        "layers with a state space": (SNAPKV, {"every": 4}, "falcon-h1"),
+        "layers without a cache": (KNorm(budget=12), {"every": 4}, "gemma3n"),
+    }
+STATE_SPACE = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+SHARED = {"num_kv_shared_layers": 1, "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+OTHER_FAMILIES = {
+    "lfm2": lambda: tiny(
+        transformers.Lfm2ForCausalLM, transformers.Lfm2Config, **SIZES, layer_types=["conv", "full_attention", "conv"]
+    ),
+    "falcon-h1": lambda: tiny(
+        transformers.FalconH1ForCausalLM, transformers.FalconH1Config, **SIZES, **STATE_SPACE, mamba_chunk_size=8
+    ),
+    "gemma3n": lambda: tiny(
+        transformers.Gemma3nForCausalLM, transformers.Gemma3nTextConfig, **SIZES, **SHARED,
+        layer_types=["full_attention"] * 3, activation_sparsity_pattern=[0.0] * 3, laurel_rank=4,
+    ),
+}  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES)
 MODELS = {}
 
@@ -72,7 +94,7 @@ MODELS = {}
 def of(case):
     policy, options, family = CASES[case]
     if family not in MODELS:
-        MODELS[family] = FAMILIES[family]()
+        MODELS[family] = (FAMILIES | OTHER_FAMILIES)[family]()
     return policy, options, MODELS[family]
 
 
@@ -123,10 +145,12 @@ each_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys()
 
 def stored(cache):
     """All that a cache stores, as plain values."""
-    return [
+    layers = [
         [layer.keys.tolist(), layer.values.tolist(), layer.true_positions.tolist(), layer.num_seen, layer.budget]
-        for layer in cache.layers
+        for layer in cache.evicting_layers
     ]
+    states = [getattr(layer, name, {}) for layer in cache.layers for name in storage.LINEAR_TENSORS]
+    return layers, [[None if each is None else each.tolist() for each in state.values()] for state in states]
 
 
 @each_copy
@@ -140,9 +164,9 @@ def test_a_copy_goes_on_as_the_cache_itself(case, copied, ids, tmp_path):
 
     assert torch.equal(read(model, made, ids, calls), read(model, cache, ids, calls))
     assert stored(made) == stored(cache)
-    assert [layer.num_evictions for layer in made.layers] == [layer.num_evictions for layer in cache.layers]
-    expected = 0 if CASES[case][0] is None else 1 if "every" not in CASES[case][1] else 4
-    assert max(layer.num_evictions for layer in made.layers) == expected
+    evictions = [layer.num_evictions for layer in made.evicting_layers]
+    assert evictions == [layer.num_evictions for layer in cache.evicting_layers]
+    assert max(evictions) == (0 if CASES[case][0] is None else 1 if "every" not in CASES[case][1] else 4)
 
 
 @each_copy
@@ -304,18 +328,38 @@ def test_a_cache_without_a_policy_is_evicted_after_loading(ids, tmp_path):
         assert stored(made) == stored(twin)
 
 
-def test_turning_keys_needs_the_model_and_says_so(ids, tmp_path):
+def test_keys_are_turned_after_loading_without_a_model(ids, tmp_path):
     model, cache = in_the_middle("no policy", ids)
     policy = GraphKV(KNorm(budget=9), unrotated=True)
     made = by_file(cache, tmp_path / "cache")
-    with pytest.raises(ArgumentError, match=r"turning keys needs the model; pass it to EvictingCache\.load"):
-        made.evict(policy)
     # Saved again without ever having met the model, it is still checked against it.
     made.save(tmp_path / "again")
-    EvictingCache.load(tmp_path / "again", model=model).evict(policy)
-    read(model, made, ids, [3])
-    made.evict(policy)
-    assert made.layers[0].num_stored == 9
+    again = EvictingCache.load(tmp_path / "again", model=model)
+    for each in (cache, made, again):
+        each.evict(policy)
+    assert stored(made) == stored(again) == stored(cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first": [0, 99, 1, 2]},
+        {"columns": [0, 1, 2, 8]},
+        {"second": [4, 5, 6]},
+        {"second": [0, 5, 6, 7]},
+        {"frequencies": [[1.0, 0.1], [1.0]]},
+        {"frequencies": [["1.0"] * 8]},
+        {"scaling": 0.0},
+        {"refusal": 7},
+    ],
+    ids=str,
+)
+def test_a_rotation_that_cannot_be_is_refused(ids, tmp_path, change):
+    _, cache = in_the_middle("no policy", ids)
+    cache.layers[1].rotation = dataclasses.replace(cache.layers[1].rotation, **change)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ArgumentError, match=r"its layers\.1\.rotation must hold pairs of a head of 8"):
+        EvictingCache.load(tmp_path / "cache")
 
 
 def test_an_empty_cache_and_one_that_was_reset_are_saved(ids, tmp_path):
@@ -345,11 +389,17 @@ def test_the_warning_of_growth_is_not_given_again(ids, tmp_path):
 def test_every_attribute_of_a_layer_is_saved_or_listed_as_not_saved(case, ids):
     _, cache = in_the_middle(case, ids)
     tables = [set(storage.TENSORS), set(storage.VALUES), storage.OTHERS, storage.NOT_SAVED]
+    linear = [set(storage.LINEAR), set(storage.LINEAR_TENSORS), storage.LINEAR_OTHERS, storage.LINEAR_NOT_SAVED]
+    expected = {"EvictingLayer": set.union(*tables), "LinearAttentionLayer": set.union(*linear)}
+    expected["HybridEvictingLayer"] = set.union(*tables, *linear)
+    expected["DummyLayer"] = {"is_initialized", "keys", "values", "dtype"}  # nothing is in there
 
     assert sum(map(len, tables)) == len(set.union(*tables))
+    assert sum(map(len, linear)) == len(set.union(*linear))
+    assert set(expected) == set(storage.LAYERS)
     for layer in cache.layers:
         # Releases of transformers before 5.24 note the dtype.
-        assert set(vars(layer)) | {"dtype"} == set.union(*tables)
+        assert set(vars(layer)) | {"dtype"} == expected[type(layer).__name__]
 
 
 def test_every_setting_and_every_field_of_a_source_is_saved():
@@ -358,7 +408,7 @@ def test_every_setting_and_every_field_of_a_source_is_saved():
 
 
 def test_every_attribute_of_a_cache_is_saved_or_follows():
-    follows = {"settings", "layers", "layer_class_to_replicate", "offloading"}
+    follows = {"settings", "layers", "layer_class_to_replicate", "offloading", "_latest"}
 
     assert set(vars(EvictingCache())) == {*storage.CACHE, "history", *follows}
     assert set(vars(EvictingCache().history)) == {"num_summed", "sums", "recent"}
@@ -376,7 +426,10 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         layer.budget, layer.num_evictions, layer.num_dropped, layer.bytes_freed, layer.seconds = 21, 22, 23, 24, 2.5
         layer.num_new, layer.sliding_window, layer.evicts, layer.due_at, layer.record_past = 26, 27, False, 28, True
         layer.certain, layer.has_holes, layer.queried = 29, True, torch.rand(2, layer.queries.shape[2]) > 0.5
-        layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)
+        layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)[..., None]
+        layer.rotation = Rotation(
+            first=(0, 5), second=(3, 2), columns=(1, 0), frequencies=((0.5, 0.25),), scaling=2.0, refusal="as it is"
+        )
         layer.state = {"a.b": torch.rand(*rows, stored - 1, 3), "c": torch.rand(*rows, stored)}
         layer.source = dataclasses.replace(layer.source, has_all_heads=False, has_whole_groups=False)
     made = by_file(cache, tmp_path / "cache", model=model)
@@ -486,7 +539,6 @@ def test_a_loaded_cache_does_not_hang_on_its_file(ids, tmp_path):
     made = by_file(cache, tmp_path / "cache")
     with (tmp_path / "cache").open("r+b") as file:
         file.write(bytes((tmp_path / "cache").stat().st_size))
-        file.truncate(10)
 
     assert stored(made) == stored(cache)
 
@@ -772,6 +824,47 @@ def test_layers_of_another_kind_are_refused(tmp_path):
     cache.layers.append(Other(cache.settings))
     with pytest.raises(ArgumentError, match=r"layers must be EvictingLayer, .*; got Other"):
         cache.save(tmp_path / "cache")
+
+
+LINEAR_FAULTS = {
+    "rows of another batch": (
+        tensor("layers.2.conv_states.0", lambda x: x[:1]),
+        "conv_states.0 must be floats of 2 rows",
+    ),
+    "states that are no floats": (
+        tensor("layers.0.conv_states.0", lambda x: x.long()),
+        "must be floats of 2 rows; got",
+    ),
+    "half a state": (at("layers", 0, "linear", "states", value=[{}]), "linear.states must hold conv_kernel_size"),
+    "a state too many": (renamed("layers.0.conv_states.0", "layers.0.conv_states.1"), r"no more tensors .*states\.1"),
+    "no list of states": (at("layers", 0, "linear", "states", value=9), "linear must have states of type list"),
+    "an attention of no kind": (
+        at("layers", 0, "kind", value="EvictingLayer"),
+        "parts of its kind; got 'EvictingLayer'",
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "LinearAttentionLayer"), reason="this release has no such layers")
+@pytest.mark.parametrize("name", LINEAR_FAULTS)
+def test_a_tampered_state_is_refused(name, ids, tmp_path):
+    model, cache = in_the_middle("layers of linear attention", ids)
+    path, (change, words) = tmp_path / "cache", LINEAR_FAULTS[name]
+    cache.save(path)
+    EvictingCache.load(path, model=model)
+    tampered(path, change)
+    with pytest.raises(ArgumentError, match=words):
+        EvictingCache.load(path, model=model)
+
+
+def test_a_layer_that_this_release_lacks_is_refused(ids, tmp_path, monkeypatch):
+    if not hasattr(cache_utils, "LinearAttentionLayer"):
+        pytest.skip("this release has no such layers to save")
+    _, cache = in_the_middle("layers of linear attention", ids)
+    cache.save(tmp_path / "cache")
+    monkeypatch.delattr(cache_utils, "LinearAttentionLayer")
+    with pytest.raises(ArgumentError, match=r"layers\.0 must be of a kind that this release of transformers has"):
+        EvictingCache.load(tmp_path / "cache")
 
 
 def test_gemma_layers_keep_their_windows(ids, tmp_path):

@@ -125,6 +125,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self.num_guessed = 0
         self.seen_before = 0
         self._opened_by = 0
+        self._latest = Handout()
         self._has_warned = False
 
     @classmethod
@@ -189,7 +190,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         handout = Handout(self, layer_idx, num_new, is_out_of_step=is_out_of_step)
         for tensor in (keys, values):
             tensor.graphkv_handout = handout  # type: ignore[attr-defined]
-        _latest.handout = handout
+        self._latest = _latest.handout = handout
         return keys, values
 
     def _begin(self, layer: EvictingLayer, index: int, num_new: int) -> bool:
@@ -221,13 +222,12 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def _check_attended(self) -> None:
         """Refuse to go on if a layer's keys went unseen by our attention function."""
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, EvictingLayer) and layer.awaits_queries:
-                raise ArgumentError(
-                    f"layer {index} does not hand its cached keys to graphkv's attention function; run the model "
-                    'inside evicting() or observing(), or with attn_implementation="graphkv_sdpa". If it does run so, '
-                    "its attention does not go through transformers' attention interface"
-                )
+        if self._latest.is_open and self._latest.layer.awaits_queries:
+            raise ArgumentError(
+                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function; run the "
+                'model inside evicting() or observing(), or with attn_implementation="graphkv_sdpa". If it does run '
+                "so, its attention does not go through transformers' attention interface"
+            )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:
         """Remember the ids of a finished forward pass, as long as every id since the first one is known."""

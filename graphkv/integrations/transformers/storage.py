@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ...core.backend import BUILT_IN, Backend, is_found_by_name
 from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from ...core.files import write_whole
 from ...core.policy import Policy
-from . import versions
+from . import rotary, versions
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer, Settings, Source
 
@@ -52,7 +53,7 @@ TENSORS = {
     "keys": ("batch", "kv_heads", "stored", "head_size"),
     "values": ("batch", "kv_heads", "stored", "value_size"),
     "positions": ("batch", "kv_heads", "stored"),
-    "places": ("batch", "kv_heads", "stored"),
+    "places": ("batch", "kv_heads", "stored", "axes"),
     "valid": ("batch", "kv_heads", "stored"),
     "queries": ("batch", "query_heads", "num_queries", "head_size"),
     "queried": ("batch", "num_queries"),
@@ -76,7 +77,7 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"state", "row_budgets", "shared_by", "source"}
+OTHERS = {"state", "row_budgets", "shared_by", "source", "rotation"}
 # The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
 
@@ -248,6 +249,7 @@ def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any
         "row_budgets": None if layer.row_budgets is None else layer.row_budgets.tolist(),
         "shared_by": shared_by,
         "source": None if layer.source is None else {name: getattr(layer.source, name) for name in SOURCE},
+        "rotation": None if layer.rotation is None else asdict(layer.rotation),
     }
 
 
@@ -470,6 +472,7 @@ def _fill_attention(
         "row_budgets": (list, NoneType),
         "shared_by": (dict, NoneType),
         "source": (dict, NoneType),
+        "rotation": (dict, NoneType),
     }
     _fields(given, kinds, f"{name}.attention")
     for key, value in _fields(given["values"], VALUES, f"{name}.values").items():
@@ -488,6 +491,13 @@ def _fill_attention(
         for key, tensor in found.items():
             setattr(layer, key, tensor)
         layer.state = {key: sums.to(device) for key, sums in state.items()}
+    size = found["keys"].shape[-1] if found else 0
+    layer.rotation = rotary.from_plain(given["rotation"], f"{name}.rotation", size)
+    axes = 0 if layer.rotation is None else len(layer.rotation.frequencies)
+    if layer.places is not None and layer.places.shape[-1] != axes:
+        raise ArgumentError(
+            f"its {name}.places must have the {axes} axes of its rotation; got {layer.places.shape[-1]}"
+        )
     if given["row_budgets"] is not None:
         budgets = given["row_budgets"]
         if len(budgets) != batch.get("batch") or any(type(each) is not int or each < 0 for each in budgets):
