@@ -358,7 +358,7 @@ class _Hooks:
 
     def check_settings(self, own: Settings, asked: Settings) -> None:
         """Refuse a cache that would not do what the block asks for."""
-        for name in ("policy", "every", "rerotate", "record", "backend"):
+        for name in ("policy", "every", "rerotate", "record"):
             wanted, found = getattr(asked, name), getattr(own, name)
             if wanted and wanted != found:
                 raise ArgumentError(f"{self.name} must have the {name} of evicting(), {wanted}; its own is {found}")
