@@ -134,7 +134,7 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
     # A class of the user's own may hand on to the model's.
     for kind in type(module).__mro__:
         if "forward" in vars(kind):
-            forward = inspect.unwrap(kind.forward)
+            forward = inspect.unwrap(vars(kind)["forward"])
             names = {name for name in forward.__code__.co_names if callable(forward.__globals__.get(name))}
             names = {name for name in names if "eager" in name}
             if len(names) == 1:

@@ -87,7 +87,7 @@ class Mask(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the written mask."""
-        return self.written.__reduce_ex__(protocol)
+        return self.written.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def mask_maker(implementation: str) -> Callable[..., Any]:

@@ -143,6 +143,10 @@ class _Decoder:
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
+                raise ArgumentError(
+                    "model must leave the cache to its prompts; prefix tuning fills it with keys that are no tokens"
+                )
             model = model.get_base_model()
         if not isinstance(model, PreTrainedModel):
             inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(model, name)), None)
@@ -170,7 +174,9 @@ class _Decoder:
     def _check(self, name: str, inmost: Any) -> None:
         implementation = str(self.config._attn_implementation)
         if implementation.startswith(PREFIX):
-            raise ArgumentError(f"model must not be inside evicting() or observing() already; {name} is, or one that shares its config")
+            raise ArgumentError(
+                f"model must not be inside evicting() or observing() already; {name} is, or one that shares its config"
+            )
         if implementation not in IMPLEMENTATIONS:
             raise ArgumentError(
                 f"model must be loaded with attn_implementation 'sdpa' or 'eager'; {name} has {implementation!r}"
@@ -251,7 +257,7 @@ class _Watch:
             if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
                 self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
         elif not (self.passes and self.passes[-1].was_filled):
-            is_checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)
+            is_checkpointed = module.training and versions.is_checkpointed(module)
             self.reasons[
                 "training with gradient checkpointing caches nothing"
                 if is_checkpointed
