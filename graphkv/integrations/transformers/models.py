@@ -143,6 +143,10 @@ class _Decoder:
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
+                raise ArgumentError(
+                    "model must leave the cache to its prompts; prefix tuning fills it with keys that are no tokens"
+                )
             model = model.get_base_model()
         if not isinstance(model, PreTrainedModel):
             inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(model, name)), None)
@@ -253,7 +257,7 @@ class _Watch:
             if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
                 self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
         elif not (self.passes and self.passes[-1].was_filled):
-            is_checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)
+            is_checkpointed = module.training and versions.is_checkpointed(module)
             self.reasons[
                 "training with gradient checkpointing caches nothing"
                 if is_checkpointed
@@ -365,7 +369,7 @@ class _Hooks:
 
     def check_settings(self, own: Settings, asked: Settings) -> None:
         """Refuse a cache that would not do what the block asks for."""
-        for name in ("policy", "every", "rerotate", "record", "backend"):
+        for name in ("policy", "every", "rerotate", "record"):
             wanted, found = getattr(asked, name), getattr(own, name)
             if wanted and wanted != found:
                 raise ArgumentError(f"{self.name} must have the {name} of evicting(), {wanted}; its own is {found}")
