@@ -539,7 +539,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
     """Refuse attention to other keys than the cache has just handed out for it."""
     handout = _latest.handout
-    if handout is None or handout.cache is None or not handout.is_open:
+    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
         return
     if getattr(module, "layer_idx", handout.index) != handout.index:
         return

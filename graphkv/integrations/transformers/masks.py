@@ -104,6 +104,8 @@ def mask_maker(implementation: str) -> Callable[..., Any]:
             written = make(**arguments)
             if written is None:
                 return None
+        # Static caches count on in place, and the mask may be written out later.
+        arguments = {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in arguments.items()}
         return Mask(make, arguments, torch.bool if implementation == "sdpa" else arguments["dtype"], written)
 
     return make_mask

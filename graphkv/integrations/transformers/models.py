@@ -26,6 +26,8 @@ from .layer import FULL, WINDOWED, Settings
 
 __all__ = ["evicting", "observing"]
 
+# Options of `generate` that let it guess tokens, and take back those that were wrong.
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # Kinds of layers that cache nothing, or what eviction leaves untouched.
 UNTOUCHED = ("dummy", "linear_attention", "conv", "moe", "mlp")
 
@@ -414,11 +416,14 @@ class _Hooks:
                 ids = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
                 cache.check_history(next((each for each in ids if each is not None), None))
             elif self.new_cache is not None and not self.is_over:
-                # Assisted decoding tells it at once that tokens will be taken back.
                 if cache is not None:
-                    self.supplied(self.new_cache, cache, args, kwargs)
+                    cache, _ = self.supplied(self.new_cache, cache, args, kwargs)
                 elif _uses_cache(self.module, args, kwargs):
-                    kwargs = {**kwargs, self.name: self.new_cache()}
+                    cache = self.new_cache()
+                    kwargs = {**kwargs, self.name: cache}
+                if cache is not None and any(_option(self.module, args, kwargs, name) for name in ASSISTED):
+                    # transformers calls this itself from 5.20 on.
+                    cache.activate_past_recording()
             try:
                 result = None if self.is_over else generate(*args, **kwargs)
             except Exception as error:
@@ -436,12 +441,14 @@ class _Hooks:
         return ArgumentError("the block of evicting() or observing() must last until generate() returns")
 
 
+def _option(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """Find an option of `generate`: given by itself, in a configuration, or as the model's own."""
+    configs = [each for each in (kwargs.get("generation_config"), *args) if isinstance(each, GenerationConfig)]
+    values = (kwargs.get(name), *(getattr(each, name, None) for each in (*configs, model.generation_config)))
+    return next((value for value in values if value is not None), None)
+
+
 def _uses_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `generate` would make a cache of the ordinary kind for itself."""
-    configs = [each for each in (kwargs.get("generation_config"), *args) if isinstance(each, GenerationConfig)]
-
-    def option(name: str) -> Any:
-        values = (kwargs.get(name), *(getattr(each, name, None) for each in (*configs, model.generation_config)))
-        return next((value for value in values if value is not None), None)
-
-    return option("use_cache") is not False and option("cache_implementation") is None
+    options = [_option(model, args, kwargs, name) for name in ("use_cache", "cache_implementation")]
+    return options[0] is not False and options[1] is None
