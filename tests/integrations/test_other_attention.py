@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as T
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, StaticCache
-from transformers.models.mllama import MllamaTextConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from graphkv import ArgumentError, KNorm
