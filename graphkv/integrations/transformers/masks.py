@@ -104,6 +104,8 @@ def mask_maker(implementation: str) -> Callable[..., Any]:
             written = make(**arguments)
             if written is None:
                 return None
+        # Static caches count on in place, and the mask may be written out later.
+        arguments = {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in arguments.items()}
         return Mask(make, arguments, torch.bool if implementation == "sdpa" else arguments["dtype"], written)
 
     return make_mask
@@ -199,8 +201,8 @@ def _shown_columns(mask: torch.Tensor, handout: Handout, query: torch.Tensor) ->
     """Take the columns of the stored tokens from a mask that the model or the caller wrote."""
     if mask.ndim != 4 or mask.shape[-1] != handout.num_seen:
         raise ArgumentError(
-            f"attention_mask must have four axes and a column for each of the {handout.num_seen} tokens seen once some "
-            f"were evicted; the attention got one of shape {tuple(mask.shape)}"
+            "attention_mask, the caller's or one that the model makes itself, must have four axes and a column for "
+            f"each of the {handout.num_seen} tokens seen once some were evicted; got one of shape {tuple(mask.shape)}"
         )
     taken = columns(mask, handout, query)
     if handout.valid is None:
