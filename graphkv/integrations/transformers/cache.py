@@ -164,7 +164,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
         """The layers that cache keys and values of the text; others are left to themselves."""
-        return [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
+        layers = [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
+        return [layer for layer in layers if layer.num_seen or not self.num_seen]
 
     @property
     def policy(self) -> Policy | None:
@@ -517,7 +518,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return tuple(
             layer_stats(index, layer)
             for index, layer in enumerate(self.layers)
-            if isinstance(layer, EvictingLayer) and not layer.is_apart and (layer.num_seen or not self.num_seen)
+            if layer in self.evicting_layers
         )
 
     def report(self) -> str:
