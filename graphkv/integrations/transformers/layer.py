@@ -698,9 +698,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         at_hand = self.num_stored if is_whole else self.num_new
         if surplus > at_hand:
             raise ArgumentError(
-                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. With assisted "
-                "decoding, pass past_key_values=EvictingCache(policy) after its activate_past_recording(): evictions "
-                "then wait for the crop"
+                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. After "
+                "activate_past_recording() evictions wait for the crop, as assisted decoding needs it"
             )
         return surplus
 

@@ -26,8 +26,6 @@ from .layer import FULL, WINDOWED, Settings
 
 __all__ = ["evicting", "observing"]
 
-# Options of `generate` that let it guess tokens, and take back those that were wrong.
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # Kinds of layers that cache nothing, or what eviction leaves untouched.
 UNTOUCHED = ("dummy", "linear_attention", "conv", "moe", "mlp")
 
@@ -344,6 +342,10 @@ class _Hooks:
         if given is None and not self.takes_cache:
             return None  # the modules inside get one
         this_pass.is_seen_to = True
+        other_names = [name for name in kwargs if name in versions.CACHE_ARGUMENTS and name not in self.parameters]
+        if given is not None and other_names and self.name in self.parameters:
+            # Another release's name, which this forward would take for anything else and drop.
+            args, kwargs = result = self.with_cache(given, args, kwargs)
         if self.new_cache is not None and not isinstance(given, EvictingCache):
             uses_cache = self.argument("use_cache", args, kwargs)
             if uses_cache is None:
@@ -352,7 +354,8 @@ class _Hooks:
                 if self.watch is not None:
                     self.watch.reasons["use_cache is False"] = None
                 return None
-            given, result = self.supplied(self.new_cache, given, args, kwargs)
+            given, (args, kwargs) = self.supplied(self.new_cache, given, args, kwargs)
+            result = args, kwargs
         if isinstance(given, EvictingCache):
             if self.watch is not None:
                 self.check_settings(given.settings, self.watch.settings)
@@ -387,7 +390,7 @@ class _Hooks:
                 f"{type(given).__name__}{tokens}{offloading}"
             )
         EvictingCache.adopt(given, cache)
-        return given, None
+        return given, (args, kwargs)
 
     @not_compiled
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -421,9 +424,9 @@ class _Hooks:
                 elif _uses_cache(self.module, args, kwargs):
                     cache = self.new_cache()
                     kwargs = {**kwargs, self.name: cache}
-                if cache is not None and any(_option(self.module, args, kwargs, name) for name in ASSISTED):
-                    # transformers calls this itself from 5.20 on.
-                    cache.activate_past_recording()
+            if isinstance(cache, EvictingCache) and _guesses(self.module, args, kwargs):
+                # transformers says so itself from 5.20 on.
+                cache.activate_past_recording()
             try:
                 result = None if self.is_over else generate(*args, **kwargs)
             except Exception as error:
@@ -441,8 +444,8 @@ class _Hooks:
         return ArgumentError("the block of evicting() or observing() must last until generate() returns")
 
 
-def _option(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """Find an option of `generate`: given by itself, in a configuration, or as the model's own."""
+def _option(name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Find an option of `generate` where it is given: by keyword, in a configuration, or in that of the model."""
     configs = [each for each in (kwargs.get("generation_config"), *args) if isinstance(each, GenerationConfig)]
     values = (kwargs.get(name), *(getattr(each, name, None) for each in (*configs, model.generation_config)))
     return next((value for value in values if value is not None), None)
@@ -450,5 +453,11 @@ def _option(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 
 def _uses_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `generate` would make a cache of the ordinary kind for itself."""
-    options = [_option(model, args, kwargs, name) for name in ("use_cache", "cache_implementation")]
-    return options[0] is not False and options[1] is None
+    use_cache, implementation = (_option(name, model, args, kwargs) for name in ("use_cache", "cache_implementation"))
+    return use_cache is not False and implementation is None
+
+
+def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` decodes with an assistant of any kind."""
+    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    return any(_option(name, model, args, kwargs) is not None for name in names)
