@@ -389,6 +389,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen: what positions and `generate` count by."""
+        if layer_idx and layer_idx >= len(self.layers):
+            return 0
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if layer_idx and isinstance(layer, EvictingLayer):
             return layer.num_seen
@@ -396,7 +398,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the length of a mask over all tokens seen, new ones included, and 0: none is missing before them."""
-        return self.get_seq_length(layer_idx) + versions.number_of(query_length), 0
+        seen = self.get_seq_length(layer_idx) if layer_idx < len(self.layers) else self.num_seen
+        return seen + versions.number_of(query_length), 0
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store what a layer of linear attention remembers."""
