@@ -145,7 +145,7 @@ def test_the_page_holds_what_the_cache_says(policy, row, tmp_path):
         expected = zip(found.token[here], found.source[here], found.weight[here], strict=True)
         assert edges[start[place] : start[place + 1]] == [(int(t), int(s), float(w)) for t, s, w in expected]
     assert start[-1] == len(edges)
-    assert bool(edges) == (getattr(policy, "signal", "enhance") != "enhance")
+    assert bool(edges) == (isinstance(policy, GraphKV) and not isinstance(policy.signal, Enhance))
     assert (Fate.SUPPRESSED in true) == isinstance(policy, GraphKV)
 
 
