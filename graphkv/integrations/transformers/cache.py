@@ -519,9 +519,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             One per layer that caches keys of the text. Arrays are on the host, so this waits for an accelerator.
         """
         return tuple(
-            layer_stats(index, layer)
-            for index, layer in enumerate(self.layers)
-            if layer in self.evicting_layers
+            layer_stats(index, layer) for index, layer in enumerate(self.layers) if layer in self.evicting_layers
         )
 
     def report(self) -> str:
