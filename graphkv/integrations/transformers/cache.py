@@ -490,7 +490,8 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
     if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.preference(policy, backend=backend) for layer in layers]
-        shares = [policy.layer_budgets(row, layers[0].num_seen) for row in zip(*wants, strict=True)]
+        seen = layers[0].seen_by_row
+        shares = [policy.layer_budgets(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     for layer in layers:
