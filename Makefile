@@ -8,7 +8,7 @@ KVPRESS_BIN := .venv-kvpress/bin
 # What touches transformers.
 TRANSFORMERS_TESTS := tests/integrations tests/evaluation tests/test_demo.py tests/test_inspect.py
 
-.PHONY: demo test test-kvpress test-5.23 test-newest smoke-newest thorough bench lint docs clean
+.PHONY: demo test test-kvpress test-5.23 test-newest smoke-newest test-models thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
@@ -37,6 +37,10 @@ smoke-newest: .venv-newest/layered
 	@echo "The pinned one:" $$(grep ^transformers== constraints.txt)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -W default tests/integrations/test_smoke.py
 
+# Every model class of transformers that generates text, from tiny configurations: what docs/models.md says of them.
+test-models: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/models $(ARGS)
+
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
 thorough: .venv/installed-test
 	GRAPHKV_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_conformance.py $(ARGS)
@@ -55,6 +59,7 @@ lint: .venv/installed-test
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html

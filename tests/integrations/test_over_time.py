@@ -415,7 +415,7 @@ def test_turned_keys_equal_recomputed_rotary_embeddings(ids, name):
     for number, layer in enumerate(cache.layers):
         for head in range(2):
             tokens = kept[number][head]
-            where = layer.places[0, head, -len(tokens) :].tolist()
+            where = layer.places[0, head, -len(tokens) :, 0].tolist()
             assert where == list(range(N + 20 - len(tokens), N + 20))
             keys = turned(number, head, tokens, where).float()
             torch.testing.assert_close(layer.keys[0, head, -len(tokens) :], keys, rtol=1e-5, atol=1e-4)
@@ -460,7 +460,7 @@ def test_yarn_is_turned_without_being_scaled_twice(ids):
 def test_keys_that_cannot_be_turned_are_refused(ids):
     for family in ("opt", "gpt2"):
         model = FAMILIES[family]()
-        with evicting(model, SNAPKV, rerotate=True), pytest.raises(ArgumentError, match="one rotary embedding"):
+        with evicting(model, SNAPKV, rerotate=True), pytest.raises(ArgumentError, match="takes no rotary embedding"):
             model(ids[None, :N])
     dynamic = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     with evicting(dynamic, SNAPKV, rerotate=True), pytest.raises(ArgumentError, match="depend on the length"):

@@ -80,5 +80,5 @@ def test_a_left_padded_row_keeps_what_it_keeps_alone(family, ids):
 def test_a_model_without_rotary_embedding_says_so(ids):
     model = FAMILIES["gpt2"]()
 
-    with evicting(model, DEGREE), pytest.raises(ArgumentError, match="needs a model with one rotary embedding"):
+    with evicting(model, DEGREE), pytest.raises(ArgumentError, match="takes no rotary embedding"):
         model(ids[None, :N])

@@ -20,7 +20,7 @@ from ...core.errors import ArgumentError
 from . import versions
 from .cache import not_compiled, refuse_hidden_keys
 from .layer import Handout, Source, handed_out
-from .masks import Mask, layer_mask, mask_maker, new_tokens_shown
+from .masks import Mask, columns, layer_mask, mask_maker, new_tokens_shown
 
 __all__ = ["IMPLEMENTATIONS", "PREFIX", "WITHOUT_CACHE"]
 
@@ -56,16 +56,35 @@ def _attention(implementation: str) -> Callable[..., Any]:
                 attention_mask = attention_mask.written
             if handout is None:
                 refuse_hidden_keys(module, key)
-                WITHOUT_CACHE.get(id(getattr(module, "config", None)), lambda _: None)(module)
+                take_note = WITHOUT_CACHE.get(id(getattr(module, "config", None)))
+                if take_note is not None:
+                    take_note(module)
             return attend_as_before(module, query, key, value, attention_mask)
         is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
 
-        def attend_to(handout: Handout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> Any:
+        # What some models add to the logits, by position.
+        biases = {
+            name: each
+            for name, each in kwargs.items()
+            if isinstance(each, torch.Tensor) and each.shape[-2:] == (query.shape[2], handout.num_seen)
+        }
+
+        def attend_to(
+            handout: Handout,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            mask: Any,
+            biases: dict[str, torch.Tensor],
+        ) -> Any:
             if handout.is_open:
                 shown = new_tokens_shown(mask, query.shape[2])
                 handout.admit(mask.padding if isinstance(mask, Mask) else shown)
             mask = layer_mask(mask, handout, query, is_causal=is_causal, as_numbers=implementation == "eager")
-            result = attend_as_before(module, query, key, value, mask)
+            biases = {
+                name: each if handout.is_whole else columns(each, handout, query) for name, each in biases.items()
+            }
+            result = attend_as_before(module, query, key, value, mask, **biases)
             if handout.is_open:
                 source = _source_of(module, handout, query, key)
                 handout.observe(module, source, query, scaling, _window(source, kwargs))
@@ -73,7 +92,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
 
         num_guessed = handout.num_guessed
         if not num_guessed:
-            return attend_to(handout, query, key, value, attention_mask)
+            return attend_to(handout, query, key, value, attention_mask, biases)
         # A prompt that comes with guesses of its continuation is evicted before the guesses look back at it.
         if isinstance(attention_mask, Mask):
             attention_mask = attention_mask.written
@@ -86,9 +105,11 @@ def _attention(implementation: str) -> Callable[..., Any]:
             key[:, :, :-num_guessed],
             value[:, :, :-num_guessed],
             prompt_mask,
+            {name: each[..., :-num_guessed, :-num_guessed] for name, each in biases.items()},
         )
         guesses, key, value = prompt.with_guesses(key[:, :, -num_guessed:], value[:, :, -num_guessed:])
-        second, _ = attend_to(guesses, query[:, :, -num_guessed:], key, value, guess_mask)
+        biases = {name: each[..., -num_guessed:, :] for name, each in biases.items()}
+        second, _ = attend_to(guesses, query[:, :, -num_guessed:], key, value, guess_mask, biases)
         return torch.cat([first, second], dim=1), None
 
     return attend
@@ -120,12 +141,14 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
 def _source_of(module: Any, handout: Handout, query: torch.Tensor, key: torch.Tensor) -> Source:
     """Describe where keys come from, and whether all heads are here."""
     config, query_heads, known = module.config, query.shape[1], handout.layer.source
+    if known is not None and known.kind is type(module) and known.config is config and known.index == handout.index:
+        return known
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return Source(
         kind=type(module),
         config=config,
         index=handout.index,
-        layer_kinds=versions.layer_kinds(config) if known is None else known.layer_kinds,
+        layer_kinds=versions.layer_kinds(config),
         # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
         has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
         has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),

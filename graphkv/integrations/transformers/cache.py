@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import FULL, WINDOWED, EvictingLayer, Handout, Settings
 from .report import LayerStats, describe, layer_stats
+from .storage import load_cache, save_cache
 
 __all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
 
@@ -123,6 +125,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self.num_guessed = 0
         self.seen_before = 0
         self._opened_by = 0
+        self._latest = Handout()
         self._has_warned = False
 
     @classmethod
@@ -187,7 +190,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         handout = Handout(self, layer_idx, num_new, is_out_of_step=is_out_of_step)
         for tensor in (keys, values):
             tensor.graphkv_handout = handout  # type: ignore[attr-defined]
-        _latest.handout = handout
+        self._latest = _latest.handout = handout
         return keys, values
 
     def _begin(self, layer: EvictingLayer, index: int, num_new: int) -> bool:
@@ -219,13 +222,12 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def _check_attended(self) -> None:
         """Refuse to go on if a layer's keys went unseen by our attention function."""
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, EvictingLayer) and layer.awaits_queries:
-                raise ArgumentError(
-                    f"layer {index} does not hand its cached keys to graphkv's attention function; run the model "
-                    'inside evicting() or observing(), or with attn_implementation="graphkv_sdpa". If it does run so, '
-                    "its attention does not go through transformers' attention interface"
-                )
+        if self._latest.is_open and self._latest.layer.awaits_queries:
+            raise ArgumentError(
+                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function; run the "
+                'model inside evicting() or observing(), or with attn_implementation="graphkv_sdpa". If it does run '
+                "so, its attention does not go through transformers' attention interface"
+            )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:
         """Remember the ids of a finished forward pass, as long as every id since the first one is known."""
@@ -441,6 +443,68 @@ class EvictingCache(Cache):  # type: ignore[misc]
         # Layers of linear attention write into their tensors.
         twin.layers = [layer.copy() if isinstance(layer, EvictingLayer) else deepcopy(layer) for layer in self.layers]
         return twin
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache into a file that `load` reads, without pickle: safetensors, with settings in its header.
+
+        Everything that the cache needs to go on is saved: keys and values, positions, queries, running sums, budgets,
+        counters, the policy and the other settings. The records of ``record=True`` are not; the next eviction makes a
+        new one. A copy of the tensors is made on the host.
+
+        Parameters
+        ----------
+        path : str or path
+            The file. It is written whole or not at all: what stood there stays until the new one is complete.
+
+        Raises
+        ------
+        ArgumentError
+            If a forward pass broke off, the file cannot be written, or the budgets were shared out by a policy of your
+            own that is not the cache's.
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: torch.nn.Module | None = None,
+        policy: Policy | None = None,
+        backend: Backend | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> EvictingCache:
+        """Read a cache that `save` wrote. Nothing in the file is run, whoever wrote it.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        model : torch.nn.Module, optional
+            The model that goes on with the cache: checked against the one that filled it, by its kind of attention, its
+            sizes and its rotary embedding, but not by its weights. Default: nothing is checked against a model, and
+            keys can be turned (``rerotate=True``, ``unrotated=True``) only after the next forward call.
+        policy : Policy, optional
+            Needed for a policy of your own, and then the one that the cache was saved with. Default: made anew from the
+            file, if it is one of graphkv's.
+        backend : Backend or str, optional
+            Who decides from now on. Needed for one that graphkv does not bring. Default: as it was saved.
+        device : torch.device or str, optional
+            Where the tensors go. Default: each layer to where the model has that layer, else the CPU.
+
+        Returns
+        -------
+        EvictingCache
+
+        Raises
+        ------
+        ArgumentError
+            If the file cannot be read, is none of ours, of another version or damaged, or does not fit to the model,
+            or if `policy` or `backend` must be given. The message names the file.
+        ArgumentTypeError
+            If an argument has the wrong type.
+        """
+        return load_cache(cls, path, model=model, policy=policy, backend=backend, device=device)
 
     def stats(self) -> tuple[LayerStats, ...]:
         """Say what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.

@@ -59,6 +59,10 @@ class History:
 
     def begins(self, ids: torch.Tensor) -> bool:
         """Return whether ids (batch, tokens) begin with what was seen, as far as they reach."""
+        rows = next((each.shape[0] for each in (self.sums, *self.recent) if each is not None), ids.shape[0])
+        if ids.shape[0] and rows % ids.shape[0] == 0:
+            # For beams, `generate` repeats the rows of its ids later than those of the cache were.
+            ids = ids.repeat_interleave(rows // ids.shape[0], dim=0)
         start = self.num_summed
         if self.sums is not None and ids.shape[1] >= start:
             if ids.shape[0] != self.sums.shape[0]:

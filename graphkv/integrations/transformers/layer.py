@@ -34,13 +34,15 @@ class Source:
 
     Attributes
     ----------
+    kind : type or None
+        None if the layer was loaded without a model; `config` then has no more than `storage` saves of it.
     layer_kinds : tuple of str
         What every layer of the model caches, see `versions.layer_kinds`.
     has_all_heads, has_whole_groups : bool
         Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
     """
 
-    kind: type
+    kind: type | None
     config: Any
     index: int
     layer_kinds: tuple[str, ...] = ()
@@ -105,11 +107,12 @@ class EvictionRecord:
 
 
 class Tail(NamedTuple):
-    """The newest tokens of a layer, of shapes (batch, kv_heads, tokens, ...); `valid` may be None."""
+    """The newest tokens of a layer, of shapes (batch, kv_heads, tokens, ...); `valid` and `places` may be None."""
 
     keys: torch.Tensor
     values: torch.Tensor
     valid: torch.Tensor | None
+    places: torch.Tensor | None
 
 
 class Part(NamedTuple):
@@ -225,6 +228,7 @@ class Handout:
         """Take note of the finished attention, and let the cache evict what is due."""
         self.is_open, self._owner = False, weakref.ref(module)
         self.layer.observe(source, query, scaling, window)
+        self.layer.locate(module, self.num_new)
         self.cache.after_layer(self.layer)
 
     def set_apart(self) -> None:
@@ -276,6 +280,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         use. None as long as nothing was evicted.
     valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         False for padding and unused slots. None if there are none.
+    rotation : Rotation or None
+        How the model turns the keys, in a cache that may have to turn them.
+    places : torch.Tensor, shape (batch, kv_heads, stored, axes), int64, or None
+        The positions that the stored keys are turned by, which may be the caller's own; None where nothing is turned.
     queries : torch.Tensor, shape (batch, query_heads, Q, D), or None
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
@@ -305,6 +313,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_seen = 0
         self.num_new = 0
         self.positions: torch.Tensor | None = None
+        self.rotation: rotary.Rotation | None = None
         self.places: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
@@ -344,8 +353,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         new = new.expand(*key_states.shape[:2], num_new)
         if self.positions is not None:
             self.positions = torch.cat([self.positions, new], dim=-1)
-        if self.places is not None:
-            self.places = torch.cat([self.places, new], dim=-1)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, torch.ones_like(new, dtype=torch.bool)], dim=-1)
         self.num_seen += num_new
@@ -405,6 +412,22 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.due_at = min(self.certain, self.num_seen)
         elif every is not None and self.num_new >= every:
             self.due_at = min(max(self.certain, self.num_seen - self.num_new + every), self.num_seen)
+
+    def locate(self, module: torch.nn.Module, num_new: int) -> None:
+        """Take note of how the keys are turned and where the new ones stand, if they may have to be turned."""
+        policy = self.settings.policy
+        may_turn = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
+        if not (may_turn and self.evicts):
+            return
+        rows, heads = self.keys.shape[:2]
+        self.rotation, new = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
+        if new is not None:
+            new = new.to(self.keys.device)[:, None].expand(-1, heads, -1, -1)
+            before = new[:, :, :0] if self.places is None else self.places
+            # Attention that was not ours may have passed by.
+            if missing := self.num_stored - num_new - before.shape[2]:
+                before = pad(before, (0, 0, 0, missing), value=rotary.UNKNOWN)
+            self.places = torch.cat([before, new], dim=2)
 
     def _hold(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
@@ -484,7 +507,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 num_layers=self.num_layers,
                 tokens_seen=part.num_seen,
                 state=self._state(part, order, backend),
-                unrotated_keys=_give(part.of(self._unrotated_keys(part.rows, self.source), order), backend)
+                unrotated_keys=_give(part.of(self._unrotated_keys(part.rows), order), backend)
                 if part.policy.needs().unrotated_keys
                 else None,
                 **self._inputs(part, order, backend),
@@ -524,7 +547,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Take the newest tokens out, for `rejoin`: an eviction that waited does not take in later tokens."""
         left = self.num_stored - surplus
         valid = None if self.valid is None else self.valid[:, :, left:]
-        tail = Tail(self.keys[:, :, left:], self.values[:, :, left:], valid)
+        places = None if self.places is None else self.places[:, :, left:]
+        tail = Tail(self.keys[:, :, left:], self.values[:, :, left:], valid, places)
         self.take_back(surplus)
         return tail
 
@@ -534,6 +558,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if not num_later:
             return
         self._append(tail.keys, tail.values)
+        if tail.places is not None and self.places is not None:
+            self.places = torch.cat([self.places, tail.places], dim=2)
         if tail.valid is not None:
             before = self.keys.new_ones(self.keys.shape[:-1], dtype=torch.bool) if self.valid is None else self.valid
             self.valid = torch.cat([before[:, :, :-num_later], tail.valid], dim=-1)
@@ -657,10 +683,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         index = order.gather(2, (kept.clamp(min=0) + first))
         return _in_line(torch.where((kept >= 0) & visible.gather(2, index), index, -1), state)
 
-    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
-        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
-        stand = self.true_positions if self.places is None else self.places
-        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
+    def _unrotated_keys(self, rows: slice) -> torch.Tensor:
+        """Compute the keys as they were before the rotary embedding."""
+        rotation = rotary.check(self.rotation, self.places)
+        return rotary.turn(self.keys[rows], rotation, None if self.places is None else self.places[rows])
 
     def _visible_from_now_on(self) -> torch.Tensor | None:
         """Give `valid` without what has left the sliding window."""
@@ -673,8 +699,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
         if kept.shape[-1] == self.num_stored and not is_ragged:
             return
+        rotation = rotary.check(self.rotation, self.places) if self.settings.rerotate else None
         freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
-        index = kept.clamp(min=0)
+        index, was_valid = kept.clamp(min=0), self.valid
         valid = None if self.valid is None else self.valid.gather(2, index)
         self.positions = before.gather(2, index)
         if is_ragged:
@@ -687,12 +714,13 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_dropped += num_dropped
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
-        if self.settings.rerotate and self.source is not None:
-            stand = before.gather(2, index) if self.places is None else self.places.gather(2, index)
-            # Contiguous up to the last token seen: new tokens go on at their true positions.
-            self.places = torch.arange(self.num_seen - index.shape[-1], self.num_seen, device=index.device)
-            self.places = self.places.expand(index.shape)
-            self.keys = rotary.turn(self.keys, self.places - stand, self.source.kind, self.source.config, self.index)
+        if self.places is not None:
+            places = self.places
+            self.places = places.gather(2, index[..., None].expand(*index.shape, places.shape[-1]))
+            if rotation is not None:
+                # Contiguous up to the last token seen: new tokens go on at their true positions.
+                to = rotary.contiguous(places, was_valid, index.shape[-1], valid)
+                self.keys, self.places = rotary.turn(self.keys, rotation, self.places, to), to
         self.bytes_freed += freed - self.nbytes
 
     def _carried_over(self, policy: Policy, budget: int) -> torch.Tensor | None:
@@ -765,9 +793,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         at_hand = self.num_stored if is_whole else self.num_new
         if surplus > at_hand:
             raise ArgumentError(
-                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. With assisted "
-                "decoding, pass past_key_values=EvictingCache(policy) after its activate_past_recording(): evictions "
-                "then wait for the crop"
+                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. After "
+                "activate_past_recording() evictions wait for the crop, as assisted decoding needs it"
             )
         return surplus
 

@@ -17,7 +17,7 @@ from ...core.errors import ArgumentError
 from . import versions
 from .layer import Handout
 
-__all__ = ["Mask", "layer_mask", "mask_maker", "new_tokens_shown"]
+__all__ = ["Mask", "columns", "layer_mask", "mask_maker", "new_tokens_shown"]
 
 
 class Mask(torch.Tensor):
@@ -111,7 +111,7 @@ def layer_mask(mask: Any, handout: Handout, query: torch.Tensor, *, is_causal: b
     if isinstance(mask, Mask) and not mask.arguments.get("use_vmap"):
         rule = mask.arguments["mask_function"]
     elif mask is not None:
-        return _columns(mask.written if isinstance(mask, Mask) else mask, handout, query)
+        return _shown_columns(mask.written if isinstance(mask, Mask) else mask, handout, query)
     else:
         rule = causal_mask_function if is_causal else _see_everything
     visible = _by_rule(rule, handout, query, as_numbers=as_numbers)
@@ -145,33 +145,44 @@ def _by_rule(rule: Callable[..., Any], handout: Handout, query: torch.Tensor, *,
     return visible
 
 
-def _columns(mask: torch.Tensor, handout: Handout, query: torch.Tensor) -> torch.Tensor:
-    """Take the columns of the stored tokens from a mask that the model or the caller wrote."""
-    seen, heads = handout.num_seen, query.shape[1]
-    if mask.ndim != 4 or mask.shape[-1] != seen:
-        raise ArgumentError(
-            f"attention_mask must have four axes and a column for each of the {seen} tokens seen once some were "
-            f"evicted; the attention got one of shape {tuple(mask.shape)}"
-        )
+def columns(rows: torch.Tensor, handout: Handout, query: torch.Tensor) -> torch.Tensor:
+    """Take the columns of the stored tokens.
+
+    Parameters
+    ----------
+    rows : torch.Tensor, shape (batch or 1, query_heads or 1, Q, seen)
+        Something about every query and every token seen.
+    handout : Handout
+    query : torch.Tensor, shape (batch, query_heads, Q, D)
+
+    Returns
+    -------
+    torch.Tensor, shape (batch or 1, query_heads or 1, Q, stored)
+    """
     if handout.positions is None:
-        columns = mask[..., seen - handout.num_stored :]
-        where = None
-    else:
-        where = handout.positions.clamp(min=0)
-        kv_heads = where.shape[1]
-        mask = mask.expand(where.shape[0], -1, -1, -1)
-        # (batch, kv_heads, query heads of each or 1, Q, seen)
-        mask = mask.reshape(len(mask), kv_heads if mask.shape[1] > 1 else 1, -1, *mask.shape[2:])
-        mask = mask.expand(-1, kv_heads, -1, -1, -1)
-        index = where[:, :, None, None, :].expand(*mask.shape[:-1], -1)
-        columns = mask.gather(-1, index)
-        columns = columns.expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2)
+        return rows[..., handout.num_seen - handout.num_stored :]
+    where = handout.positions.clamp(min=0)
+    kv_heads = where.shape[1]
+    rows = rows.expand(where.shape[0], -1, -1, -1)
+    # (batch, kv_heads, query heads of each or 1, Q, seen)
+    rows = rows.reshape(len(rows), kv_heads if rows.shape[1] > 1 else 1, -1, *rows.shape[2:])
+    rows = rows.expand(-1, kv_heads, -1, -1, -1)
+    taken = rows.gather(-1, where[:, :, None, None, :].expand(*rows.shape[:-1], -1))
+    return taken.expand(-1, -1, query.shape[1] // kv_heads, -1, -1).flatten(1, 2)
+
+
+def _shown_columns(mask: torch.Tensor, handout: Handout, query: torch.Tensor) -> torch.Tensor:
+    """Take the columns of the stored tokens from a mask that the model or the caller wrote."""
+    if mask.ndim != 4 or mask.shape[-1] != handout.num_seen:
+        raise ArgumentError(
+            f"attention_mask must have four axes and a column for each of the {handout.num_seen} tokens seen once some "
+            f"were evicted; the attention got one of shape {tuple(mask.shape)}"
+        )
+    taken = columns(mask, handout, query)
     if handout.valid is None:
-        return columns
-    shown = handout.valid.repeat_interleave(heads // handout.valid.shape[1], dim=1)[:, :, None, :]
-    if mask.dtype == torch.bool:
-        return columns & shown
-    return columns.masked_fill(~shown, torch.finfo(mask.dtype).min)
+        return taken
+    shown = handout.valid.repeat_interleave(query.shape[1] // handout.valid.shape[1], dim=1)[:, :, None, :]
+    return taken & shown if mask.dtype == torch.bool else taken.masked_fill(~shown, torch.finfo(mask.dtype).min)
 
 
 def _lowered(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

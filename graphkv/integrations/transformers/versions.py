@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationMixin, cache_utils
 
 __all__ = [
+    "ATTENTION_CACHE_ARGUMENTS",
     "CACHE_ARGUMENTS",
     "cache_argument",
     "first_query",
@@ -21,6 +22,8 @@ __all__ = [
 ]
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
+# Some attention modules have names of their own.
+ATTENTION_CACHE_ARGUMENTS = (*CACHE_ARGUMENTS, "past_key_value", "layer_past")
 
 
 def number_of(queries: Any) -> int:
