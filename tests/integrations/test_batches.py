@@ -76,9 +76,12 @@ def read_alone(model, cache, ids, row, every):
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize(("every", "implementation"), [(1, "sdpa"), (4, "eager")])
-def test_rows_with_holes_evict_like_rows_alone(model, policy, every, implementation):
+def test_rows_with_holes_evict_like_rows_alone(model, name, every, implementation):
+    policy = POLICIES[name]
+    if every == 1 and name not in ("snapkv+graphkv", "adakv+h2o", "cake"):
+        pytest.skip("one of each kind is enough")
     model.set_attn_implementation(implementation)
     ids = torch.randint(1, 97, (len(SHOWN), sum(CALLS)), generator=torch.Generator().manual_seed(3))
     with observing(model), torch.inference_mode():

@@ -407,6 +407,16 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self._check_linear(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         """Return whether a layer of linear attention remembers anything."""
         self._check_linear(layer_idx)
