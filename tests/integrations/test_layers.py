@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, MllamaForCausalLM
 from transformers.cache_utils import DynamicCache
-from transformers.models.mllama import MllamaTextConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from graphkv import ArgumentError, KNorm, SnapKV
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
