@@ -146,7 +146,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         config : transformers.PreTrainedConfig
             Of the model, or of its decoder.
         """
-        if self.layers or self.num_seen:
+        if self.layers or self.num_seen or not versions.makes_other_layers():
             return
         config = config.get_text_config(decoder=True)
         kinds = versions.layer_kinds(config)
