@@ -224,9 +224,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """Refuse to go on if a layer's keys went unseen by our attention function."""
         if self._latest.is_open and self._latest.layer.awaits_queries:
             raise ArgumentError(
-                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function; run the "
-                'model inside evicting() or observing(), or with attn_implementation="graphkv_sdpa". If it does run '
-                "so, its attention does not go through transformers' attention interface"
+                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function: either the "
+                'model runs neither inside evicting() or observing() nor with attn_implementation="graphkv_sdpa", or '
+                "the attention of this layer does not go through transformers' attention interface"
             )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:
@@ -549,7 +549,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
 def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
     """Refuse attention to other keys than the cache has just handed out for it."""
     handout = _latest.handout
-    if handout is None or handout.cache is None or not handout.is_open:
+    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
+        return
+    if getattr(module, "layer_idx", handout.index) != handout.index:
         return
     if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
         raise ArgumentError(

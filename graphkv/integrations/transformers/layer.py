@@ -162,6 +162,8 @@ class Handout:
         Whether the attention that the keys were handed out for is still to come.
     is_apart : bool
         Whether they turned out to be none of the text's, see `EvictingLayer.is_apart`.
+    was_found : bool
+        Whether any attention has come with them, even if it failed.
     is_out_of_step : bool
         Whether the layer has not seen what the others have.
     """
@@ -170,7 +172,7 @@ class Handout:
         self._cache: Callable[[], Any] = (lambda: None) if cache is None else weakref.ref(cache)
         self._owner: Callable[[], Any] = lambda: None
         self.index, self.num_new, self.is_out_of_step = index, num_new, is_out_of_step
-        self.is_open, self.is_apart = cache is not None, False
+        self.is_open, self.is_apart, self.was_found = cache is not None, False, False
         if cache is not None:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
@@ -258,6 +260,8 @@ def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout |
             f"model must read cached keys with the values that were cached with them; {type(module).__name__} reads "
             "them with others"
         )
+    if handout is not None:
+        handout.was_found = True
     if handout is not None and not handout.is_apart and handout.was_read_by(module):
         raise ArgumentError(
             f"model must attend once to what a layer has cached; {type(module).__name__} does so again after its layer "

@@ -26,6 +26,8 @@ from .layer import FULL, WINDOWED, Settings
 
 __all__ = ["evicting", "observing"]
 
+# Options of `generate` that let it guess tokens, and take back those that were wrong.
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # Kinds of layers that cache nothing, or what eviction leaves untouched.
 UNTOUCHED = ("dummy", "linear_attention", "conv", "moe", "mlp")
 
@@ -88,7 +90,7 @@ def evicting(
         )
 
     # Bad arguments are said here, not in the middle of a forward pass.
-    watch = _Watch(new_cache().settings, model)
+    watch = _Watch(new_cache().settings, decoder.modules[-1])
     with decoder.attending(watch.saw_no_cache), ExitStack() as stack:
         for module in decoder.modules:
             stack.enter_context(_Hooks(module, decoder.config, watch, new_cache).installed())
@@ -143,6 +145,10 @@ class _Decoder:
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
+                raise ArgumentError(
+                    "model must leave the cache to its prompts; prefix tuning fills it with keys that are no tokens"
+                )
             model = model.get_base_model()
         if not isinstance(model, PreTrainedModel):
             inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(model, name)), None)
@@ -228,11 +234,11 @@ class _Pass:
 class _Watch:
     """Whether what happened in a block of `evicting` was what had been asked for."""
 
-    def __init__(self, settings: Settings, model: torch.nn.Module) -> None:
+    def __init__(self, settings: Settings, inmost: torch.nn.Module) -> None:
         self.settings = settings
         self.reasons: dict[str, None] = {}
         # Other models may share the configuration.
-        self.modules = {id(module) for module in model.modules()}
+        self.modules = {id(module) for module in inmost.modules()}
         self.passes_by_thread: dict[int, list[_Pass]] = {}
 
     @property
@@ -253,7 +259,7 @@ class _Watch:
             if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
                 self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
         elif not (self.passes and self.passes[-1].was_filled):
-            is_checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)
+            is_checkpointed = module.training and versions.is_checkpointed(module)
             self.reasons[
                 "training with gradient checkpointing caches nothing"
                 if is_checkpointed
@@ -365,7 +371,7 @@ class _Hooks:
 
     def check_settings(self, own: Settings, asked: Settings) -> None:
         """Refuse a cache that would not do what the block asks for."""
-        for name in ("policy", "every", "rerotate", "record", "backend"):
+        for name in ("policy", "every", "rerotate", "record"):
             wanted, found = getattr(asked, name), getattr(own, name)
             if wanted and wanted != found:
                 raise ArgumentError(f"{self.name} must have the {name} of evicting(), {wanted}; its own is {found}")
@@ -415,9 +421,8 @@ class _Hooks:
                 ids = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
                 cache.check_history(next((each for each in ids if each is not None), None))
             elif self.new_cache is not None and not self.is_over:
-                # Assisted decoding tells it at once that tokens will be taken back.
                 if cache is not None:
-                    self.supplied(self.new_cache, cache, args, kwargs)
+                    cache, _ = self.supplied(self.new_cache, cache, args, kwargs)
                 elif _uses_cache(self.module, args, kwargs):
                     cache = self.new_cache()
                     kwargs = {**kwargs, self.name: cache}
@@ -456,5 +461,4 @@ def _uses_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `generate` decodes with an assistant of any kind."""
-    names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-    return any(_option(name, model, args, kwargs) is not None for name in names)
+    return any(_option(name, model, args, kwargs) is not None for name in ASSISTED)
