@@ -76,7 +76,10 @@ def test_layers_that_skip_the_cache_leave_it_whole(ids):
 
 def test_keys_that_are_read_with_other_values_are_refused(ids):
     model = tiny(DiffLlamaForCausalLM, DiffLlamaConfig, **SIZES, num_hidden_layers=1)
-    with pytest.raises(ArgumentError, match="the values that were cached|interface"), evicting(model, KNorm(budget=20)):
+    with (
+        pytest.raises(ArgumentError, match=r"the values that were cached|interface"),
+        evicting(model, KNorm(budget=20)),
+    ):
         model(ids)
 
 
