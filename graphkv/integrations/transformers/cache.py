@@ -146,7 +146,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         config : transformers.PreTrainedConfig
             Of the model, or of its decoder.
         """
-        if self.layers or self.num_seen:
+        if self.layers or self.num_seen or not versions.makes_other_layers():
             return
         config = config.get_text_config(decoder=True)
         kinds = versions.layer_kinds(config)
@@ -411,6 +411,16 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self._check_linear(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         """Return whether a layer of linear attention remembers anything."""
         self._check_linear(layer_idx)
@@ -519,9 +529,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             One per layer that caches keys of the text. Arrays are on the host, so this waits for an accelerator.
         """
         return tuple(
-            layer_stats(index, layer)
-            for index, layer in enumerate(self.layers)
-            if layer in self.evicting_layers
+            layer_stats(index, layer) for index, layer in enumerate(self.layers) if layer in self.evicting_layers
         )
 
     def report(self) -> str:
@@ -560,7 +568,8 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
     if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.preference(policy, backend=backend) for layer in layers]
-        shares = [policy.layer_budgets(row, layers[0].num_seen) for row in zip(*wants, strict=True)]
+        seen = layers[0].seen_by_row
+        shares = [policy.layer_budgets(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     for layer in layers:

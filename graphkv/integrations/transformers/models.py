@@ -26,6 +26,8 @@ from .layer import FULL, WINDOWED, Settings
 
 __all__ = ["evicting", "observing"]
 
+# Options of `generate` that let it guess tokens, and take back those that were wrong.
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 # Kinds of layers that cache nothing, or what eviction leaves untouched.
 UNTOUCHED = ("dummy", "linear_attention", "conv", "moe", "mlp")
 
