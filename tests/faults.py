@@ -550,7 +550,7 @@ FAULTS = [
             "flow not scaled": "pagerank_only_moves_importance",
             "no teleport": "pagerank_only_moves_importance",
             "size lost": "pagerank_is_scale_invariant",
-            "in half precision": "pagerank_is_scale_invariant",
+            "in half precision": "pagerank_agrees_with_the_oracle",
         },
     ),
     *faults_of(
