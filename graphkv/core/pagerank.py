@@ -125,10 +125,14 @@ def _pagerank(
     teleport = teleport / _or_one(total, backend)
 
     central = teleport
-    for _ in range(rounds):
-        anchor = xp.sum(directions * central[..., None], axis=-2, keepdims=True)
-        # Not a matrix product: equal tokens must come out equal, wherever they stand.
-        near = xp.sum(central, axis=-1, keepdims=True) + xp.sum(directions * anchor, axis=-1)
+    for left in range(rounds, 0, -1):
+        anchor = central[..., None, :] @ directions
+        if left > 1:
+            likeness = (directions @ xp.matrix_transpose(anchor))[..., 0]
+        else:
+            # Not a matrix product at last: equal tokens must come out equal, wherever they stand.
+            likeness = xp.sum(directions * anchor, axis=-1)
+        near = xp.sum(central, axis=-1, keepdims=True) + likeness
         near = xp.maximum(near, xp.zeros_like(near)) * mask
         central = damping * (near / _or_one(xp.sum(near, axis=-1, keepdims=True), backend)) + (1 - damping) * teleport
     scores = xp.where(is_flat, central, central * total * largest * 2)
