@@ -102,10 +102,11 @@ def _paper_over_base(found: Sequence[Comparison]) -> Iterable[str]:
     needles = _of(found, *NEEDLES)
     better, worse = _count(needles, "better"), _count(needles, "worse")
     yield f"of {len(needles)} cells of retrieval {better} are better and {worse} worse"
+    known = max(_means(_over(_of(found, AWARE), "snapkv", "pyramidkv")))
+    text = max(_means(_over(_of(found, CONTINUATION), "snapkv")))
     yield (
-        f"SnapKV and PyramidKV losing up to {_short(max(_means(_over(_of(found, AWARE), 'snapkv', 'pyramidkv'))))} "
-        f"where the question is known, and SnapKV up to {_short(max(_means(_over(_of(found, CONTINUATION), 'snapkv'))))} "
-        "on continuation"
+        f"SnapKV and PyramidKV losing up to {_short(known)} where the question is known, and SnapKV up to "
+        f"{_short(text)} on continuation"
     )
 
 
@@ -135,19 +136,21 @@ def _more_bases(records: Sequence[Record]) -> Iterable[str]:
 def _sinks(records: Sequence[Record]) -> Iterable[str]:
     cells = summarise(records, "nll")
     loss = {
-        (cell.task, cell.mode, policy): found.mean - cells[cell._replace(sinks=4)][policy].mean
+        ((cell.task, cell.mode), policy): found.mean - cells[cell._replace(sinks=4)][policy].mean
         for cell, policies in cells.items()
         if cell.sinks == 0
         for policy, found in policies.items()
     }
-    random, streaming = ([loss[*part, policy] for part in (AWARE, CONTINUATION)] for policy in ("random", "streaming-llm"))
+    random, streaming = (
+        [loss[part, policy] for part in (AWARE, CONTINUATION)] for policy in ("random", "streaming-llm")
+    )
     yield (
         f"random eviction loses {_short(random[0])} nats with the question known and {_short(random[1])} on "
         f"continuation, StreamingLLM {_short(streaming[0])} and {_short(streaming[1])}"
     )
     others = [
         abs(lost)
-        for (_, _, policy), lost in loss.items()
+        for (_, policy), lost in loss.items()
         if policy not in ("full", "random", "streaming-llm") and "+" not in policy
     ]
     yield f"differ by {_short(max(others))} at most"
@@ -159,9 +162,7 @@ def _tuning(tuning: Mapping[str, Sequence[Record]]) -> Iterable[str]:
     found = [one for read in tuning.values() for one in compare(read, "nll", pairs)]
     # A loss is beyond the noise where it is larger than twice its standard error.
     losses = [
-        one
-        for one in _of(found, *NEEDLES)
-        if one.difference.mean > 2 * one.deviation / one.difference.count**0.5
+        one for one in _of(found, *NEEDLES) if one.difference.mean > 2 * one.deviation / one.difference.count**0.5
     ]
     yield f"{_word(len(losses)).replace('none', 'no')} loss beyond the noise in any cell of retrieval on either model"
     strong = compare(tuning["gemma3"], "nll", {"snapkv+graphkv(signal='degree',exponent=16)": "snapkv"})

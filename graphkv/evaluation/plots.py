@@ -248,7 +248,11 @@ def draw_gains(gains: Sequence[Gain], variants: Sequence[str], *, label: str) ->
             where = heights[gain.base, gain.budget] + dodge
             _draw_gain(panel, where, gain.found, _look(variants, gain.variant))
         for base, where in titles.items():
-            panel.text(0.01, where, base, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
+            # On paper of its own, because the line of zero may pass behind it.
+            panel.text(
+                0.01, where, base, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
         panel.set_yticks(list(heights.values()), [str(budget) for _, budget in heights])
         panel.set_ylim(len(titles) + len(heights) - 0.4, -0.6)
         panel.grid(visible=False, axis="y")
