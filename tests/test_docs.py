@@ -85,7 +85,7 @@ def run_script(name, *, on=DOCS):
 @pytest.mark.parametrize("name", ["support.py", "performance.py", "results.py"])
 def test_tables_are_what_their_script_makes(name):
     if name == "results.py":
-        pytest.importorskip("graphkv.evaluation.records", reason="graphkv eval needs graphkv[eval]")
+        pytest.importorskip("graphkv.evaluation.report", reason="graphkv eval needs graphkv[eval]")
 
     assert run_script(name) == 0
 
