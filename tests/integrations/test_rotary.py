@@ -68,6 +68,7 @@ FAMILIES = {
     "hunyuan": ("HunYuanDenseV1", "HunYuanDenseV1", {"head_dim": 8}),
     "seed-oss": ("SeedOss", "SeedOss", {"head_dim": 8}),
     "arcee": ("Arcee", "Arcee", {}),
+    "nanochat, turned the other way": ("NanoChat", "NanoChat", {}),
     "minimax-m2": ("MiniMaxM2", "MiniMaxM2", EXPERTS | {"head_dim": 16}),
     "smollm3": ("SmolLM3", "SmolLM3", {"no_rope_layers": [1, 0, 1]}),
     "cohere2": ("Cohere2", "Cohere2", MIXED),
@@ -510,6 +511,8 @@ def test_compiled_layers_are_looked_into_too(ids):
 
 def test_guesses_that_come_with_the_prompt_are_turned_after_it(ids):
     model = make("llama")
+    # Prompt lookup of transformers 5.2 needs one.
+    model.generation_config.eos_token_id = 96
     text = ids.repeat(1, 2)
     outputs = []
     for options in ({}, {"prompt_lookup_num_tokens": 4}):
@@ -522,23 +525,23 @@ def test_an_eviction_that_waited_turns_what_came_before_it_only(ids):
     model = make("llama")
     with observing(model), torch.inference_mode():
         cache = EvictingCache(KNorm(budget=8), every=15, rerotate=True)
-        model(ids[:, :20], **with_cache(model, cache))
         cache.activate_past_recording()
-        model(ids[:, 20:], **with_cache(model, cache))
-        cache.crop(-3)
+        model(ids[:, :20], **with_cache(model, cache))
+        model(ids[:, 20:24], **with_cache(model, cache))
+        cache.crop(-2)
     for layer in cache.layers:
-        assert layer.num_evictions == 2
-        # The 8 that were kept end at the 35th token; two have come since.
-        assert layer.places[0, :, :, 0].tolist() == [list(range(27, 37))] * 2
-        assert layer.true_positions[0, :, -2:].tolist() == [[35, 36]] * 2
+        assert layer.num_evictions == 1
+        # The 8 that were kept end at the 20th token; two have come since.
+        assert layer.places[0, :, :, 0].tolist() == [list(range(12, 22))] * 2
 
 
+@pytest.mark.parametrize("num", [6, 29])
 @pytest.mark.parametrize("side", ["left", "right", "hole"])
-def test_padding_takes_no_place(side, ids):
+def test_padding_takes_no_place(side, num, ids):
     """A row with padding keeps, and turns to, what it does alone."""
     model = make("llama")
     shown = torch.ones(N, dtype=torch.bool)
-    shown[{"left": slice(0, 6), "right": slice(N - 6, N), "hole": slice(12, 18)}[side]] = False
+    shown[{"left": slice(0, num), "right": slice(N - num, N), "hole": slice(5, 5 + num)}[side]] = False
     mask = torch.stack([torch.ones(N, dtype=torch.bool), shown]).long()
     together = read(model, ids.repeat(2, 1), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     alone = read(model, ids[:, shown])

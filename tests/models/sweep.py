@@ -37,13 +37,17 @@ from tests.models.configs import tiny_config, tiny_model
 from tests.models.pictures import PICTURES, num_tokens, token_of
 from tests.models.recomputed import Recomputed, recompute
 
-PROMPT, NEW, EVERY, PADS = 40, 9, 4, [0, 7]
-EVERYTHING = SnapKV(budget=1000, window=6, kernel_size=3)
-SMALL = SnapKV(budget=14, window=6, kernel_size=3)
+# The second row is shorter than the small budget, so that padding is kept.
+PROMPT, NEW, EVERY, PADS = 40, 9, 4, [0, 31]
+# Without pooling, which gives neighbors scores that only rounding tells apart.
+EVERYTHING = SnapKV(budget=1000, window=6, kernel_size=1)
+SMALL = SnapKV(budget=14, window=6, kernel_size=1)
 TOLERANCE = 1e-5
 MORE = " with a picture or sound"
 IMPLEMENTATIONS = ("sdpa", "eager")
 UNEVEN = "NO REFERENCE", "plain decoding differs from a pass over the whole text"
+OTHERS = "WRONG", "a layer keeps other tokens than the reference"
+SWAP = "WRONG", "a layer keeps other tokens in one head than the reference"
 # Inputs that speak of every token; generated ones are text, which sees the same picture.
 LIKE_TEXT = ("token_type_ids", "mm_token_type_ids", "image_embeds_position_mask", "cross_attention_mask")
 
@@ -107,24 +111,25 @@ def sweep(model_type: str, name: str) -> Row:
     return row
 
 
-def prompt_of(model: Any, extra: dict[str, torch.Tensor], pads: list[int]) -> dict[str, torch.Tensor]:
+def prompt_of(model: Any, extra: dict[str, torch.Tensor], pads: list[int], seed: int) -> dict[str, torch.Tensor]:
     """Return a batch of two rows, the second left-padded; with what stands for a picture after some tokens."""
     count = num_tokens(model, extra) if extra else 0
     length = PROMPT + count
-    ids = torch.randint(1, 80, (2, length), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(1, 80, (2, length), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).long()
     inputs = {"input_ids": ids * mask, "attention_mask": mask} | extra
     if not extra:
         return inputs
     is_more = torch.zeros(2, length, dtype=torch.int64)
-    is_more[:, 12 : 12 + count] = 1
+    is_more[:, max(PADS) + 3 : max(PADS) + 3 + count] = 1
     takes = inspect.signature(model.forward).parameters
     if count:
         inputs["input_ids"][is_more.bool()] = token_of(model.config)
     inputs |= {name: is_more for name in LIKE_TEXT if name in takes and name != "cross_attention_mask"}
     if "cross_attention_mask" in takes:
         tiles = int(model.config.vision_config.max_num_tiles)
-        inputs["cross_attention_mask"] = (torch.arange(length) > 16).long()[None, :, None, None].repeat(2, 1, 1, tiles)
+        sees = (torch.arange(length) > max(PADS) + 3).long()
+        inputs["cross_attention_mask"] = sees[None, :, None, None].repeat(2, 1, 1, tiles)
     return inputs
 
 
@@ -160,21 +165,24 @@ def failing(result: str) -> Iterator[None]:
 
 def _try(model: Any, more: Callable[[], dict[str, torch.Tensor]]) -> tuple[str, str]:
     """Return a result and its reason, for one implementation of attention and one kind of input."""
-    try:
+    pads, seed, reason = PADS, 3, ""
+    while True:
         try:
-            _check(model, more, PADS)
+            _check(model, more, pads, seed)
         except Verdict as verdict:
-            if verdict.cell != UNEVEN:
-                raise
-            # Of some models, decoding and reading at once put padded rows at different positions.
-            _check(model, more, [0, 0])
-            return "EQUAL", "of rows without padding; of padded ones " + UNEVEN[1]
-    except Verdict as verdict:
-        return verdict.cell
-    return "EQUAL", ""
+            if verdict.cell == UNEVEN and pads is PADS:
+                # Of some models, decoding and reading at once put padded rows at different positions.
+                pads, reason = [0, 0], "of rows without padding; of padded ones " + UNEVEN[1]
+            elif verdict.cell == SWAP and seed < 6:
+                # Scores that only rounding tells apart do not come again with another text; a fault does.
+                seed += 1
+            else:
+                return verdict.cell
+        else:
+            return "EQUAL", reason
 
 
-def _check(model: Any, more: Callable[[], dict[str, torch.Tensor]], pads: list[int]) -> None:
+def _check(model: Any, more: Callable[[], dict[str, torch.Tensor]], pads: list[int], seed: int) -> None:
     # What is refused at the door need not run; what crashes there crashes below, if the model itself runs.
     try:
         with failing("CRASH"), evicting(model, SMALL):
@@ -183,7 +191,7 @@ def _check(model: Any, more: Callable[[], dict[str, torch.Tensor]], pads: list[i
         if verdict.cell[0] == "REFUSED":
             raise
     with failing("PLAIN FAILS"), torch.inference_mode():
-        inputs = prompt_of(model, more(), pads)
+        inputs = prompt_of(model, more(), pads, seed)
         plain = _generate(model, inputs)
         prompt_logits = model(**inputs).logits
     steps = torch.stack(plain.logits, dim=1)
@@ -248,7 +256,9 @@ def _check_kept(way: Recomputed, small: Any) -> None:
         if number in way.evicted and not layer.num_evictions:
             raise Verdict("NOTHING", f"layer {number} was not evicted")
         if layer.num_evictions and layer.true_positions.tolist() != kept:
-            raise Verdict("WRONG", f"layer {number} keeps other tokens than the reference")
+            rows = zip(layer.true_positions.tolist(), kept, strict=True)
+            others = sum(ours != theirs for row in rows for ours, theirs in zip(*row, strict=True))
+            raise Verdict(*(SWAP if others == 1 else OTHERS))
 
 
 def _recomputed(

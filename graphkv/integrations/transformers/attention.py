@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,14 +42,18 @@ def _attention(implementation: str) -> Callable[..., Any]:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: Any,
-        # The sixth by position, because kvpress passes it so to every function that it finds registered.
-        dropout: float = 0.0,
-        scaling: float | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         function: Any = ATTENTION["sdpa"] if implementation == "sdpa" else _eager_function(module)
-        attend_as_before = partial(function, dropout=dropout, scaling=scaling, **kwargs)
+
+        def attend_as_before(*tensors: Any, **biases: torch.Tensor) -> Any:
+            return function(module, *tensors, *args, **kwargs | biases)
+
         handout = handed_out(module, key, value)
+        if isinstance(attention_mask, Mask) and attention_mask.was_used:
+            # The model may have changed it, so its rule no longer holds.
+            attention_mask = attention_mask.written
         if handout is None or not _is_self_attention(handout, module, query):
             if isinstance(attention_mask, Mask):
                 attention_mask = attention_mask.written
@@ -59,7 +62,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
                 take_note = WITHOUT_CACHE.get(id(getattr(module, "config", None)))
                 if take_note is not None:
                     take_note(module)
-            return attend_as_before(module, query, key, value, attention_mask)
+            return attend_as_before(query, key, value, attention_mask)
         is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
 
         # What some models add to the logits, by position.
@@ -84,10 +87,10 @@ def _attention(implementation: str) -> Callable[..., Any]:
             biases = {
                 name: each if handout.is_whole else columns(each, handout, query) for name, each in biases.items()
             }
-            result = attend_as_before(module, query, key, value, mask, **biases)
+            result = attend_as_before(query, key, value, mask, **biases)
             if handout.is_open:
                 source = _source_of(module, handout, query, key)
-                handout.observe(module, source, query, scaling, _window(source, kwargs))
+                handout.observe(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
             return result
 
         num_guessed = handout.num_guessed
@@ -127,15 +130,22 @@ def _is_self_attention(handout: Handout, module: Any, query: torch.Tensor) -> bo
 
 def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
     """Find the function that a module calls when its attention is "eager": every model file has its own."""
-    forward = inspect.unwrap(type(module).forward)
-    names = [name for name in forward.__code__.co_names if "eager" in name and callable(forward.__globals__.get(name))]
-    if len(set(names)) != 1:
-        raise ArgumentError(
-            f"model must name one eager attention function in the forward of {type(module).__name__} to run with "
-            f"attn_implementation 'eager'; found {sorted(set(names))}. Load it with 'sdpa'"
-        )
-    found: Callable[..., Any] = forward.__globals__[names[0]]
-    return found
+    names: set[str] = set()
+    # A class of the user's own may hand on to the model's.
+    for kind in type(module).__mro__:
+        if "forward" in vars(kind):
+            forward = inspect.unwrap(vars(kind)["forward"])
+            names = {name for name in forward.__code__.co_names if callable(forward.__globals__.get(name))}
+            names = {name for name in names if "eager" in name}
+            if len(names) == 1:
+                found: Callable[..., Any] = forward.__globals__[names.pop()]
+                return found
+            if names:
+                break
+    raise ArgumentError(
+        f"model must name one eager attention function in the forward of {type(module).__name__} to run with "
+        f"attn_implementation 'eager'; found {sorted(names)}. Load it with 'sdpa'"
+    )
 
 
 def _source_of(module: Any, handout: Handout, query: torch.Tensor, key: torch.Tensor) -> Source:

@@ -164,7 +164,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
         """The layers that cache keys and values of the text; others are left to themselves."""
-        return [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
+        layers = [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
+        return [layer for layer in layers if layer.num_seen or not self.num_seen]
 
     @property
     def policy(self) -> Policy | None:
@@ -224,9 +225,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """Refuse to go on if a layer's keys went unseen by our attention function."""
         if self._latest.is_open and self._latest.layer.awaits_queries:
             raise ArgumentError(
-                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function; run the "
-                'model inside evicting() or observing(), or with attn_implementation="graphkv_sdpa". If it does run '
-                "so, its attention does not go through transformers' attention interface"
+                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function: either the "
+                'model runs neither inside evicting() or observing() nor with attn_implementation="graphkv_sdpa", or '
+                "the attention of this layer does not go through transformers' attention interface"
             )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:
@@ -388,6 +389,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen: what positions and `generate` count by."""
+        if layer_idx and layer_idx >= len(self.layers):
+            return 0
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if layer_idx and isinstance(layer, EvictingLayer):
             return layer.num_seen
@@ -395,7 +398,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the length of a mask over all tokens seen, new ones included, and 0: none is missing before them."""
-        return self.get_seq_length(layer_idx) + versions.number_of(query_length), 0
+        seen = self.get_seq_length(layer_idx) if layer_idx < len(self.layers) else self.num_seen
+        return seen + versions.number_of(query_length), 0
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store what a layer of linear attention remembers."""
@@ -517,7 +521,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return tuple(
             layer_stats(index, layer)
             for index, layer in enumerate(self.layers)
-            if isinstance(layer, EvictingLayer) and not layer.is_apart and (layer.num_seen or not self.num_seen)
+            if layer in self.evicting_layers
         )
 
     def report(self) -> str:
@@ -539,7 +543,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
 def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
     """Refuse attention to other keys than the cache has just handed out for it."""
     handout = _latest.handout
-    if handout is None or handout.cache is None or not handout.is_open:
+    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
+        return
+    if getattr(module, "layer_idx", handout.index) != handout.index:
         return
     if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
         raise ArgumentError(

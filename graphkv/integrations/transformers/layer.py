@@ -130,6 +130,8 @@ class Handout:
         Whether the attention that the keys were handed out for is still to come.
     is_apart : bool
         Whether they turned out to be none of the text's, see `EvictingLayer.is_apart`.
+    was_found : bool
+        Whether any attention has come with them, even if it failed.
     is_out_of_step : bool
         Whether the layer has not seen what the others have.
     """
@@ -138,7 +140,7 @@ class Handout:
         self._cache: Callable[[], Any] = (lambda: None) if cache is None else weakref.ref(cache)
         self._owner: Callable[[], Any] = lambda: None
         self.index, self.num_new, self.is_out_of_step = index, num_new, is_out_of_step
-        self.is_open, self.is_apart = cache is not None, False
+        self.is_open, self.is_apart, self.was_found = cache is not None, False, False
         if cache is not None:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
@@ -226,6 +228,8 @@ def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout |
             f"model must read cached keys with the values that were cached with them; {type(module).__name__} reads "
             "them with others"
         )
+    if handout is not None:
+        handout.was_found = True
     if handout is not None and not handout.is_apart and handout.was_read_by(module):
         raise ArgumentError(
             f"model must attend once to what a layer has cached; {type(module).__name__} does so again after its layer "
@@ -694,9 +698,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         at_hand = self.num_stored if is_whole else self.num_new
         if surplus > at_hand:
             raise ArgumentError(
-                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. With assisted "
-                "decoding, pass past_key_values=EvictingCache(policy) after its activate_past_recording(): evictions "
-                "then wait for the crop"
+                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. After "
+                "activate_past_recording() evictions wait for the crop, as assisted decoding needs it"
             )
         return surplus
 

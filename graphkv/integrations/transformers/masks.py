@@ -8,6 +8,7 @@ so what travels to the layers is a tensor that knows its rule and is written out
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,8 @@ class Mask(torch.Tensor):
     arguments: dict[str, Any]
     padding: torch.Tensor | None
     _written: torch.Tensor | None
+    # Whether anybody has had the written mask in hand, and so may have changed it in place.
+    was_used: bool
 
     # The results of operations are plain tensors.
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
@@ -43,7 +46,7 @@ class Mask(torch.Tensor):
         shape = (int(arguments["batch_size"]), 1, queries, int(arguments["kv_length"]))
         device = arguments["device"] if "device" in arguments else arguments["cache_position"].device
         made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._make, made.arguments, made._written = make, arguments, written
+        made._make, made.arguments, made._written, made.was_used = make, arguments, written, False
         # The caller's mask of shape (batch, tokens), where it hides anything.
         shown = arguments.get("attention_mask")
         made.padding = None if shown is None or bool(shown.all()) else shown.bool()
@@ -62,8 +65,29 @@ class Mask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Write the mask out for whatever is done with it."""
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda mask: mask.written, (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls._in_use, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _in_use(self) -> torch.Tensor:
+        self.was_used = True
+        return self.written
+
+    # What PyTorch refuses for subclasses.
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the written mask as an array."""
+        return self._in_use().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Return the written mask in lists."""
+        return self.written.tolist()
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        """Copy the written mask; a copy has no rule."""
+        return deepcopy(self.written, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the written mask."""
+        return self.written.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def mask_maker(implementation: str) -> Callable[..., Any]:
@@ -80,6 +104,8 @@ def mask_maker(implementation: str) -> Callable[..., Any]:
             written = make(**arguments)
             if written is None:
                 return None
+        # Static caches count on in place, and the mask may be written out later.
+        arguments = {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in arguments.items()}
         return Mask(make, arguments, torch.bool if implementation == "sdpa" else arguments["dtype"], written)
 
     return make_mask
@@ -175,8 +201,8 @@ def _shown_columns(mask: torch.Tensor, handout: Handout, query: torch.Tensor) ->
     """Take the columns of the stored tokens from a mask that the model or the caller wrote."""
     if mask.ndim != 4 or mask.shape[-1] != handout.num_seen:
         raise ArgumentError(
-            f"attention_mask must have four axes and a column for each of the {handout.num_seen} tokens seen once some "
-            f"were evicted; the attention got one of shape {tuple(mask.shape)}"
+            "attention_mask, the caller's or one that the model makes itself, must have four axes and a column for "
+            f"each of the {handout.num_seen} tokens seen once some were evicted; got one of shape {tuple(mask.shape)}"
         )
     taken = columns(mask, handout, query)
     if handout.valid is None:

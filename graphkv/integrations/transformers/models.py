@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
 from ...core import checks
 from ...core.backend import Backend
@@ -20,7 +22,7 @@ from ...core.policy import Policy
 from . import versions
 from .attention import IMPLEMENTATIONS, PREFIX, WITHOUT_CACHE
 from .cache import EvictingCache, not_compiled
-from .layer import FULL, WINDOWED
+from .layer import FULL, WINDOWED, Settings
 
 __all__ = ["evicting", "observing"]
 
@@ -85,8 +87,8 @@ def evicting(
             policy, every=every, rerotate=rerotate, record=record, backend=backend, config=decoder.config
         )
 
-    new_cache()  # bad arguments are said here, not in the middle of a forward pass
-    watch = _Watch(policy)
+    # Bad arguments are said here, not in the middle of a forward pass.
+    watch = _Watch(new_cache().settings, decoder.modules[-1])
     with decoder.attending(watch.saw_no_cache), ExitStack() as stack:
         for module in decoder.modules:
             stack.enter_context(_Hooks(module, decoder.config, watch, new_cache).installed())
@@ -141,6 +143,10 @@ class _Decoder:
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
+                raise ArgumentError(
+                    "model must leave the cache to its prompts; prefix tuning fills it with keys that are no tokens"
+                )
             model = model.get_base_model()
         if not isinstance(model, PreTrainedModel):
             inner = next((name for name in ("_orig_mod", "module", "model") if hasattr(model, name)), None)
@@ -168,7 +174,9 @@ class _Decoder:
     def _check(self, name: str, inmost: Any) -> None:
         implementation = str(self.config._attn_implementation)
         if implementation.startswith(PREFIX):
-            raise ArgumentError(f"model must not be inside evicting() or observing() already; {name} is")
+            raise ArgumentError(
+                f"model must not be inside evicting() or observing() already; {name} is, or one that shares its config"
+            )
         if implementation not in IMPLEMENTATIONS:
             raise ArgumentError(
                 f"model must be loaded with attn_implementation 'sdpa' or 'eager'; {name} has {implementation!r}"
@@ -199,52 +207,68 @@ class _Decoder:
     @contextmanager
     def attending(self, without_cache: Callable[[torch.nn.Module], None]) -> Iterator[None]:
         """Run the decoder, and nothing else of the model, under our attention function."""
-        for config in self.configs:
+        before = [config._attn_implementation for config in self.configs]
+        for config, implementation in zip(self.configs, before, strict=True):
             WITHOUT_CACHE[id(config)] = without_cache
             # The inner name, because the public one is passed on to parts of the configuration.
-            config._attn_implementation_internal = PREFIX + self.implementation
+            if implementation in IMPLEMENTATIONS:
+                config._attn_implementation_internal = PREFIX + implementation
         try:
             yield
         finally:
-            for config in self.configs:
-                config._attn_implementation_internal = self.implementation
+            for config, implementation in zip(self.configs, before, strict=True):
+                config._attn_implementation_internal = implementation
                 del WITHOUT_CACHE[id(config)]
+
+
+@dataclass
+class _Pass:
+    """A forward pass of one module: whether it was given a cache, or the reason why not was noted; what was filled."""
+
+    is_seen_to: bool = False
+    was_filled: bool = False
 
 
 class _Watch:
     """Whether what happened in a block of `evicting` was what had been asked for."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, settings: Settings, inmost: torch.nn.Module) -> None:
+        self.settings = settings
         self.reasons: dict[str, None] = {}
-        self.was_filled = False
-        self.without_cache: str | None = None
+        # Other models may share the configuration.
+        self.modules = {id(module) for module in inmost.modules()}
+        self.passes_by_thread: dict[int, list[_Pass]] = {}
+
+    @property
+    def passes(self) -> list[_Pass]:
+        """The passes of this thread that have begun and not ended, the outermost first."""
+        return self.passes_by_thread.setdefault(threading.get_ident(), [])
 
     def saw_no_cache(self, module: torch.nn.Module) -> None:
         """Take note of attention whose keys came from no `EvictingCache`."""
-        self.without_cache = type(module).__name__
+        if id(module) in self.modules and not any(each.is_seen_to for each in self.passes):
+            self.reasons[f"{type(module).__name__} ran without a cache; call the model and not its forward()"] = None
 
     def saw_pass(self, module: torch.nn.Module, cache: EvictingCache) -> None:
         """Take note of a forward pass that has gone well."""
-        if cache.num_seen == cache.seen_before:
-            is_checkpointed = module.training and getattr(module, "is_gradient_checkpointing", False)
+        if cache.num_seen > cache.seen_before:
+            for each in self.passes:
+                each.was_filled = True
+            if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
+                self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
+        elif not (self.passes and self.passes[-1].was_filled):
+            is_checkpointed = module.training and versions.is_checkpointed(module)
             self.reasons[
                 "training with gradient checkpointing caches nothing"
                 if is_checkpointed
                 else f"{type(module).__name__} dropped the cache that it was given"
             ] = None
-            return
-        self.was_filled = True
-        if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
-            self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
 
     def warn(self) -> None:
         """Warn if the block did not do what was asked."""
-        if not self.was_filled and self.without_cache is not None and not self.reasons:
-            self.reasons[f"{self.without_cache} ran without a cache; call the model and not its forward()"] = None
         if self.reasons:
             warnings.warn(
-                f"evicting() could not evict with {type(self.policy).__name__}: {'; '.join(self.reasons)}",
+                f"evicting() could not evict with {type(self.settings.policy).__name__}: {'; '.join(self.reasons)}",
                 GraphKVWarning,
                 stacklevel=4,
             )
@@ -257,8 +281,15 @@ class _Hooks:
         self, module: Any, config: Any, watch: _Watch | None, new_cache: Callable[[], EvictingCache] | None
     ) -> None:
         self.module, self.config, self.watch, self.new_cache = module, config, watch, new_cache
-        self.parameters = list(inspect.signature(module.forward).parameters)
+        parameters = inspect.signature(module.forward).parameters
+        if not any(name in parameters for name in versions.CACHE_ARGUMENTS):
+            # Somebody may have exchanged it for a function that hands on everything.
+            own = inspect.signature(type(module).forward.__get__(module)).parameters
+            parameters = own if any(name in own for name in versions.CACHE_ARGUMENTS) else parameters
+        self.parameters = list(parameters)
         self.name = versions.cache_argument(module.forward)
+        self.takes_cache = self.name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        self.is_over = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -266,6 +297,8 @@ class _Hooks:
         handles = [
             self.module.register_forward_pre_hook(self.before, with_kwargs=True),
             self.module.register_forward_hook(self.after, with_kwargs=True),
+            # Also after an exception.
+            self.module.register_forward_hook(self.ended, always_call=True),
         ]
         can_generate = callable(getattr(self.module, "generate", None)) and "generate" not in vars(self.module)
         if can_generate:
@@ -273,6 +306,7 @@ class _Hooks:
         try:
             yield
         finally:
+            self.is_over = True
             for handle in handles:
                 handle.remove()
             if can_generate:
@@ -285,7 +319,9 @@ class _Hooks:
 
     def cache_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find the cache that is passed, under any name that transformers has had for it."""
-        found = (self.argument(name, args, kwargs) for name in versions.CACHE_ARGUMENTS)
+        found = [self.argument(name, args, kwargs) for name in versions.CACHE_ARGUMENTS]
+        # A forward that names nothing may hand on what it gets by place.
+        found += [each for each in args if isinstance(each, Cache)]
         return next((cache for cache in found if cache is not None), None)
 
     def with_cache(self, cache: EvictingCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -299,7 +335,17 @@ class _Hooks:
     @not_compiled
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Supply a cache where there is none."""
+        this_pass = _Pass()
+        if self.watch is not None:
+            self.watch.passes.append(this_pass)
         given, result = self.cache_of(args, kwargs), None
+        if given is None and not self.takes_cache:
+            return None  # the modules inside get one
+        this_pass.is_seen_to = True
+        other_names = [name for name in kwargs if name in versions.CACHE_ARGUMENTS and name not in self.parameters]
+        if given is not None and other_names and self.name in self.parameters:
+            # Another release's name, which this forward would take for anything else and drop.
+            args, kwargs = result = self.with_cache(given, args, kwargs)
         if self.new_cache is not None and not isinstance(given, EvictingCache):
             uses_cache = self.argument("use_cache", args, kwargs)
             if uses_cache is None:
@@ -308,12 +354,11 @@ class _Hooks:
                 if self.watch is not None:
                     self.watch.reasons["use_cache is False"] = None
                 return None
-            given, result = self.supplied(self.new_cache, given, args, kwargs)
+            given, (args, kwargs) = self.supplied(self.new_cache, given, args, kwargs)
+            result = args, kwargs
         if isinstance(given, EvictingCache):
-            if self.watch is not None and given.policy != self.watch.policy:
-                raise ArgumentError(
-                    f"{self.name} must have the policy of evicting(), {self.watch.policy}; its own is {given.policy}"
-                )
+            if self.watch is not None:
+                self.check_settings(given.settings, self.watch.settings)
             given.prepare(self.config)
             given.seen_before = given.num_seen
             keep = kwargs.get("logits_to_keep")
@@ -322,6 +367,13 @@ class _Hooks:
                 given.num_guessed = keep - 1
         return result
 
+    def check_settings(self, own: Settings, asked: Settings) -> None:
+        """Refuse a cache that would not do what the block asks for."""
+        for name in ("policy", "every", "rerotate", "record"):
+            wanted, found = getattr(asked, name), getattr(own, name)
+            if wanted and wanted != found:
+                raise ArgumentError(f"{self.name} must have the {name} of evicting(), {wanted}; its own is {found}")
+
     def supplied(
         self, new_cache: Callable[[], EvictingCache], given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[EvictingCache, Any]:
@@ -329,14 +381,16 @@ class _Hooks:
         cache = new_cache()
         if given is None:
             return cache, self.with_cache(cache, args, kwargs)
-        if type(given) is not DynamicCache or given.get_seq_length() > 0 or given.offloading:
+        num_tokens = max((int(layer.get_seq_length()) for layer in getattr(given, "layers", ())), default=0)
+        if type(given) is not DynamicCache or num_tokens or given.offloading:
+            tokens = f" with {num_tokens} tokens" if isinstance(given, Cache) else ""
             offloading = " with offloading" if getattr(given, "offloading", False) else ""
             raise ArgumentError(
                 f"{self.name} must be None, an empty DynamicCache or an EvictingCache inside evicting(); got "
-                f"{type(given).__name__} with {given.get_seq_length()} tokens{offloading}"
+                f"{type(given).__name__}{tokens}{offloading}"
             )
         EvictingCache.adopt(given, cache)
-        return given, None
+        return given, (args, kwargs)
 
     @not_compiled
     def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -349,8 +403,14 @@ class _Hooks:
             self.watch.saw_pass(module, cache)
         cache.note_tokens(self.argument("input_ids", args, kwargs))
 
+    @not_compiled
+    def ended(self, *_: Any) -> None:
+        """Take note of the end of a forward pass."""
+        if self.watch is not None and self.watch.passes:
+            self.watch.passes.pop()
+
     def wrapped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """Let `generate` begin with a cache of ours, and notice a history that the cache does not know."""
+        """Let `generate` begin with a cache of ours; notice an unknown history, and a block that ends too early."""
 
         @wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -358,18 +418,45 @@ class _Hooks:
             if isinstance(cache, EvictingCache):
                 ids = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
                 cache.check_history(next((each for each in ids if each is not None), None))
-            elif cache is None and self.new_cache is not None and _uses_cache(self.module, kwargs):
-                kwargs = {**kwargs, self.name: self.new_cache()}
-            return generate(*args, **kwargs)
+            elif self.new_cache is not None and not self.is_over:
+                if cache is not None:
+                    cache, _ = self.supplied(self.new_cache, cache, args, kwargs)
+                elif _uses_cache(self.module, args, kwargs):
+                    cache = self.new_cache()
+                    kwargs = {**kwargs, self.name: cache}
+            if isinstance(cache, EvictingCache) and _guesses(self.module, args, kwargs):
+                # transformers says so itself from 5.20 on.
+                cache.activate_past_recording()
+            try:
+                result = None if self.is_over else generate(*args, **kwargs)
+            except Exception as error:
+                if self.is_over:
+                    raise self.left_too_early() from error
+                raise
+            if self.is_over:
+                raise self.left_too_early()
+            return result
 
         return checked
 
+    def left_too_early(self) -> ArgumentError:
+        """Return the error for a block that another thread has left while this one generates."""
+        return ArgumentError("the block of evicting() or observing() must last until generate() returns")
 
-def _uses_cache(model: Any, options: dict[str, Any]) -> bool:
+
+def _option(name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Find an option of `generate` where it is given: by keyword, in a configuration, or in that of the model."""
+    configs = [each for each in (kwargs.get("generation_config"), *args) if isinstance(each, GenerationConfig)]
+    values = (kwargs.get(name), *(getattr(each, name, None) for each in (*configs, model.generation_config)))
+    return next((value for value in values if value is not None), None)
+
+
+def _uses_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `generate` would make a cache of the ordinary kind for itself."""
-    config = options.get("generation_config") or model.generation_config
+    use_cache, implementation = (_option(name, model, args, kwargs) for name in ("use_cache", "cache_implementation"))
+    return use_cache is not False and implementation is None
 
-    def option(name: str) -> Any:
-        return options[name] if options.get(name) is not None else getattr(config, name, None)
 
-    return option("use_cache") is not False and option("cache_implementation") in (None, "dynamic")
+def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` decodes with an assistant of any kind."""
+    return any(_option(name, model, args, kwargs) is not None for name in ASSISTED)

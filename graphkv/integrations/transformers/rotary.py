@@ -513,8 +513,10 @@ def _layouts(size: int, frequencies: torch.Tensor) -> Iterator[tuple[list[int], 
     for pairs in dict.fromkeys((columns // 2, columns, columns // (2 * axes))):
         for start in sorted({0, size - 2 * pairs}) if 0 < 2 * pairs <= size else ():
             at = list(range(start, start + 2 * pairs))
-            yield at[:pairs], at[pairs:]
-            yield at[::2], at[1::2]
+            for one, other in ((at[:pairs], at[pairs:]), (at[::2], at[1::2])):
+                yield one, other
+                # Turned the other way.
+                yield other, one
 
 
 def _columns(keys: torch.Tensor, first: list[int], second: list[int], angles: torch.Tensor) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ __all__ = [
     "CACHE_ARGUMENTS",
     "cache_argument",
     "first_query",
+    "is_checkpointed",
     "layer_kinds",
     "number_of",
     "number_of_queries",
@@ -68,6 +69,14 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the keyword argument that hands a cache to a model: ``model(ids, **with_cache(model, cache))``."""
     return {cache_argument(model.forward): cache}
+
+
+def is_checkpointed(model: Any) -> bool:
+    """Return whether a model computes activations again in training, instead of keeping them."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False
 
 
 def layer_kinds(config: Any) -> tuple[str, ...]:
