@@ -6,6 +6,7 @@ Sphinx has them built before it reads the pages. They are built again when recor
 from __future__ import annotations
 
 import gzip
+import os
 import tempfile
 from hashlib import sha256
 from importlib.metadata import version
@@ -52,12 +53,15 @@ def _build(run: str) -> dict[str, str]:
     stamp.unlink(missing_ok=True)
     (folder / "figures").mkdir(exist_ok=True)
     contents = {"report.md": markdown.encode(), **pictures}
+    found = _digests(folder)
     for path, content in contents.items():
-        # Not written again where nothing changes: Sphinx would read it again, and another build may be reading it.
+        # Whole or not at all, and not again where nothing changes: another build may be reading.
         if found.get(f"{run}/{path}") != sha256(content).hexdigest():
-            (folder / path).write_bytes(content)
+            scratch = folder / f"report.{os.getpid()}"
+            scratch.write_bytes(content)
+            scratch.replace(folder / path)
     for path in found.keys() - {f"{run}/{path}" for path in contents}:
-        (RESULTS / path).unlink()
+        (RESULTS / path).unlink(missing_ok=True)
     found = _digests(folder)
     stamp.write_text(_stamp(origin, found), encoding="utf-8")
     return found
