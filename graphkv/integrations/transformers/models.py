@@ -256,7 +256,7 @@ class _Watch:
         if cache.num_seen > cache.seen_before:
             for each in self.passes:
                 each.was_filled = True
-            if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
+            if not any(layer.evicts and layer.num_seen for layer in cache.attention_layers):
                 self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
         elif not (self.passes and self.passes[-1].was_filled):
             is_checkpointed = module.training and versions.is_checkpointed(module)
