@@ -18,9 +18,10 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from . import versions
+from .handout import Handout
 from .history import History
 from .hybrid import HybridEvictingLayer
-from .layer import FULL, WINDOWED, EvictingLayer, Handout, Settings
+from .layer import FULL, WINDOWED, EvictingLayer, Settings
 from .report import LayerStats, describe, layer_stats
 from .storage import load_cache, save_cache
 
