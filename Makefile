@@ -55,7 +55,8 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Golden vectors and pictures are checked to be what their scripts make; then the pages, warnings as errors.
+# Golden vectors, pictures and results are checked to be what their scripts make; then the pages, warnings as errors.
+# The full reports of the results are built from their records on the way, where they are not current.
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
@@ -95,3 +96,4 @@ docs: .venv/installed-test
 
 clean:
 	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/generated graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf docs/results/*/figures docs/results/*/report.*

@@ -16,7 +16,10 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import reports
 
 import graphkv
 
@@ -151,6 +154,7 @@ class PropertiesDirective(SphinxDirective):
 
 def setup(app: Sphinx) -> None:
     """Add what this documentation needs beyond its extensions."""
+    app.connect("builder-inited", lambda _: reports.build())
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
     app.add_role("name", NameRole())
     app.add_role("property", PropertyRole())

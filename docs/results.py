@@ -1,25 +1,29 @@
-"""Write the tables of results/index.md from the records that lie beside it.
+"""Make the results from the records in results/: the tables and figures of its page, and the full reports.
 
-``python docs/results.py`` rewrites the tables between their marks, ``--check`` only says whether they are current.
+``python docs/results.py`` rewrites the tables between their marks, the page's figures and the digests of the reports;
+``--check`` only says whether they are current. Either way, the page's prose must give the numbers of the records.
 """
 
 from __future__ import annotations
 
-import gzip
+import re
 import sys
-import tempfile
 from collections import Counter
 from math import sqrt
-from pathlib import Path
 
+from claims import claims, missing, signed
 from marked import renew
+from reports import RESULTS, VERSIONS, build, records
 
-from graphkv.evaluation.records import Record, read_records
+from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Comparison, Interval, compare
 
-HERE = Path(__file__).parent / "results"
+PAGE = RESULTS / "index.md"
+DIGESTS = RESULTS / "reports.sha256"
 BASES = {"snapkv": "SnapKV", "pyramidkv": "PyramidKV", "h2o": "H2O", "knorm": "KNorm"}
 PARTS = {("needle", "aware"): "aware", ("needle", "agnostic"): "agnostic", ("continuation", "agnostic"): "continuation"}
+# The figures of the page: what the caption in the report of the standard run says.
+FIGURES = {part: f"{task}, query-{mode}, prompts of 2048 tokens" for (task, mode), part in PARTS.items()}
 KINDS = {
     "degree over base": {f"{base}+degree": base for base in BASES},
     "paper's setting over base": {f"{base}+graphkv": base for base in BASES},
@@ -40,21 +44,9 @@ FUSIONS = {
 }
 
 
-def records(packed: str) -> list[Record]:
-    """Read records that are stored compressed."""
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "records.jsonl").write_bytes(gzip.decompress((HERE / packed).read_bytes()))
-        return read_records(Path(scratch))
-
-
 def part_of(found: Comparison) -> str:
     """Name the part of the results that a comparison belongs to."""
     return PARTS[found.cell.task, found.cell.mode]
-
-
-def signed(text: str) -> str:
-    """Give numbers true minus signs."""
-    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def number(found: Interval) -> str:
@@ -107,14 +99,48 @@ def tuning(read: list[Record]) -> str:
     return rows(["base", "fusion", *(f"{part}, {size}" for part in PARTS.values() for size in (128, 256, 512))], body)
 
 
+def figures() -> dict[str, bytes]:
+    """Select the figures that the page shows from the full report."""
+    report = (RESULTS / "standard" / "report.md").read_text(encoding="utf-8")
+    found = {}
+    for name, where in FIGURES.items():
+        (path,) = re.findall(rf"^!\[Gain in NLL [^\]]*: {re.escape(where)}\.[^\]]*\]\((.*)\)$", report, re.MULTILINE)
+        found[f"{name}.svg"] = (RESULTS / "standard" / path).read_bytes()
+    return found
+
+
+def keep(digests: dict[str, str], shown: dict[str, bytes]) -> list[str]:
+    """Write the digests of the reports and the figures of the page; with ``--check``, name what differs."""
+    made_with, kept = f"# {VERSIONS}\n", DIGESTS.read_text(encoding="utf-8") if DIGESTS.is_file() else ""
+    current = made_with + "".join(f"{digest}  {path}\n" for path, digest in digests.items())
+    if "--check" not in sys.argv:
+        DIGESTS.write_text(current, encoding="utf-8")
+        for name, content in shown.items():
+            (RESULTS / name).write_bytes(content)
+        return []
+    if not kept.startswith(made_with):
+        # Other versions round and draw otherwise, and nothing is wrong with that.
+        print(f"The reports are not compared: {DIGESTS.name} is of {kept.partition(chr(10))[0]}, here is {VERSIONS}")
+        return []
+    wrong = sorted({line.split()[-1] for line in set(current.splitlines()) ^ set(kept.splitlines())})
+    return wrong + [name for name, content in shown.items() if (RESULTS / name).read_bytes() != content]
+
+
 def main() -> int:
     """Rewrite the page, or check it."""
     read = records("standard/records.jsonl.gz")
     comparisons = {kind: compare(read, "nll", pairs) for kind, pairs in KINDS.items()}
+    tuned = {name: records(f"tuning/{name}.jsonl.gz") for name in ("smollm2", "gemma3")}
     tables = {"counts": counts(comparisons)}
     tables |= {part: gains(comparisons["degree over base"], part) for part in PARTS.values()}
-    tables |= {f"tuning {name}": tuning(records(f"tuning/{name}.jsonl.gz")) for name in ("smollm2", "gemma3")}
-    return renew(HERE / "index.md", tables)
+    tables |= {f"tuning {name}": tuning(each) for name, each in tuned.items()}
+    outdated = renew(PAGE, tables)
+    if wrong := keep(build(), figures()):
+        print(f"The records make other files than {DIGESTS.name} has digests of: {', '.join(wrong)}")
+    said = claims(read, comparisons, records("baselines/records.jsonl.gz"), tuned)
+    for sentence in (unsaid := missing(PAGE.read_text(encoding="utf-8"), said)):
+        print(f"{PAGE.name} does not say what the records say: {sentence}")
+    return int(outdated or bool(wrong) or bool(unsaid))
 
 
 if __name__ == "__main__":

@@ -71,15 +71,21 @@ def test_pictures_are_current():
     assert done.returncode == 0
 
 
-def run_script(name, *, on=DOCS):
+def check_script(name, *, on=DOCS):
     environment = {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, on / name, "--check"], check=False, env=environment).returncode
+    return subprocess.run(
+        [sys.executable, on / name, "--check"], check=False, env=environment, capture_output=True, text=True
+    )
+
+
+def run_script(name, *, on=DOCS):
+    return check_script(name, on=on).returncode
 
 
 @pytest.mark.parametrize("name", ["support.py", "performance.py", "results.py"])
 def test_tables_are_what_their_script_makes(name):
     if name == "results.py":
-        pytest.importorskip("graphkv.evaluation.records", reason="graphkv eval needs graphkv[eval]")
+        pytest.importorskip("graphkv.evaluation.report", reason="graphkv eval needs graphkv[eval]")
 
     assert run_script(name) == 0
 
@@ -94,6 +100,30 @@ def test_a_table_that_is_not_current_is_found(tmp_path):
     assert run_script("support.py", on=tmp_path) == 1
 
 
+def test_results_that_the_records_do_not_give_are_found(tmp_path):
+    pytest.importorskip("graphkv.evaluation.report", reason="graphkv eval needs graphkv[eval]")
+    assert run_script("results.py") == 0  # the reports are there now, and are copied
+    for name in ("results.py", "reports.py", "claims.py", "marked.py"):
+        shutil.copy(DOCS / name, tmp_path)
+    shutil.copytree(DOCS / "results", tmp_path / "results")
+    page, figure = tmp_path / "results" / "index.md", tmp_path / "results" / "aware.svg"
+    text = page.read_text(encoding="utf-8")
+    assert "better in 59 of 88 cells" in text
+    page.write_text(text.replace("59 of 88 cells", "60 of 88 cells"), encoding="utf-8")
+    figure.write_bytes(figure.read_bytes().replace(b"z\n", b"\n", 1))
+    digests = tmp_path / "results" / "reports.sha256"
+    first, second, *rest = digests.read_text(encoding="utf-8").splitlines(keepends=True)
+    digests.write_text("".join([first, second.replace(second[:8], "01234567"), *rest]), encoding="utf-8")
+
+    done = check_script("results.py", on=tmp_path)
+
+    assert done.returncode == 1
+    assert "index.md does not say what the records say: better in 59 of 88 cells" in done.stdout
+    files = next(line for line in done.stdout.splitlines() if "reports.sha256" in line).partition(": ")[2].split(", ")
+    # Where other versions are installed, the check says so and compares no file.
+    assert files == [second.split()[-1], "aware.svg"] or "not compared" in done.stdout
+
+
 def test_pages_build_without_a_warning_and_need_no_network(tmp_path):
     for module, version in (
         ("sphinx", "9"),
@@ -101,6 +131,7 @@ def test_pages_build_without_a_warning_and_need_no_network(tmp_path):
         ("myst_parser", "5"),
         ("furo", "0"),
         ("numpydoc", "1"),
+        ("matplotlib", "3"),
     ):
         pytest.importorskip(module, minversion=version)
     build = [sys.executable, "-m", "sphinx", "-n", "-W", "-q", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path]
@@ -112,3 +143,12 @@ def test_pages_build_without_a_warning_and_need_no_network(tmp_path):
     pages = {page.name: page.read_text(encoding="utf-8") for page in tmp_path.glob("*.html")}
     assert [name for name, html in pages.items() if re.search(loaded, html)] == []
     assert "<math" in pages["specification.html"]
+    # Reports are built from the records, and can be reached.
+    results = tmp_path / "results"
+    for run in ("baselines", "standard"):
+        assert f'href="{run}/report.html"' in (results / "index.html").read_text(encoding="utf-8")
+        shown = re.findall(
+            r'<img [^>]*src="\.\./\.\./(_images/\w+\.svg)"', (results / run / "report.html").read_text("utf-8")
+        )
+        assert len(shown) == len(list((DOCS / "results" / run / "figures").iterdir())) > 0
+        assert all((tmp_path / path).is_file() for path in shown)

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 @contextmanager
 def _drawing(height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
     """Give an empty figure; what was drawn lies in the buffer afterwards."""
-    style = {
+    look = {
         "axes.edgecolor": FAINT,
         "axes.facecolor": PAPER,
         "axes.grid": True,
@@ -84,11 +84,12 @@ def _drawing(height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
         "ytick.labelsize": 8,
     }
     buffer = io.BytesIO()
-    with rc_context(style):
+    # The reader's own matplotlibrc has no say.
+    with style.context(look, after_reset=True):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, buffer
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None})
 
 
 def _with_both_themes(svg: bytes) -> bytes:
@@ -98,8 +99,8 @@ def _with_both_themes(svg: bytes) -> bytes:
         for light, dark in DARK.items()
         for kind in ("fill", "stroke")
     )
-    style = f"<style>@media(prefers-color-scheme:dark){{{rules}}}</style>"
-    return svg.replace(b"<defs>", f"{style}\n<defs>".encode(), 1)
+    element = f"<style>@media(prefers-color-scheme:dark){{{rules}}}</style>"
+    return svg.replace(b"<defs>", f"{element}\n<defs>".encode(), 1)
 
 
 def _look(variants: Sequence[str], variant: str) -> dict[str, Any]:
@@ -247,7 +248,11 @@ def draw_gains(gains: Sequence[Gain], variants: Sequence[str], *, label: str) ->
             where = heights[gain.base, gain.budget] + dodge
             _draw_gain(panel, where, gain.found, _look(variants, gain.variant))
         for base, where in titles.items():
-            panel.text(0.01, where, base, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5)
+            # On paper of its own, because the line of zero may pass behind it.
+            panel.text(
+                0.01, where, base, transform=panel.get_yaxis_transform(), va="center", fontsize=8.5,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
         panel.set_yticks(list(heights.values()), [str(budget) for _, budget in heights])
         panel.set_ylim(len(titles) + len(heights) - 0.4, -0.6)
         panel.grid(visible=False, axis="y")

@@ -209,7 +209,7 @@ def running_states(
         One per layer; empty where a sliding layer of a model that has others too is left alone.
     """
     states: list[Mapping[str, Array]] = []
-    for number, layer in enumerate(cache.evicting_layers):
+    for number, layer in enumerate(cache.attention_layers):
         if not layer.evicts:
             states.append({})
             continue

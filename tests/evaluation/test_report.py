@@ -1,9 +1,13 @@
 """``graphkv report`` on records whose effects are known."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import product
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +19,7 @@ from graphkv.evaluation import plots, statistics
 from graphkv.evaluation.records import Record, Run
 from graphkv.evaluation.report import make_report
 
+ROOT = Path(__file__).parents[2]
 LENGTHS, BUDGETS, MODES = (64, 128), (16, 32, 64), ("aware", "agnostic")
 # What the graph takes from the likelihood of the answer: it helps one base and harms another, alike in both modes.
 EFFECTS = {"snapkv": 0.0, "snapkv+graphkv": -0.5, "knorm": 1.0, "knorm+graphkv": 1.5, "h2o": 0.7, "h2o+graphkv": 0.7}
@@ -231,6 +236,30 @@ def test_every_figure_is_a_picture_that_follows_the_screen(drawn):
         assert f"]({path})" in markdown
         assert b"prefers-color-scheme:dark" in picture
         assert b"http" not in picture.replace(b"http://www.w3.org/", b"").split(b"</metadata>")[1]
+        # Neither the day nor the release of matplotlib: a figure that shows the same is the same file.
+        assert b"<dc:date>" not in picture
+        assert b"<dc:creator>" not in picture
+
+
+DRAW = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from test_report import FEW, HEADER, make_records, make_report
+markdown, pictures = make_report(make_records(prompts=2, modes=("aware",), effects=FEW), HEADER)
+print(hashlib.sha256(repr((markdown, sorted(pictures.items()))).encode()).hexdigest())
+"""
+
+
+def test_another_process_with_settings_of_its_own_draws_the_same_bytes(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.linewidth: 3\nsvg.hashsalt: other\n", encoding="utf-8")
+    found = set()
+    for seed, folder in (("1", tmp_path), ("2", Path(__file__).parent)):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        program = [sys.executable, "-c", DRAW, Path(__file__).parent]
+        done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+
+    assert len(found) == 1
 
 
 class Page(HTMLParser):

@@ -60,7 +60,7 @@ def test_rows_of_shared_keys_evict_like_rows_alone(ids):
     with observing(model), torch.inference_mode():
         cache = EvictingCache(SNAPKV)
         model(ids, **with_cache(model, cache))
-    assert [(layer.index, layer.num_stored) for layer in cache.evicting_layers] == [(0, 11), (1, 14), (2, 11), (3, 14)]
+    assert [(layer.index, layer.num_stored) for layer in cache.attention_layers] == [(0, 11), (1, 14), (2, 11), (3, 14)]
 
 
 @hybrids_go_through_the_cache
@@ -94,7 +94,7 @@ def test_linear_layers_keep_their_state_and_full_ones_evict(ids):
             model(ids, **with_cache(model, cache))
             cache.evict(KNorm(budget=9))
 
-    assert [layer.num_stored for layer in cache.evicting_layers] == [9, 9]
+    assert [layer.num_stored for layer in cache.attention_layers] == [9, 9]
     for ours, its in list(zip(cache.layers, plain.layers, strict=True))[::2]:
         for name in ("conv_states", "recurrent_states"):
             one, other = getattr(ours, name), getattr(its, name)
@@ -114,4 +114,4 @@ def test_linear_layers_need_a_configuration_and_say_so(ids):
     cache = EvictingCache(SNAPKV, config=model.config)
     with torch.inference_mode():
         model(ids, **with_cache(model, cache))
-    assert [layer.num_stored for layer in cache.evicting_layers] == [14, 14]
+    assert [layer.num_stored for layer in cache.attention_layers] == [14, 14]

@@ -562,7 +562,7 @@ def test_growth_after_the_only_eviction_is_warned_about_once(model, ids):
 
 
 def test_a_cache_outside_of_our_attention_is_refused(model, ids):
-    with pytest.raises(ArgumentError, match=r"run the model inside evicting\(\) or observing\(\)"):
+    with pytest.raises(ArgumentError, match=r"runs neither inside evicting\(\) or observing\(\) nor with"):
         model(ids[None, :N], **with_cache(model, EvictingCache(SNAPKV)))
 
 

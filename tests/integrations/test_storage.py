@@ -148,7 +148,7 @@ def stored(cache):
     """All that a cache stores, as plain values."""
     layers = [
         [layer.keys.tolist(), layer.values.tolist(), layer.true_positions.tolist(), layer.num_seen, layer.budget]
-        for layer in cache.evicting_layers
+        for layer in cache.attention_layers
     ]
     states = [getattr(layer, name, {}) for layer in cache.layers for name in storage.LINEAR_TENSORS]
     return layers, [[None if each is None else each.tolist() for each in state.values()] for state in states]
@@ -165,8 +165,8 @@ def test_a_copy_goes_on_as_the_cache_itself(case, copied, ids, tmp_path):
 
     assert torch.equal(read(model, made, ids, calls), read(model, cache, ids, calls))
     assert stored(made) == stored(cache)
-    evictions = [layer.num_evictions for layer in made.evicting_layers]
-    assert evictions == [layer.num_evictions for layer in cache.evicting_layers]
+    evictions = [layer.num_evictions for layer in made.attention_layers]
+    assert evictions == [layer.num_evictions for layer in cache.attention_layers]
     assert max(evictions) == (0 if CASES[case][0] is None else 1 if "every" not in CASES[case][1] else 4)
 
 

@@ -78,7 +78,14 @@ def test_a_draft_that_is_right_until_the_eviction_changes_nothing(ids):
     assert found.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("change", [lambda text: text.index_fill(1, torch.tensor([5]), 1), lambda text: text.flip(1)])
+CHANGES = {
+    "one token": lambda text: text.index_fill(1, torch.tensor([5]), 1),
+    "all of them": lambda text: text.flip(1),
+    "fewer": lambda text: text[:, :30],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_edited_history_is_noticed(ids, change):
     model = MODELS["full"]()
     with evicting(model, SNAPKV, every=8):

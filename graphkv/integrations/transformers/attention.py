@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from ...core.errors import ArgumentError
 from . import versions
 from .cache import not_compiled, refuse_hidden_keys
-from .layer import Handout, Source, handed_out
+from .handout import Handout, handed_out
+from .layer import Source
 from .masks import Mask, columns, layer_mask, mask_maker, new_tokens_shown
 
 __all__ = ["IMPLEMENTATIONS", "PREFIX", "WITHOUT_CACHE"]

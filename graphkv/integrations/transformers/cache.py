@@ -18,9 +18,10 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from . import versions
+from .handout import Handout
 from .history import History
 from .hybrid import HybridEvictingLayer
-from .layer import FULL, WINDOWED, EvictingLayer, Handout, Settings
+from .layer import FULL, WINDOWED, EvictingLayer, Settings
 from .report import LayerStats, describe, layer_stats
 from .storage import load_cache, save_cache
 
@@ -162,7 +163,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return versions.other_layer(config, index)
 
     @property
-    def evicting_layers(self) -> list[EvictingLayer]:
+    def attention_layers(self) -> list[EvictingLayer]:
         """The layers that cache keys and values of the text; others are left to themselves."""
         layers = [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
         return [layer for layer in layers if layer.num_seen or not self.num_seen]
@@ -202,7 +203,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             # Every layer is through: these are tokens that none has seen.
             self._check_finished()
             # What no crop has taken back by now stays.
-            self._evict_due(self.evicting_layers)
+            self._evict_due(self.attention_layers)
             self.num_seen += num_new
             self._opened_by = index
             return False
@@ -235,7 +236,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         known = len(self.history)
         if ids is None or known != self.seen_before or ids.shape[1] != self.num_seen - known:
             return
-        layers = [layer for layer in self.evicting_layers if layer.evicts]
+        layers = [layer for layer in self.attention_layers if layer.evicts]
         keep = max((layer.num_new if layer.num_evictions else self.num_seen for layer in layers), default=self.num_seen)
         self.history.append(ids, keep=keep)
 
@@ -249,7 +250,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def _check_finished(self) -> None:
         """Refuse to go on from a forward pass that broke off in the middle."""
-        layers = [layer for layer in self.evicting_layers if layer.num_seen]
+        layers = [layer for layer in self.attention_layers if layer.num_seen]
         if any(layer.awaits_queries or layer.num_seen != self.num_seen for layer in layers):
             self.refuse_unfinished()
 
@@ -269,7 +270,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if not policy.needs().preferences:
             self._evict_due([layer])
         elif is_last:
-            self._evict_due(self.evicting_layers)
+            self._evict_due(self.attention_layers)
         if self.settings.every is None and is_last:
             self._warn_of_growth()
 
@@ -281,8 +282,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """Evict what is due after a forward pass; called by `evicting` and `observing`, which see its end."""
         self._check_attended()
         self.num_guessed = 0
-        if not any(layer.record_past for layer in self.evicting_layers):
-            self._evict_due(self.evicting_layers)
+        if not any(layer.record_past for layer in self.attention_layers):
+            self._evict_due(self.attention_layers)
 
     def _evict_due(self, layers: list[EvictingLayer]) -> None:
         policy = self.settings.policy
@@ -297,7 +298,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
                 layer.rejoin(tail)
 
     def _warn_of_growth(self) -> None:
-        evicted = [layer for layer in self.evicting_layers if layer.budget is not None]
+        evicted = [layer for layer in self.attention_layers if layer.budget is not None]
         num_new, budget = sum(layer.num_new for layer in evicted), sum(layer.budget or 0 for layer in evicted)
         if num_new > budget and not self._has_warned:
             self._has_warned = True
@@ -336,7 +337,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self._check_finished()
         # Decide on a copy first, so that an error half-way leaves the cache as it was.
         twin = self.copy()
-        _evict([layer for layer in twin.evicting_layers if layer.num_seen], policy, backend)
+        _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
         self.layers = twin.layers
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -367,9 +368,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
                 )
             if surplus or getattr(layer, "record_past", False):
                 layer.crop(-surplus)
-        for layer in twin.evicting_layers:
+        for layer in twin.attention_layers:
             layer.settle()
-        twin._evict_due(twin.evicting_layers)
+        twin._evict_due(twin.attention_layers)
         self.layers = twin.layers
         self.num_seen -= surplus
         self.history.take_back(max(0, len(self.history) - self.num_seen))
@@ -529,7 +530,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             One per layer that caches keys of the text. Arrays are on the host, so this waits for an accelerator.
         """
         return tuple(
-            layer_stats(index, layer) for index, layer in enumerate(self.layers) if layer in self.evicting_layers
+            layer_stats(index, layer) for index, layer in enumerate(self.layers) if layer in self.attention_layers
         )
 
     def report(self) -> str:

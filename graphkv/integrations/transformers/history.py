@@ -58,20 +58,22 @@ class History:
         self.recent = [change(ids) for ids in self.recent]
 
     def begins(self, ids: torch.Tensor) -> bool:
-        """Return whether ids (batch, tokens) begin with what was seen, as far as they reach."""
+        """Return whether ids (batch, tokens) begin with what was seen."""
+        if ids.shape[1] < len(self):
+            return False
         rows = next((each.shape[0] for each in (self.sums, *self.recent) if each is not None), ids.shape[0])
         if ids.shape[0] and rows % ids.shape[0] == 0:
             # For beams, `generate` repeats the rows of its ids later than those of the cache were.
             ids = ids.repeat_interleave(rows // ids.shape[0], dim=0)
         start = self.num_summed
-        if self.sums is not None and ids.shape[1] >= start:
+        if self.sums is not None:
             if ids.shape[0] != self.sums.shape[0]:
                 return False
             if bool((_sums(ids[:, :start], 0) != self.sums.to(ids.device)).any()):
                 return False
         for known in self.recent:
             there = ids[:, start : start + known.shape[1]]
-            if there.shape[0] != known.shape[0] or bool((there != known[:, : there.shape[1]].to(ids.device)).any()):
+            if there.shape[0] != known.shape[0] or bool((there != known.to(ids.device)).any()):
                 return False
             start += known.shape[1]
         return True

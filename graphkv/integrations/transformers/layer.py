@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -19,7 +18,7 @@ from ...core.eviction import Eviction, evict, preference
 from ...core.policy import Policy
 from . import rotary, versions
 
-__all__ = ["EvictingLayer", "EvictionRecord", "Handout", "Settings", "Source", "handed_out"]
+__all__ = ["EvictingLayer", "EvictionRecord", "Settings", "Source"]
 
 # Kinds of layers, in transformers' words, whose attention caches keys and values.
 FULL = ("full_attention", "hybrid")
@@ -144,130 +143,6 @@ class Part(NamedTuple):
     def of(self, tensor: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """Take the part of a tensor (batch, kv_heads, stored, ...)."""
         return tensor[self.rows] if order is None else _gathered(tensor, order, self.rows)[:, :, self.first :]
-
-
-class Handout:
-    """What a layer stored when it handed out its keys and values; they carry it to the attention, and nowhere else.
-
-    A later layer may read the same keys, after this one has been evicted. Copies and files of the tensors do not know
-    their cache.
-
-    Attributes
-    ----------
-    num_seen, num_stored, num_new : int
-        Tokens seen, slots stored, and how many of them this call brought.
-    positions, valid : torch.Tensor or None
-        As those of `EvictingLayer`.
-    is_open : bool
-        Whether the attention that the keys were handed out for is still to come.
-    is_apart : bool
-        Whether they turned out to be none of the text's, see `EvictingLayer.is_apart`.
-    was_found : bool
-        Whether any attention has come with them, even if it failed.
-    is_out_of_step : bool
-        Whether the layer has not seen what the others have.
-    """
-
-    def __init__(self, cache: Any = None, index: int = 0, num_new: int = 0, *, is_out_of_step: bool = False) -> None:
-        self._cache: Callable[[], Any] = (lambda: None) if cache is None else weakref.ref(cache)
-        self._owner: Callable[[], Any] = lambda: None
-        self.index, self.num_new, self.is_out_of_step = index, num_new, is_out_of_step
-        self.is_open, self.is_apart, self.was_found = cache is not None, False, False
-        if cache is not None:
-            layer = self.layer
-            self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
-            self.positions, self.valid = layer.positions, layer.valid
-
-    def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
-        """Forget the cache."""
-        return Handout, ()
-
-    @property
-    def cache(self) -> Any:
-        """The cache, or None if it is gone."""
-        return self._cache()
-
-    @property
-    def layer(self) -> EvictingLayer:
-        """The layer as it is now."""
-        layer: EvictingLayer = self._cache().layers[self.index]
-        return layer
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing was dropped."""
-        return self.positions is None and self.num_stored == self.num_seen
-
-    @property
-    def num_guessed(self) -> int:
-        """How many of the new tokens are guesses, if the layer is to be evicted over those before them at once."""
-        cache, layer = self.cache, self.layer
-        waits_for_others = cache.policy is None or cache.policy.needs().preferences
-        is_first = layer.num_seen == self.num_new and self.is_open
-        return 0 if waits_for_others or not is_first or self.is_out_of_step else int(cache.num_guessed)
-
-    def without_guesses(self) -> Handout:
-        """Take the guesses out of the layer; return what it hands out then."""
-        num_guessed = self.num_guessed
-        self.is_open = False
-        self.layer.part_with(num_guessed)
-        return Handout(self.cache, self.index, self.num_new - num_guessed)
-
-    def with_guesses(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Handout, torch.Tensor, torch.Tensor]:
-        """Evict the layer now, and append guesses to it; return what it hands out then."""
-        self.cache.evict_first(self.layer)
-        keys, values = self.layer.update(key, value)
-        return Handout(self.cache, self.index, key.shape[2]), keys, values
-
-    def admit(self, padding: torch.Tensor | None) -> None:
-        """Take note of which tokens are padding, see `EvictingLayer.admit`."""
-        self.layer.admit(padding, self.num_new)
-        self.valid = self.layer.valid
-
-    def observe(
-        self, module: Any, source: Source, query: torch.Tensor, scaling: float | None, window: int | None
-    ) -> None:
-        """Take note of the finished attention, and let the cache evict what is due."""
-        self.is_open, self._owner = False, weakref.ref(module)
-        self.layer.observe(source, query, scaling, window)
-        self.layer.locate(module, self.num_new)
-        self.cache.after_layer(self.layer)
-
-    def set_apart(self) -> None:
-        """Take note that these are not the text's own keys."""
-        self.is_open, self.is_apart = False, True
-        self.cache.set_apart(self)
-
-    def was_read_by(self, module: Any) -> bool:
-        """Whether this module's attention has read the keys already."""
-        return self._owner() is module
-
-
-def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout | None:
-    """Find the handout that keys and values are; None for tensors that no cache handed out.
-
-    Raises
-    ------
-    ArgumentError
-        If a module reads a layer's keys with other values or twice: then dropping slots would part what belongs
-        together.
-    """
-    found = [getattr(tensor, "graphkv_handout", None) for tensor in (key, value)]
-    found = [None if each is None or each.cache is None else each for each in found]
-    handout: Handout | None = found[0]
-    if found[0] is not found[1]:
-        raise ArgumentError(
-            f"model must read cached keys with the values that were cached with them; {type(module).__name__} reads "
-            "them with others"
-        )
-    if handout is not None:
-        handout.was_found = True
-    if handout is not None and not handout.is_apart and handout.was_read_by(module):
-        raise ArgumentError(
-            f"model must attend once to what a layer has cached; {type(module).__name__} does so again after its layer "
-            "may have been evicted"
-        )
-    return handout
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]

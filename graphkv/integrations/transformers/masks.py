@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ...core.errors import ArgumentError
 from . import versions
-from .layer import Handout
+from .handout import Handout
 
 __all__ = ["Mask", "columns", "layer_mask", "mask_maker", "new_tokens_shown"]
 

@@ -256,7 +256,7 @@ class _Watch:
         if cache.num_seen > cache.seen_before:
             for each in self.passes:
                 each.was_filled = True
-            if not any(layer.evicts and layer.num_seen for layer in cache.evicting_layers):
+            if not any(layer.evicts and layer.num_seen for layer in cache.attention_layers):
                 self.reasons[f"{type(module).__name__} has no layer that can be evicted"] = None
         elif not (self.passes and self.passes[-1].was_filled):
             is_checkpointed = module.training and versions.is_checkpointed(module)
@@ -418,8 +418,11 @@ class _Hooks:
         def checked(*args: Any, **kwargs: Any) -> Any:
             cache = next((kwargs[name] for name in versions.CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
             if isinstance(cache, EvictingCache):
-                ids = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-                cache.check_history(next((each for each in ids if each is not None), None))
+                given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+                ids, mask = next((each for each in given if each is not None), None), kwargs.get("attention_mask")
+                # With a mask of more columns they are no history: they go on after what the cache has seen.
+                if mask is None or ids is None or mask.shape[-1] <= ids.shape[-1]:
+                    cache.check_history(ids)
             elif self.new_cache is not None and not self.is_over:
                 if cache is not None:
                     cache, _ = self.supplied(self.new_cache, cache, args, kwargs)
