@@ -222,7 +222,7 @@ def test_asserts_compare_values():
 
 
 def test_margin_rule():
-    scores = [1.0, 0.9999, 0.5, 0.0]
+    scores = [1.0, 1 - 1e-6, 0.5, 0.0]
 
     asserts.chosen([1], scores, eligible=[0, 1, 2, 3], dtype="float32")
     with pytest.raises(AssertionError, match="dropped a token"):

@@ -51,7 +51,7 @@ def _normalised(keys: Array, /) -> Array:
 
 def _rankable(similarity: Array, places: Array, /) -> Array:
     """Pack what may be overwritten into integers that are all different, ascending from the best."""
-    is_excluded = similarity < -2
+    is_excluded = similarity < streamed.EXCLUDED / 2
     # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of others are negative.
     bits = similarity.clamp_(max=1.0).view(torch.int32).clamp_(min=0)
     return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
@@ -126,7 +126,8 @@ def _nearest_of(
 
 def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
     """Stream the similarities of float32; what records gradients must not be written to, and takes the portable way."""
-    if keys.dtype != torch.float32 or (keys.requires_grad and torch.is_grad_enabled()):
+    # The norm of a key of one entry is that entry, however small its square.
+    if keys.dtype != torch.float32 or keys.shape[-1] == 1 or (keys.requires_grad and torch.is_grad_enabled()):
         return _build_graph(keys, importance, valid, **options)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
 

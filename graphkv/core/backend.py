@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -52,6 +53,9 @@ class Backend:
     build_graph, propagate, degree, fuse, select : callable, optional
         Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
         `_propagate`, and so on) and must give the same result.
+    guard : callable, optional
+        ``guard(array)`` gives a context that is entered around every call on that array: for a library whose results
+        depend on a state around the call, or that warns about values.
     """
 
     name: str
@@ -67,10 +71,15 @@ class Backend:
     degree: Callable[..., Any] | None = None
     fuse: Callable[..., Any] | None = None
     select: Callable[..., Any] | None = None
+    guard: Callable[[Any], AbstractContextManager[Any]] | None = None
 
     def __post_init__(self) -> None:
         if not self.library:
             object.__setattr__(self, "library", self.name)
+
+    def guarded(self, array: Any, /) -> AbstractContextManager[Any]:
+        """Enter the `guard`, if there is one."""
+        return nullcontext() if self.guard is None else self.guard(array)
 
 
 def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:

@@ -172,12 +172,20 @@ def evict(
         tokens_seen=tokens_seen,
         backend=backend,
     )
+    with inputs.backend.guarded(keys):
+        return _evict(policy, inputs)
+
+
+def _evict(policy: Policy, inputs: LayerInputs, /) -> Eviction:
+    """Decide from checked arguments."""
     backend, xp, budget, rows = inputs.backend, inputs.xp, inputs.budget, tuple(inputs.valid.shape)
     kv_heads, num_tokens = rows[1:]
-    if queries is not None or attention is not None:
+    if inputs.queries is not None or inputs.attention is not None:
         inputs = replace(inputs, state=policy.observe(inputs))
     if num_tokens <= budget:
-        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(keys)), rows)
+        everything = xp.broadcast_to(
+            xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys)), rows
+        )
         return Eviction(
             kept=xp.asarray(everything, copy=True),
             budget=budget,
@@ -254,22 +262,22 @@ def preference(
     >>> preference(policy, np.ones((1, 1, 4, 2)), attention=rows).round(4)
     array([0.0452])
     """
-    return policy.preference(
-        _inputs(
-            policy,
-            keys,
-            values=values,
-            queries=queries,
-            attention=attention,
-            layer=layer,
-            num_layers=num_layers,
-            valid=valid,
-            state=None,
-            unrotated_keys=None,
-            tokens_seen=None,
-            backend=backend,
-        )
+    inputs = _inputs(
+        policy,
+        keys,
+        values=values,
+        queries=queries,
+        attention=attention,
+        layer=layer,
+        num_layers=num_layers,
+        valid=valid,
+        state=None,
+        unrotated_keys=None,
+        tokens_seen=None,
+        backend=backend,
     )
+    with inputs.backend.guarded(keys):
+        return policy.preference(inputs)
 
 
 def _inputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from . import checks, primitives
 from .backend import Backend, resolve
@@ -109,10 +110,19 @@ def propagate(
     importance = primitives.widen(importance, xp=backend.xp)
     if rounds == 0 or strength == 0 or graph.num_sources == 0 or graph.num_neighbors == 0:
         return importance
+    # Indices of any integer dtype name tokens, and not every library can gather by all of them.
+    graph = replace(graph, neighbors=backend.xp.astype(graph.neighbors, backend.xp.int64))
     step = backend.propagate or _propagate
-    return step(
-        importance, graph, signal=signal, rounds=rounds, accumulation=accumulation, strength=strength, backend=backend
-    )
+    with backend.guarded(importance):
+        return step(
+            importance,
+            graph,
+            signal=signal,
+            rounds=rounds,
+            accumulation=accumulation,
+            strength=strength,
+            backend=backend,
+        )
 
 
 def _propagate(

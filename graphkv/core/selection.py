@@ -70,7 +70,8 @@ def select(
     if valid is not None:
         checks.mask("valid", valid, shape, "scores", backend=backend)
     step = backend.select or _select
-    return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
+    with backend.guarded(scores):
+        return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
 
 
 def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:

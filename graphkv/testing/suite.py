@@ -28,6 +28,7 @@ from ..core.propagation import propagate
 from ..core.selection import select
 from ..core.types import Array, Graph
 from . import asserts, oracle, strategies
+from .examples import *  # noqa: F403 - properties of this module too, and the first to run
 from .policies import GivenImportance
 from .strategies import Edges, Layer
 
