@@ -87,6 +87,8 @@ def shipped(budget: int, /) -> dict[str, Policy]:
         for base in ("SnapKV", "H2O")
         if name != "PerLayer" or base == "SnapKV"
     }
+    # Half of an odd count is where a rounding shows.
+    wrappers["AdaKV(SnapKV), code"] = concrete["AdaKV"](snapkv, floor=0.5, schedule="code")
     graphs: dict[str, Policy] = {}
     for name, base in bases.items():
         graphs[f"GraphKV({name}), decay"] = GraphKV(base, signal="decay", neighbors=2)
