@@ -243,6 +243,13 @@ def guard(array: Array, /) -> Any:
     return np.errstate(all="ignore")
 
 
+def refuse(array: Array, /) -> str:
+    """Name the kinds of array whose operators do not mean the same."""
+    if isinstance(array, np.ma.MaskedArray):
+        return "a masked array"
+    return "a matrix" if isinstance(array, np.matrix) else ""
+
+
 BACKEND = Backend(
     name="numpy",
     xp=xp,
@@ -252,6 +259,7 @@ BACKEND = Backend(
     segment_sum=segment_sum,
     build_graph=build_graph,
     guard=guard,
+    refuse=refuse,
 )
 
 # NumPy arrays, propagated through SciPy's compressed columns: ``propagate(importance, graph, backend=SPARSE)``. A

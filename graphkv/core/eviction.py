@@ -39,7 +39,7 @@ class Eviction:
     head_budgets : array, shape (batch, kv_heads), integer, or None
         Number of kept tokens per head, where heads keep different numbers.
     state : dict of str to array, shape (batch, kv_heads, b, ...), or None
-        The policy's running sums of the kept tokens, for the next call.
+        The policy's running sums of the kept tokens, for the next call. No gradients flow through them.
     """
 
     kept: Array
@@ -195,7 +195,7 @@ def _evict(policy: Policy, inputs: LayerInputs, /) -> Eviction:
             protected=None,
             graph=None,
             backend=backend,
-            state=inputs.state,
+            state=None if inputs.state is None else _detached(inputs),
         )
     found = policy.assess(inputs)
     if found.head_budgets is None:
@@ -216,7 +216,13 @@ def _evict(policy: Policy, inputs: LayerInputs, /) -> Eviction:
     )
     if inputs.state is None:
         return decision
-    return replace(decision, state={name: decision.apply(sums) for name, sums in inputs.state.items()})
+    return replace(decision, state={name: decision.apply(sums) for name, sums in _detached(inputs).items()})
+
+
+def _detached(inputs: LayerInputs, /) -> Mapping[str, Array]:
+    """Give the state without the gradients that led to it, which would be kept from step to step, ever more of them."""
+    state, detach = inputs.state or {}, inputs.backend.detach
+    return state if detach is None else {name: detach(sums) for name, sums in state.items()}
 
 
 def preference(

@@ -139,7 +139,8 @@ def _build_graph(
     for start in range(0, num_tokens, chunk_size):
         stop = min(start + chunk_size, num_tokens)
         tokens = xp.arange(start, stop, dtype=sources.dtype, device=device)
-        is_source = xp.any(sources[..., None] == tokens, axis=-2)
+        # In as many axes as the sources: not every library adds axes by itself (jax_numpy_rank_promotion).
+        is_source = xp.any(sources[..., None] == xp.reshape(tokens, (*(1 for _ in sources.shape), -1)), axis=-2)
         may_be_neighbor = (valid[..., start:stop] & ~is_source)[..., None, :]
 
         similarity = source_directions @ xp.matrix_transpose(directions[..., start:stop, :])

@@ -201,8 +201,9 @@ def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -
         power = power * factor
     score = xp.astype(importance, power.dtype)
     # 0 and infinity absorb every finite factor. They stand aside, because infinity times a factor that rounds to 0, and
-    # 0 times one that overflows, are NaN (and NumPy would warn).
-    fixed = (score == 0) | xp.isinf(score)
+    # 0 times one that overflows, are NaN (and NumPy would warn). What no edge reaches does so too: a library may take a
+    # subnormal number for 0 when it multiplies.
+    fixed = (score == 0) | xp.isinf(score) | (power == 1)
     number = xp.where(fixed, xp.ones_like(score), score)
     scaled = xp.where(number >= 0, number * power, number - xp.abs(number) * (1 - power))
     return xp.where(fixed, score, scaled)

@@ -16,6 +16,7 @@ __all__ = ["CALLS", "missing"]
 CALLS = (
     "abs(x)",
     "add(x, x)",
+    "all(m, axis=-1)",
     "any(m, axis=-1)",
     "arange(1, 3, dtype=int64, device=device)",
     "argsort(x, axis=-1, descending=True, stable=True)",

@@ -88,8 +88,8 @@ def shipped(budget: int, /) -> dict[str, Policy]:
         if name != "PerLayer" or base == "SnapKV"
     }
     # Half of an odd count is where a rounding shows.
-    wrappers["AdaKV(SnapKV), code"] = concrete["AdaKV"](snapkv, floor=0.5, schedule="code")
-    graphs: dict[str, Policy] = {}
+    half: dict[str, Any] = {"floor": 0.5, "schedule": "code"}
+    graphs: dict[str, Policy] = {"AdaKV(SnapKV), code": public["AdaKV"](snapkv, **half)}
     for name, base in bases.items():
         graphs[f"GraphKV({name}), decay"] = GraphKV(base, signal="decay", neighbors=2)
     for fusion in ("max_rank", "mean_rank"):
