@@ -85,6 +85,7 @@ def segment(values, index, num_segments, /, *, xp, ufunc, fault=""):
 def received_attention(queries, keys, valid, /, *, block_size, xp, fault=""):
     groups = queries.shape[1] // keys.shape[1]
     total = np.zeros((*keys.shape[:2], groups, keys.shape[2]), keys.dtype)
+    valid_queries, valid = valid, valid & np.all(np.isfinite(keys), axis=-1)
     num_queries, num_tokens = queries.shape[2], keys.shape[2]
     for b, h, i in np.ndindex(*queries.shape[:3]):
         kv_head = h % keys.shape[1] if fault == "heads dealt out in turns" else h // groups
@@ -94,7 +95,9 @@ def received_attention(queries, keys, valid, /, *, block_size, xp, fault=""):
             sees[position + 1 :] = False
         if fault == "starts at the first position":
             sees[i + 1 :] = False
-        if fault != "padding asks" and not valid[b, kv_head, position]:
+        if fault != "padding asks" and not valid_queries[b, kv_head, position]:
+            continue
+        if not np.all(np.isfinite(queries[b, h, i])):
             continue
         if not sees.any():
             continue
@@ -643,11 +646,17 @@ def attention(fault):
             queries, keys = queries[..., :64], keys[..., :64]
         position = np.arange(num_tokens - queries.shape[2], num_tokens)[:num_queries, None]
         q = queries[:, :, :num_queries].reshape(batch, kv_heads, groups, num_queries, -1)
+        asks = np.take(valid, position[:, 0], axis=-1)[:, :, None, :, None]
+        if fault != "infinite keys count":
+            valid = valid & np.all(np.isfinite(keys), axis=-1)
+        if fault != "infinite queries ask":
+            asks = asks & np.all(np.isfinite(q), axis=-1)[..., None]
+            q = np.where(np.isfinite(q), q, 0)
         seen = np.where(valid[..., None], keys, 0)
         scale = {"scale of heads of 3": 3, "scale of heads of 64": 64}.get(fault, head_size)
         logits = q @ np.swapaxes(seen, -1, -2)[:, :, None] / np.asarray(np.sqrt(scale), keys.dtype)
         sees = (np.arange(num_tokens) <= position) & valid[:, :, None, None, :]
-        sees = sees & np.take(valid, position[:, 0], axis=-1)[:, :, None, :, None]
+        sees = sees & asks
         if fault == "the largest logit of all subtracted":
             highest = np.max(logits, axis=-1, keepdims=True)
         else:
@@ -1054,6 +1063,9 @@ FAULTS = [
                 )
             }
             | {"products in TF32": on_inputs(rounded(10)), "float64 in float32": in_float32},
+            "attention_leaves_out_what_is_not_finite": {
+                name: attention(name) for name in ("infinite keys count", "infinite queries ask")
+            },
             "results_outlive_the_next_call": MEMORY["results_outlive_the_next_call"],
             "layouts_never_matter": {"strides ignored": on_inputs(as_stored)},
         },

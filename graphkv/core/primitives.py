@@ -181,7 +181,7 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
     gives = xp.reshape(gives, (batch, kv_heads, groups, window, 1))
     sees = (
-        causal[None, None, None]
+        causal[None, None, None, :, :]
         & (valid & receives)[:, :, None, None, :]
         & valid[:, :, None, num_tokens - window :, None]
         & gives

@@ -205,6 +205,25 @@ def test_attention_received_in_real_shapes(backend: Backend) -> None:
             asserts.close(found, wanted, backend=backend, like=x, scale=1.0)
 
 
+def test_attention_leaves_out_what_is_not_finite(backend: Backend) -> None:
+    """A key with an infinity or NaN receives nothing and spoils nothing, a query with one gives nothing."""
+    receive = backend.received_attention or primitives.received_attention
+    random = np.random.default_rng(40)
+    queries, keys = random.normal(size=(1, 4, 20, 4)), random.normal(size=(1, 2, 40, 4))
+    keys[0, 0, 5, 1], keys[0, 0, 30, 0], keys[0, 1, 7] = np.inf, -np.inf, np.nan
+    queries[0, 0, 4, 2], queries[0, 3, 19, 0] = np.inf, np.nan
+    valid = np.arange(80).reshape(1, 2, 40) % 9 > 0
+    for dtype in _dtypes(backend):
+        x = asserts.make(backend, keys, dtype)
+
+        found = receive(
+            asserts.make(backend, queries, dtype), x, asserts.make(backend, valid), block_size=16, xp=backend.xp
+        )
+
+        wanted = truth.received(queries.astype(dtype), keys.astype(dtype), valid).astype(dtype)
+        asserts.close(found, wanted, backend=backend, like=x, scale=1.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- graphs
 
 

@@ -140,14 +140,19 @@ def select(scores: Floats, budget: int, *, protected: Mask | None = None, valid:
 
 
 def received(queries: Floats, keys: Floats, valid: Mask) -> NDArray[np.float64]:
-    """Sum the columns of the causal softmax of the last positions: (batch, kv_heads, groups, N)."""
+    """Sum the columns of the causal softmax of the last positions: (batch, kv_heads, groups, N).
+
+    Keys and queries with an infinity or NaN have no part in it, as padding has none.
+    """
     batch, query_heads, num_queries, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1:3]
     grouped = queries.astype(np.float64).reshape(batch, kv_heads, query_heads // kv_heads, num_queries, head_size)
-    seen = np.where(valid[..., None], keys.astype(np.float64), 0)
+    gives, receives = np.all(np.isfinite(grouped), axis=-1), np.all(np.isfinite(keys), axis=-1)
+    grouped = np.where(gives[..., None], grouped, 0)
+    seen = np.where((valid & receives)[..., None], keys.astype(np.float64), 0)
     logits = grouped @ np.swapaxes(seen, -1, -2)[:, :, None] / np.sqrt(head_size)
     position = np.arange(num_tokens - num_queries, num_tokens)[:, None]
-    sees = (np.arange(num_tokens) <= position) & valid[:, :, None, None, :]
+    sees = (np.arange(num_tokens) <= position) & (valid & receives)[:, :, None, None, :] & gives[..., None]
     sees = sees & valid[:, :, None, num_tokens - num_queries :, None]
     highest = np.max(np.where(sees, logits, -np.inf), axis=-1, keepdims=True, initial=-1e300)
     weight = np.where(sees, np.exp(np.where(sees, logits - highest, 0)), 0)
