@@ -38,6 +38,7 @@ lint: .venv/installed-test
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python docs/names.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html

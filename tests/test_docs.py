@@ -76,7 +76,7 @@ def run_script(name, *, on=DOCS):
     return subprocess.run([sys.executable, on / name, "--check"], check=False, env=environment).returncode
 
 
-@pytest.mark.parametrize("name", ["support.py", "performance.py", "results.py"])
+@pytest.mark.parametrize("name", ["support.py", "names.py", "performance.py", "results.py"])
 def test_tables_are_what_their_script_makes(name):
     if name == "results.py":
         pytest.importorskip("graphkv.evaluation.records", reason="graphkv eval needs graphkv[eval]")
