@@ -5,8 +5,10 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 KVPRESS_BIN := .venv-kvpress/bin
+# What touches transformers.
+TRANSFORMERS_TESTS := tests/integrations tests/evaluation tests/test_demo.py tests/test_inspect.py
 
-.PHONY: demo test test-kvpress thorough bench lint docs clean
+.PHONY: demo test test-kvpress test-5.23 test-newest smoke-newest test-models thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
@@ -19,6 +21,25 @@ test: .venv/installed-test
 test-kvpress: .venv-kvpress/installed
 	OMP_NUM_THREADS=1 $(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/evaluation tests/integrations tests/kvpress \
 		'tests/test_docs.py::test_python_blocks_run_in_order[kvpress]' $(ARGS)
+
+# The release of transformers before the one that constraints.txt pins: the last that calls a cache past_key_values.
+test-5.23: .venv-5.23/installed
+	OMP_NUM_THREADS=1 .venv-5.23/bin/python -m pytest -n 2 --dist worksteal $(TRANSFORMERS_TESTS) $(ARGS)
+
+# The newest transformers that pip gives, whatever pyproject.toml allows: run it when one has appeared.
+test-newest: smoke-newest
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(TRANSFORMERS_TESTS) $(ARGS)
+
+# Whether anything is evicted there at all; warnings are shown, and fail in test-newest only.
+smoke-newest: .venv-newest/layered
+	$(BIN)/python -m pip --python .venv-newest/bin/python install --quiet --upgrade transformers
+	@.venv-newest/bin/python -c 'import transformers; print("The newest transformers that pip finds:", transformers.__version__)'
+	@echo "The pinned one:" $$(grep ^transformers== constraints.txt)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -W default tests/integrations/test_smoke.py
+
+# Every model class of transformers that generates text, from tiny configurations: what docs/models.md says of them.
+test-models: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/models $(ARGS)
 
 # 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
 thorough: .venv/installed-test
@@ -39,6 +60,7 @@ docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
 	$(BIN)/python docs/names.py --check
+	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
@@ -61,5 +83,16 @@ docs: .venv/installed-test
 		--editable '.[eval,kvpress,testing]' array-api-strict pytest-xdist
 	touch $@
 
+# Another transformers on top of .venv: what is not installed in the new environment is found in the old one.
+.venv-5.23/layered .venv-newest/layered: .venv/installed-test
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	touch $@
+
+.venv-5.23/installed: .venv-5.23/layered
+	$(BIN)/python -m pip --python .venv-5.23/bin/python install --quiet transformers==5.23.0
+	touch $@
+
 clean:
-	rm -rf .venv .venv-kvpress build dist docs/_build docs/generated graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/generated graphkv-demo graphkv-eval graphkv-inspect graphkv-tune

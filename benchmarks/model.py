@@ -12,6 +12,7 @@ import torch
 from graphkv import GraphKV, SnapKV
 from graphkv.evaluation.model import DEFAULT_MODEL, load_model
 from graphkv.integrations.transformers import EvictingCache, observing
+from graphkv.integrations.transformers.versions import with_cache
 
 from .measure import Row
 
@@ -33,7 +34,7 @@ def _prefill(model: Any, prompt: Any) -> tuple[EvictingCache, float]:
     cache = EvictingCache(num_queries=POLICY.num_queries(prompt.shape[1]))
     with observing(model):
         start = time.perf_counter()
-        model(prompt, past_key_values=cache, logits_to_keep=1)
+        model(prompt, **with_cache(model, cache), logits_to_keep=1)
         return cache, time.perf_counter() - start
 
 
@@ -43,7 +44,7 @@ def _decode(model: Any, cache: EvictingCache, first: Any) -> float:
     with observing(model):
         start = time.perf_counter()
         for _ in range(DECODED):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(dim=-1)
         return time.perf_counter() - start
 
 

@@ -21,6 +21,7 @@ from graphkv.demo.findings import Findings, find
 from graphkv.demo.page import write_page
 from graphkv.demo.picture import draw_findings
 from graphkv.integrations.transformers import EvictingCache, Fate, LayerStats, Suppressions, fates, observing
+from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.tiny import FAMILIES, save_tiny_llama, tiny_llama
 
 N = 61  # no multiple of 4: the last byte of the fates is not full
@@ -56,7 +57,7 @@ def read(policy, model=None, **options):
     model = model or tiny_llama()
     cache = EvictingCache(policy, record=True, **options)
     with observing(model), torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
     return cache
 
 

@@ -11,6 +11,7 @@ from graphkv.__main__ import main
 from graphkv.demo.prompt import make_prompt
 from graphkv.evaluation.model import load_model
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
+from graphkv.integrations.transformers.versions import with_cache
 
 pytestmark = pytest.mark.slow
 QUESTIONS = ("\n\nQuestion: What is a namespace?\nAnswer:", "\n\nQuestion: And what is a module?\nAnswer:")
@@ -60,7 +61,7 @@ def test_numpy_and_torch_keep_the_same_tokens(smollm, prompt):
     model, _ = smollm
     with observing(model), torch.inference_mode():
         full = EvictingCache(num_queries=32)
-        model(prompt.token_ids, past_key_values=full, logits_to_keep=1)
+        model(prompt.token_ids, **with_cache(model, full), logits_to_keep=1)
     for policy in (SnapKV(budget=512), GraphKV(SnapKV(budget=512)), StreamingLLM(budget=512), Random(budget=0.25)):
         kept = []
         for backend in ("numpy", "torch"):
@@ -84,7 +85,7 @@ def test_two_turns_over_long_documents_in_a_padded_batch_equal_single_runs(smoll
     def converse(ids, mask):
         """Answer, then answer another question on the same cache, with the whole history passed again."""
         cache = EvictingCache(policy, every=64)
-        options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "past_key_values": cache}
+        options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, **with_cache(model, cache)}
         out = model.generate(ids, attention_mask=mask, **options)
         history = torch.cat([out, again.expand(len(ids), -1)], dim=1)
         mask = torch.cat([mask, torch.ones(len(ids), history.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)

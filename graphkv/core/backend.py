@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from .errors import ArgumentTypeError, BackendError, BackendUnavailableError
@@ -60,6 +62,11 @@ class Backend:
     refuse : callable, optional
         ``refuse(array)`` names the kind of an array of the library with which these steps cannot compute, such as
         ``"a sparse array"``; an empty string for all others.
+
+    Notes
+    -----
+    A copy is the same object. A pickle holds where the value is found again: the name of a built-in backend or of an
+    entry point, else the module that has it as a variable.
     """
 
     name: str
@@ -86,6 +93,25 @@ class Backend:
     def guarded(self, array: Any, /) -> AbstractContextManager[Any]:
         """Enter the `guard`, if there is one."""
         return nullcontext() if self.guard is None else self.guard(array)
+
+    def __copy__(self) -> Backend:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Backend:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Backend], tuple[str, ...]]:
+        """Pickle the way to the value: an array library cannot be pickled."""
+        if is_found_by_name(self):
+            return load, (self.name,)
+        for module, values in [(name, vars(each)) for name, each in _modules()]:
+            for variable, value in list(values.items()):
+                if value is self:
+                    return _load_variable, (module, variable)
+        raise BackendError(
+            f"backend {self.name!r} can be pickled only where it is found again: built in, an entry point of the group "
+            f"{ENTRY_POINTS!r}, or a variable of an imported module; this value is none of them"
+        )
 
 
 def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
@@ -172,6 +198,28 @@ def _import(name: str) -> Backend:
         raise BackendUnavailableError(
             f"backend {name!r} needs {name}: pip install 'graphkv[{name}]' ({error})"
         ) from error
+    return backend
+
+
+def is_found_by_name(backend: Backend) -> bool:
+    """Say whether `load` gives that backend for its name."""
+    try:
+        return load(backend.name) == backend
+    except (BackendError, BackendUnavailableError):
+        return False
+
+
+def _modules() -> list[tuple[str, ModuleType]]:
+    """List what is imported, our own modules first, because others may have taken their values over."""
+    modules = [(name, each) for name, each in list(sys.modules.items()) if isinstance(each, ModuleType)]
+    return sorted(modules, key=lambda found: not found[0].startswith("graphkv."))
+
+
+def _load_variable(module: str, name: str) -> Backend:
+    """Find a backend again that a module has as a variable."""
+    backend = getattr(importlib.import_module(module), name, None)
+    if not isinstance(backend, Backend):
+        raise BackendError(f"the pickled backend must be {name!r} of {module!r}; there is none now")
     return backend
 
 

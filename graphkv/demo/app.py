@@ -22,6 +22,7 @@ from ..core.policy import Policy
 from ..evaluation.model import DEFAULT_MODEL, load_model
 from ..evaluation.policies import make_policy
 from ..integrations.transformers import EvictingCache, Fate, fates, observing
+from ..integrations.transformers.versions import with_cache
 from .files import check_folder, write_files
 from .picture import draw
 from .progress import progress
@@ -120,7 +121,7 @@ class Reader:
         wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
         cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
-        self.model(cached, past_key_values=cache, logits_to_keep=1)
+        self.model(cached, **with_cache(self.model, cache), logits_to_keep=1)
         return cache, time.perf_counter() - start
 
     def answer(self, cache: EvictingCache) -> tuple[str, float]:
@@ -130,7 +131,7 @@ class Reader:
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **with_cache(self.model, cache),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
         )
@@ -144,7 +145,7 @@ class Reader:
         if ids.shape[1] == 0:
             return None
         inputs = torch.cat([self.prompt.token_ids[:, -1:], ids[:, :-1]], dim=1)
-        logits = self.model(inputs, past_key_values=cache).logits
+        logits = self.model(inputs, **with_cache(self.model, cache)).logits
         return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0]))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ArgumentError
+from ..core.files import write_whole
 
 __all__ = ["check_folder", "write_files"]
 
@@ -24,18 +23,6 @@ def write_files(output: Path, writers: Mapping[str, Callable[[Path], Any]]) -> N
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
-            _replace(output / name, write)
+            write_whole(output / name, write)
     except OSError as error:
         raise ArgumentError(f"--output {output} cannot be written: {error.strerror or error}") from error
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        write(scratch)
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from ..core.errors import ArgumentError
 from ..evaluation.model import DEFAULT_MODEL, load_model
 from ..evaluation.policies import make_policy
 from ..integrations.transformers import EvictingCache, observing
+from ..integrations.transformers.versions import with_cache
 from .files import check_folder, write_files
 from .findings import find
 from .page import write_page
@@ -56,7 +57,7 @@ def main(
         say(f"Reading {prompt.token_ids.shape[1]} tokens")
         cache = EvictingCache(chosen, record=True, backend=decider)
         with observing(language_model), torch.inference_mode():
-            language_model(prompt.token_ids, past_key_values=cache, logits_to_keep=1)
+            language_model(prompt.token_ids, **with_cache(language_model, cache), logits_to_keep=1)
         say("Drawing")
         title = f"{policy} on {model or DEFAULT_MODEL}"
         findings = find(cache, prompt.words, title=title, layer=layer, head=head, fact=prompt.fact)

@@ -104,7 +104,7 @@ def make_prompt(
 def read_paragraphs(path: Path) -> list[str]:
     """Read a UTF-8 text, or say in an ArgumentError why it cannot be used."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ArgumentError(f"--text {path} cannot be read: {reason}") from error

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,10 @@ from .. import __version__
 from ..core.errors import ArgumentError
 from . import statistics
 from .config import Config
-from .data import Row, data_prompts, read_rows
+from .data import Row, Rows, data_prompts, read_rows
 from .model import DEFAULT_MODEL
 from .presets import SUFFIX, load_preset
+from .presses import PREFIX, fewest_tokens
 from .records import Record, Run, read_records
 from .runner import missing
 from .tasks import Prompt, PromptMaker, seeds_of
@@ -56,8 +57,12 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     rows = None if config.data is None else read_rows(Path(config.data), config.metric)
     text = default_text() if config.text is None else read_text(Path(config.text))
     model, tokenizer = load(config, threads)
-    prompts = written_prompts(model, tokenizer, text, config) if rows is None else _read(model, tokenizer, rows, errors)
-    run = Run(output, identity_of(config, model, text), session_now())
+    if rows is None:
+        prompts, skipped = written_prompts(model, tokenizer, text, config), {}
+    else:
+        found = _read(model, tokenizer, rows, config, errors)
+        prompts, skipped = list(found.prompts), dict(found.skipped)
+    run = Run(output, identity_of(config, model, text, skipped), session_now())
     pending = [prompt for prompt in prompts if missing(prompt, config, run.done)]
     with Team(model, tokenizer, config, min(workers, len(pending)), threads) as team:
         del model
@@ -90,12 +95,16 @@ def written_prompts(model: Any, tokenizer: Any, text: Text, config: Config) -> l
     return prompts
 
 
-def _read(model: Any, tokenizer: Any, rows: list[Row], errors: Console) -> list[Prompt]:
-    """Make the prompts of rows, and say which of them did not come whole."""
-    prompts, cut = data_prompts(rows, tokenizer, int(model.config.max_position_embeddings))
-    if cut:
-        errors.print(f"{cut} of {len(prompts)} contexts did not fit and lost their middle", highlight=False)
-    return prompts
+def _read(model: Any, tokenizer: Any, rows: list[Row], config: Config, errors: Console) -> Rows:
+    """Make the prompts of rows, and say which of them did not come whole or not at all."""
+    least = {name: fewest_tokens(name) for name in config.policies if name.startswith(PREFIX)}
+    found = data_prompts(rows, tokenizer, int(model.config.max_position_embeddings), least)
+    if found.cut:
+        errors.print(f"{found.cut} of {len(found.prompts)} contexts did not fit and lost their middle", highlight=False)
+    for reason, lines in found.skipped.items():
+        shown = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+        errors.print(f"Skipped {len(lines)} of {len(rows)} rows, because {reason}: line {shown}", highlight=False)
+    return found
 
 
 def _show_progress(pending: list[Prompt], done: Iterable[Prompt], errors: Console) -> None:
@@ -144,7 +153,9 @@ def _shown(found: statistics.Interval | None) -> str:
     return f"{found.mean:.3f}" if found.count < 2 else f"{found.mean:.3f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def identity_of(config: Config, model: Any, text: Text) -> dict[str, Any]:
+def identity_of(
+    config: Config, model: Any, text: Text, skipped: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any]:
     """Everything that the numbers depend on and that stays the same in every session of a run."""
     data = None if config.data is None else hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     presets = {name: load_preset(Path(name)).as_toml() for name in config.policies if name.endswith(SUFFIX)}
@@ -152,7 +163,8 @@ def identity_of(config: Config, model: Any, text: Text) -> dict[str, Any]:
         "config": config.as_json(),
         "model": {"name": config.model or DEFAULT_MODEL, "sha256": _hash_of(model), "dtype": str(model.dtype)},
         "text": {"name": text.name, "sha256": text.sha256()},
-        "data": {"sha256": data},
+        "data": {"sha256": data}
+        | ({"skipped": {why: len(lines) for why, lines in skipped.items()}} if skipped else {}),
         "threads": torch.get_num_threads(),
     } | ({"presets": presets} if presets else {})
 

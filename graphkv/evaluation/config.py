@@ -155,7 +155,7 @@ def load_config(suite: str | None, path: Path | None, changes: dict[str, Any]) -
         content = (resources.files(__package__) / "suites" / f"{suite}.toml").read_text(encoding="utf-8")
     elif path is not None:
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ArgumentError(f"--config {path} cannot be read: {reason}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..core.errors import ArgumentError
 from .metrics import METRICS
 from .tasks import Prompt, Question, chat_template, encode_question
 
-__all__ = ["Row", "data_prompts", "read_rows"]
+__all__ = ["Row", "Rows", "data_prompts", "read_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Row:
     max_new_tokens : int
     metric : str
     dataset : str
+    line : int
+        Where it stands in its file, from 1.
     """
 
     context: str
@@ -34,6 +37,26 @@ class Row:
     max_new_tokens: int
     metric: str
     dataset: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What became of the rows of a file.
+
+    Attributes
+    ----------
+    prompts : tuple of Prompt
+        One for every context, with all questions about it.
+    cut : int
+        How many of them lost their middle.
+    skipped : mapping of str to tuple of int
+        Why rows cannot be answered, and their lines.
+    """
+
+    prompts: tuple[Prompt, ...]
+    cut: int
+    skipped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_rows(path: Path, metric: str | None = None, /) -> list[Row]:
@@ -53,19 +76,20 @@ def read_rows(path: Path, metric: str | None = None, /) -> list[Row]:
         If the file cannot be read, or a row lacks something.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Ended by newlines alone: JSON may have Unicode's other line ends in its texts.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ArgumentError(f"--data {path} cannot be read: {reason}") from error
     rows = [
-        _row(line, f"--data {path}, line {n}", metric, path.stem) for n, line in enumerate(lines, 1) if line.strip()
+        _row(line, n, f"--data {path}, line {n}", metric, path.stem) for n, line in enumerate(lines, 1) if line.strip()
     ]
     if not rows:
         raise ArgumentError(f"--data {path} must hold rows; it is empty")
     return rows
 
 
-def _row(line: str, where: str, metric: str | None, dataset: str) -> Row:
+def _row(line: str, number: int, where: str, metric: str | None, dataset: str) -> Row:
     try:
         values: dict[str, Any] = json.loads(line)
     except ValueError as error:
@@ -77,10 +101,8 @@ def _row(line: str, where: str, metric: str | None, dataset: str) -> Row:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(context, str) or not isinstance(question, str):
         raise ArgumentError(f"{where} must have the texts context and question; got {sorted(values)}")
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ArgumentError(f"{where} must have answers, a list of texts; got {answers!r}")
-    if not answers[0].strip():
-        raise ArgumentError(f"{where} must have answers of at least a letter; got {answers!r}")
     chosen = values.get("metric", metric)
     if chosen not in METRICS:
         raise ArgumentError(f"{where} must name a metric, or --metric do so: {', '.join(METRICS)}; got {chosen!r}")
@@ -94,11 +116,12 @@ def _row(line: str, where: str, metric: str | None, dataset: str) -> Row:
         max_new_tokens=longest,
         metric=chosen,
         dataset=str(values.get("dataset", dataset)),
+        line=number,
     )
 
 
-def data_prompts(rows: list[Row], tokenizer: Any, most: int) -> tuple[list[Prompt], int]:
-    """Make a prompt of every context, with all questions about it.
+def data_prompts(rows: list[Row], tokenizer: Any, most: int, least: Mapping[str, int] | None = None) -> Rows:
+    """Make a prompt of every context, with all questions about it that can be answered.
 
     Parameters
     ----------
@@ -106,12 +129,12 @@ def data_prompts(rows: list[Row], tokenizer: Any, most: int) -> tuple[list[Promp
     tokenizer : transformers tokenizer
     most : int
         Tokens that fit into the model. A longer context loses its middle, as in LongBench.
+    least : mapping of str to int, optional
+        Policies that cannot evict a prompt of fewer tokens.
 
     Returns
     -------
-    prompts : list of Prompt
-    cut : int
-        How many of them lost their middle.
+    Rows
     """
     by_context: dict[str, list[Row]] = {}
     for row in rows:
@@ -119,16 +142,26 @@ def data_prompts(rows: list[Row], tokenizer: Any, most: int) -> tuple[list[Promp
     before, after = chat_template(tokenizer)
     header = list(tokenizer(before, add_special_tokens=False)["input_ids"])
     prompts, cut = [], 0
+    skipped: dict[str, list[int]] = {}
     for number, (context, asked) in enumerate(by_context.items()):
-        questions = tuple(_question(row, tokenizer, after) for row in asked)
-        room = (
-            most
-            - len(header)
-            - max(len(question.ids) + max(len(question.answer), question.max_new_tokens) for question in questions)
-        )
-        if room < 2:
-            raise ArgumentError(f"--data must fit into the model's {most} positions; question {number} alone does not")
-        ids = list(tokenizer(context, add_special_tokens=False)["input_ids"])
+        ids = list(tokenizer(context, add_special_tokens=False)["input_ids"]) if _is_unicode(context) else []
+        questions: dict[int, Question] = {}
+        room = most - len(header)
+        for row in asked:
+            question = _question(row, tokenizer, after, len(header), len(ids), most)
+            if isinstance(question, str):
+                skipped.setdefault(question, []).append(row.line)
+            else:
+                questions[row.line] = question
+                room = min(room, most - len(header) - _length(question))
+        num_tokens = len(header) + min(len(ids), room)
+        for name, fewest in (least or {}).items():
+            if questions and num_tokens < fewest:
+                reason = f"the prompt is shorter than the {fewest} tokens that {name} needs"
+                skipped.setdefault(reason, []).extend(questions)
+                questions = {}
+        if not questions:
+            continue
         if len(ids) > room:
             ids = ids[: room // 2] + ids[-(room - room // 2) :]
             cut += 1
@@ -139,15 +172,20 @@ def data_prompts(rows: list[Row], tokenizer: Any, most: int) -> tuple[list[Promp
                 seed=None,
                 split=None,
                 ids=(*header, *ids),
-                questions=questions,
+                questions=tuple(questions.values()),
             )
         )
-    return prompts, cut
+    return Rows(prompts=tuple(prompts), cut=cut, skipped={why: tuple(lines) for why, lines in skipped.items()})
 
 
-def _question(row: Row, tokenizer: Any, footer: str) -> Question:
+def _question(row: Row, tokenizer: Any, footer: str, num_header: int, num_context: int, most: int) -> Question | str:
+    """Give the tokens of a question, or the reason why it cannot be answered."""
+    if not (row.answers and row.answers[0].strip()):
+        return "there is no answer"
+    if not all(map(_is_unicode, (row.context, row.question, row.answers[0]))):
+        return "a text is not Unicode: it holds half a surrogate pair"
     ids, answer = encode_question(tokenizer, footer, row.question, "", row.answers[0])
-    return Question(
+    question = Question(
         task=row.dataset,
         kind=None,
         depth=None,
@@ -157,3 +195,24 @@ def _question(row: Row, tokenizer: Any, footer: str) -> Question:
         metric=row.metric,
         max_new_tokens=row.max_new_tokens,
     )
+    # A tokenizer may drop white space, and what it does not know.
+    for name, num_tokens in (("context", num_header + num_context), ("question", len(ids)), ("answer", len(answer))):
+        if not num_tokens:
+            return f"the {name} has no tokens"
+    if most - num_header - _length(question) < 2:
+        return f"question and answer leave no room for a context in the model's {most} positions"
+    return question
+
+
+def _length(question: Question) -> int:
+    """Count the tokens that come after the context."""
+    return len(question.ids) + max(len(question.answer), question.max_new_tokens)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -123,7 +123,7 @@ def load_preset(path: Path, /) -> Preset:
         If the file cannot be read, is no TOML, or has a field that is unknown, missing or wrong.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ArgumentError(f"--policy {path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

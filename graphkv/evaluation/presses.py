@@ -12,9 +12,10 @@ from transformers.cache_utils import DynamicCache
 
 from ..core.errors import ArgumentError, BackendUnavailableError
 from ..integrations.transformers import EvictingCache
+from ..integrations.transformers.versions import with_cache
 from .policies import call, parse
 
-__all__ = ["PREFIX", "check_press", "read_under_press"]
+__all__ = ["PREFIX", "check_press", "fewest_tokens", "read_under_press"]
 
 PREFIX = "kvpress:"
 
@@ -22,6 +23,12 @@ PREFIX = "kvpress:"
 def check_press(name: str) -> None:
     """Say in an error what is wrong with a name such as ``kvpress:SnapKVPress(window_size=32)``."""
     _make(name, 0.5)
+
+
+def fewest_tokens(name: str) -> int:
+    """Count the tokens that a prompt must have for a press to take it: more than its window and its sinks."""
+    press = _make(name, 0.5)
+    return 1 + max(int(getattr(press, setting, 0)) for setting in ("window_size", "n_sink"))
 
 
 def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full: EvictingCache) -> EvictingCache:
@@ -46,7 +53,7 @@ def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full
     press = _make(name, 1 - (budget + 0.5) / ids.shape[1])
     compressed = DynamicCache()
     with press(model):
-        model(ids, past_key_values=compressed, logits_to_keep=1)
+        model(ids, **with_cache(model, compressed), logits_to_keep=1)
     result = full.copy()
     for layer, left in zip(result.layers, compressed.layers, strict=True):
         layer.keys, layer.values = left.keys, left.values

@@ -382,6 +382,8 @@ def _write_front(document: Document, study: Study) -> None:
         "size, so differences are taken prompt by prompt. Intervals are 95 % bootstrap intervals over prompts. Bold "
         "marks gains and losses alike whose interval excludes zero."
     )
+    for reason, count in study.header.get("data", {}).get("skipped", {}).items():
+        document.text(f"Rows that were skipped, because {reason}: {count}.")
     if config.get("prompts") and not config.get("data"):
         wanted = config["prompts"] * len(config["tasks"]) * len(config["lengths"])
         if prompts < wanted:

@@ -13,6 +13,7 @@ from ..core.errors import GraphKVError
 from ..core.policy import Policy
 from ..core.types import Array
 from ..integrations.transformers import EvictingCache, observing
+from ..integrations.transformers.versions import with_cache
 from . import metrics
 from .closeness import MOST_QUERIES, Probe, make_probe
 from .config import Config
@@ -149,18 +150,20 @@ class Reading:
 
     def _sites(self, asked: list[tuple[str, int]]) -> Iterator[Site]:
         """Give the prompt with all its questions to come, then the prompt with each question in it."""
-        num_tokens = len(self.prompt.ids)
+        # A window may be longer than the prompt, and yet not than the prompt with a question in it.
+        inside = [len(self.prompt.questions[index].ids) - 1 for mode, index in asked if mode == "aware"]
+        longest = len(self.prompt.ids) + max(inside, default=0)
         policies = self._all_policies()
-        wanted = [policy.num_queries(num_tokens) for policy in policies]
+        wanted = [policy.num_queries(longest) for policy in policies]
         if self.config.closeness:
             wanted.append(MOST_QUERIES)
         context = EvictingCache(num_queries=max(wanted, default=0))
-        self.model(self._tokens(self.prompt.ids), past_key_values=context, logits_to_keep=1)
+        self.model(self._tokens(self.prompt.ids), **with_cache(self.model, context), logits_to_keep=1)
         later = {index: self.prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
         states = self._states(context, {})
         agnostic = Site(mode="agnostic", ids=self.prompt.ids, cache=context, questions=later, states=states)
         # Only running sums need all queries, and those are worked out.
-        windows = [policy.num_queries(num_tokens) for policy in policies if not policy.needs().state]
+        windows = [policy.num_queries(longest) for policy in policies if not policy.needs().state]
         for layer in context.layers:
             if layer.queries is not None:
                 layer.queries = layer.queries[:, :, -max(windows, default=1) :].clone()
@@ -168,15 +171,16 @@ class Reading:
             yield agnostic
         for index in (index for mode, index in asked if mode == "aware"):
             # The last token stays out, so that even the answer's first token is told from the evicted cache.
-            *inside, last = self.prompt.questions[index].ids
+            *first, last = self.prompt.questions[index].ids
             cache = context.copy()
-            self.model(self._tokens(inside), past_key_values=cache, logits_to_keep=1)
+            if first:
+                self.model(self._tokens(first), **with_cache(self.model, cache), logits_to_keep=1)
             yield Site(
                 mode="aware",
-                ids=(*self.prompt.ids, *inside),
+                ids=(*self.prompt.ids, *first),
                 cache=cache,
                 questions={index: (last,)},
-                states=self._states(cache, states),
+                states=self._states(cache, states) if first else states,
             )
 
     def _states(self, cache: EvictingCache, before: States) -> States:
@@ -253,7 +257,9 @@ class Reading:
         """Read question and right answer; give the logits of the answer's tokens, (batch, tokens, vocabulary)."""
         rows = cache.layers[0].keys.shape[0]
         inputs = self._tokens([*ids, *question.answer[:-1]]).expand(rows, -1)
-        logits: torch.Tensor = self.model(inputs, past_key_values=cache, logits_to_keep=len(question.answer)).logits
+        logits: torch.Tensor = self.model(
+            inputs, **with_cache(self.model, cache), logits_to_keep=len(question.answer)
+        ).logits
         return logits
 
     def _generate(self, cache: EvictingCache, ids: Sequence[int], question: Question, rows: int) -> list[str | None]:
@@ -265,7 +271,7 @@ class Reading:
         told: list[list[int]] = [[] for _ in range(rows)]
         running = [True] * rows
         for _ in range(question.max_new_tokens):
-            new = self.model(new, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            new = self.model(new, **with_cache(self.model, cache), logits_to_keep=1).logits.argmax(-1)
             for row, token in enumerate(new[:, 0].tolist()):
                 running[row] = running[row] and token not in ends
                 if running[row]:

@@ -80,7 +80,7 @@ def read_text(path: Path, /) -> Text:
     contents = []
     for file in files:
         try:
-            contents.append(file.read_text(encoding="utf-8"))
+            contents.append(file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ArgumentError(f"--text {file} cannot be read: {reason}") from error

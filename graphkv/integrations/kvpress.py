@@ -9,15 +9,18 @@ Three things that kvpress leaves open are settled here:
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from math import floor, sqrt
+from math import floor
 from typing import Any
 
 import torch
 from kvpress import BasePress, PyramidKVPress, ScorerPress
-from kvpress.utils import compute_n_kept, get_prerope_query_states
-from transformers.models.llama.modeling_llama import rotate_half
+from kvpress.utils import compute_n_kept
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, QuantizedCache
 
 from ..core import checks
 from ..core.errors import ArgumentError
@@ -45,10 +48,16 @@ class PolicyPress(BasePress):  # type: ignore[misc]
     ArgumentError
         If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`.
         While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
-        heads different budgets, or the cache does not hold exactly the tokens of the prompt.
+        heads different budgets, or the cache does not hold exactly the tokens of the prompt, or it cannot be seen that
+        the model's heads attend to the keys and values that it caches under them.
 
     Notes
     -----
+    Queries are the model's own: each layer's attention runs a second time over the prompt, as far as its projections,
+    and must come to the keys and values that are in the cache. That costs about a tenth of the prefill.
+
+    Sliding layers of a model that has full ones too are left alone, as `evicting` does.
+
     Policies whose heads keep different numbers of tokens, such as `AdaKV`, work as in kvpress's own ``AdaKVPress``:
     keys are masked and not removed, so no memory is freed, and the mask stays with the model until its next prompt.
 
@@ -78,6 +87,15 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         """Share of the last prompt that was evicted, averaged over the layers that have read it; 0 before."""
         return sum(self._evicted.values()) / max(1, len(self._evicted))
 
+    def post_init_from_model(self, model: Any) -> None:
+        """Refuse a model that kvpress cannot find its way in; kvpress calls this."""
+        _check_model(model)
+
+    def forward_hook(self, module: torch.nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Refuse a call that kvpress cannot follow, and let it go on with any other; kvpress calls this."""
+        _check_call(module, kwargs)
+        return super().forward_hook(module, input, kwargs, output)
+
     def compress(
         self,
         module: torch.nn.Module,
@@ -87,7 +105,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the keys and values that stay; kvpress calls this.
+        """Return the keys and values that stay; kvpress calls this.
 
         Parameters
         ----------
@@ -108,6 +126,8 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             In the order of the prompt. All of them under a policy with head budgets.
         """
         layer: Any = module
+        if _slides_beside_full_layers(layer, kwargs["past_key_values"]):
+            return keys, values
         num_tokens, num_layers = keys.shape[2], int(layer.config.num_hidden_layers)
         if hidden_states.shape[1] != num_tokens:
             raise ArgumentError(
@@ -122,12 +142,12 @@ class PolicyPress(BasePress):  # type: ignore[misc]
                 "policy must keep equally many tokens in every layer under attn_implementation 'eager', which has one "
                 f"mask for all; {type(self.policy).__name__} keeps {min(budgets)} to {max(budgets)}"
             )
-        wanted = self.policy.num_queries(num_tokens)
+        queries, wanted = _queries_of(layer, keys, values, kwargs), self.policy.num_queries(num_tokens)
         decision = evict(
             self.policy,
             keys.detach(),
             values=values.detach(),
-            queries=_last_queries(layer, hidden_states, kwargs, wanted) if wanted else None,
+            queries=queries[:, :, -wanted:] if wanted else None,
             layer=layer.layer_idx,
             num_layers=num_layers,
             backend="torch",
@@ -213,8 +233,14 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         self.base_press.compression_ratio = value
 
     def post_init_from_model(self, model: Any) -> None:
-        """Let the base look at the model."""
+        """Refuse a model that kvpress cannot find its way in, and let the base look at any other."""
+        _check_model(model)
         self.base_press.post_init_from_model(model)
+
+    def forward_hook(self, module: torch.nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Refuse a call that kvpress cannot follow, and let it go on with any other; kvpress calls this."""
+        _check_call(module, kwargs)
+        return super().forward_hook(module, input, kwargs, output)
 
     def score(
         self,
@@ -334,16 +360,147 @@ def _forced(scores: torch.Tensor) -> torch.Tensor:
     return is_forced & (next_best > -torch.inf) & (has_mark | ~rows_are_alike)
 
 
-def _last_queries(layer: Any, hidden_states: torch.Tensor, kwargs: dict[str, Any], count: int) -> torch.Tensor:
-    """Compute the last queries once more, scaled such that q k / sqrt(D) is the attention logit."""
-    with torch.no_grad():
-        queries = get_prerope_query_states(layer, hidden_states[:, -count:])
-        cos, sin = (x[:, None, -count:] for x in kwargs["position_embeddings"])
-        # Some models rotate only the first entries of each head.
-        turning, still = queries.split([cos.shape[-1], queries.shape[-1] - cos.shape[-1]], dim=-1)
-        queries = torch.cat([turning * cos + rotate_half(turning) * sin, still], dim=-1)
-        scale = float(layer.scaling) * sqrt(queries.shape[-1])
-        return queries if abs(scale - 1) < 1e-6 else queries * scale
+class _Attended(Exception):  # noqa: N818 - no error: the end of a second run that has told what it was for
+    """What a layer's attention reads."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.scale: float | None = options.get("scale")
+
+
+class _UntilItAttends(TorchFunctionMode):
+    """Runs PyTorch as it is, up to the first attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raise `_Attended` in place of attention."""
+        if func is scaled_dot_product_attention:
+            raise _Attended(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _WithSDPA:
+    """A layer's configuration, but for the attention implementation."""
+
+    _attn_implementation = "sdpa"
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _queries_of(layer: Any, keys: torch.Tensor, values: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Compute the queries (batch, query_heads, N, D) once more, scaled such that q k / sqrt(D) is the attention logit.
+
+    The layer itself computes them, whatever it does to them, and must come to the keys and values of the cache.
+    """
+    kind = type(layer)
+    # A copy that shares all weights: neither the layer nor the model's configuration changes.
+    again = copy.copy(layer)
+    again.config = _WithSDPA(layer.config)
+    # As it was called before, with nothing in the cache. Only eager attention gives its weights.
+    arguments = {name: value for name, value in kwargs.items() if name != "output_attentions"}
+    arguments["past_key_values"] = DynamicCache()
+    try:
+        with torch.no_grad(), _UntilItAttends():
+            kind.forward(again, **arguments)
+    except _Attended as attended:
+        seen = attended
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"model must let PolicyPress run an attention a second time, to see its queries; {kind.__name__} of layer "
+            f"{layer.layer_idx} stops with {type(error).__name__}: {error}"
+        ) from error
+    else:
+        raise ArgumentError(
+            "model must attend by transformers' attention interface or PyTorch's scaled_dot_product_attention, for "
+            f"PolicyPress to see what its heads read; {kind.__name__} of layer {layer.layer_idx} does not (some do "
+            "when loaded with attn_implementation='sdpa')"
+        )
+    # A quantised cache gives back other numbers than it was given.
+    is_rounded = isinstance(kwargs["past_key_values"], QuantizedCache)
+    for name, cached, read in (("keys", keys, seen.key), ("values", values, seen.value)):
+        if not _are_heads_of(cached, read, is_rounded):
+            raise ArgumentError(
+                f"model must attend to the very keys and values that it caches, head by head; {kind.__name__} of layer "
+                f"{layer.layer_idx}, run a second time, reads other {name} than it cached (in a ComposedPress, "
+                "PolicyPress comes first)"
+            )
+    scale = 1.0 if seen.scale is None else seen.scale * seen.query.shape[-1] ** 0.5
+    return seen.query if abs(scale - 1) < 1e-6 else seen.query * scale
+
+
+def _are_heads_of(cached: torch.Tensor, read: torch.Tensor, is_rounded: bool) -> bool:
+    """Whether what attention reads is what was cached, each head as often as there are queries to it."""
+    batch, heads, *rest = cached.shape
+    if read.shape[0] != batch or read.shape[1] % heads or list(read.shape[2:]) != rest:
+        return False
+    if is_rounded:
+        return True
+    cached = cached.detach()[:, :, None]
+    difference = read.reshape(batch, heads, -1, *rest) - cached
+    # The same sums in the same order give the same bits; more is allowed where a device does not repeat itself. What is
+    # not a number differs from nothing.
+    differs: torch.Tensor = difference.norm(dim=-1) > 0.02 * cached.norm(dim=-1)
+    return not bool(differs.any())
+
+
+def _check_model(model: Any) -> None:
+    """Refuse a model in which kvpress finds no attention, or one that is never called."""
+    decoder = getattr(model, "model", None)
+    decoder = getattr(decoder, "language_model", decoder)
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", None) or [None]]
+    if not hasattr(decoder, "rotary_emb") or not all(hasattr(attention, "layer_idx") for attention in attentions):
+        raise ArgumentError(
+            "model must have what kvpress looks for: model.model.layers with one attention each, self_attn, and "
+            f"model.model.rotary_emb; {type(model).__name__} has not"
+        )
+
+
+def _check_call(layer: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse a call in which kvpress finds no cache, or whose layer no longer sees all that is left in it."""
+    name = type(layer).__name__
+    lacking = [each for each in ("hidden_states", "past_key_values", "cache_position") if kwargs.get(each) is None]
+    if lacking:
+        raise ArgumentError(
+            "model must run with a cache, and hand hidden_states, past_key_values and cache_position to its attention "
+            f"by name, where kvpress looks for them; {name} got no {' and no '.join(lacking)}"
+        )
+    cache = kwargs["past_key_values"]
+    if not hasattr(cache, "layers"):
+        raise ArgumentError(f"past_key_values must be a Cache with layers; {name} got {type(cache).__name__}")
+    kinds = set(getattr(layer.config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(layer.config, "sliding_window", None) if kinds == {"sliding_attention"} else None
+    if window is None:
+        return
+    seen = int(kwargs["cache_position"][-1]) + 1
+    # One more token comes out of this step. From the window's length on, masks are cut to it, whatever is still stored.
+    if seen + 1 >= window:
+        raise ArgumentError(
+            "prompt and answer must be shorter than the sliding window where all layers slide: kvpress knows no "
+            f"sliding windows; {name} has read {seen} tokens, and its window is {window}"
+        )
+
+
+def _slides_beside_full_layers(layer: Any, cache: Any) -> bool:
+    """Whether a layer slides in a model that has full layers too; the cache must know which do."""
+    kinds: list[str] = list(getattr(layer.config, "layer_types", None) or [])
+    name = type(layer).__name__
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise ArgumentError(
+            f"model must have full or sliding attention in every layer; {name} has {sorted(set(kinds))}"
+        )
+    if len(set(kinds)) < 2:
+        return False
+    # Masks of both kinds are made from the sizes of the first layer of each, as the cache has them.
+    slides: list[bool] = [kind == "sliding_attention" for kind in kinds]
+    if [bool(each.is_sliding) for each in cache.layers] != slides:
+        raise ArgumentError(
+            "past_key_values must know which layers slide, as DynamicCache(config=model.config) does, or a later step "
+            f"would get masks of the wrong size; {name}'s model mixes sliding and full layers"
+        )
+    return slides[int(layer.layer_idx)]
 
 
 def _refuse_hidden_tokens(kwargs: dict[str, Any]) -> None:

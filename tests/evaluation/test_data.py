@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from graphkv import ArgumentError
 from graphkv.evaluation.data import data_prompts, read_rows
@@ -13,6 +15,12 @@ ROW = {"context": "Ann is here.", "question": "Who?", "answers": ["Ann"], "metri
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def word_tokenizer(*words):
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def test_rows_of_both_kinds_are_read(tmp_path):
@@ -26,10 +34,11 @@ def test_rows_of_both_kinds_are_read(tmp_path):
 
 def test_rows_of_one_context_share_a_prompt(tmp_path, tokenizer):
     rows = read_rows(write(tmp_path / "a.jsonl", ROW, {**ROW, "context": "Else."}, {**ROW, "question": "Where?"}))
-    prompts, cut = data_prompts(rows, tokenizer, 512)
+    found = data_prompts(rows, tokenizer, 512)
+    prompts = found.prompts
 
     assert [len(prompt.questions) for prompt in prompts] == [2, 1]
-    assert cut == 0
+    assert (found.cut, found.skipped) == (0, {})
     assert tokenizer.decode(prompts[0].ids) == "User: Ann is here."
     assert tokenizer.decode(prompts[0].questions[1].ids) == "\n\nWhere?\n"
     assert tokenizer.decode(prompts[0].questions[1].answer) == "Ann"
@@ -37,21 +46,79 @@ def test_rows_of_one_context_share_a_prompt(tmp_path, tokenizer):
 
 def test_a_context_that_does_not_fit_loses_its_middle(tmp_path, tokenizer):
     rows = read_rows(write(tmp_path / "a.jsonl", {**ROW, "context": "a" * 100 + "b" * 100}))
-    prompts, cut = data_prompts(rows, tokenizer, 60)
+    found = data_prompts(rows, tokenizer, 60)
 
     # 60 less the template's 6, the question's 7 and the answer's 5.
-    assert tokenizer.decode(prompts[0].ids) == "User: " + "a" * 21 + "b" * 21
-    assert cut == 1
-    with pytest.raises(ArgumentError, match="must fit into the model's 18 positions"):
-        data_prompts(rows, tokenizer, 18)
+    assert tokenizer.decode(found.prompts[0].ids) == "User: " + "a" * 21 + "b" * 21
+    assert (found.cut, found.skipped) == (1, {})
+
+
+def test_rows_that_leave_no_room_for_a_context_are_skipped_and_no_others(tmp_path, tokenizer):
+    long = {**ROW, "question": "Who is it who is here?"}
+    rows = read_rows(write(tmp_path / "a.jsonl", ROW, long, {**long, "context": "Else."}, {**ROW, "context": "More."}))
+    # The template's 6, the question's 7, the answer's 5, and a context of 2.
+    found = data_prompts(rows, tokenizer, 20)
+
+    assert [tokenizer.decode(prompt.ids) for prompt in found.prompts] == ["User: A.", "User: M."]
+    assert [len(prompt.questions) for prompt in found.prompts] == [1, 1]
+    # Contexts keep their numbers, whoever is skipped.
+    assert [prompt.name for prompt in found.prompts] == ["a/0", "a/2"]
+    assert found.skipped == {"question and answer leave no room for a context in the model's 20 positions": (2, 3)}
+    assert data_prompts(rows, tokenizer, 19).prompts == ()
+
+
+@pytest.mark.parametrize("answers", [[], [""], [" \n"], ["", "Ann"]])
+def test_rows_without_an_answer_are_skipped(tmp_path, tokenizer, answers):
+    rows = read_rows(write(tmp_path / "a.jsonl", ROW, {**ROW, "answers": answers}))
+    found = data_prompts(rows, tokenizer, 512)
+
+    assert [len(prompt.questions) for prompt in found.prompts] == [1]
+    assert found.skipped == {"there is no answer": (2,)}
+
+
+@pytest.mark.parametrize("field", ["context", "question", "answers"])
+def test_rows_of_half_a_surrogate_pair_are_skipped(tmp_path, tokenizer, field):
+    broken = ["\ud83d"] if field == "answers" else "\ud83d"
+    rows = read_rows(write(tmp_path / "a.jsonl", ROW, {**ROW, field: broken}))
+    found = data_prompts(rows, tokenizer, 512)
+
+    assert [len(prompt.questions) for prompt in found.prompts] == [1]
+    assert found.skipped == {"a text is not Unicode: it holds half a surrogate pair": (2,)}
+
+
+def test_texts_without_tokens_are_skipped(tmp_path):
+    """A tokenizer of words drops white space; without a template nothing else is there."""
+    tokenizer = word_tokenizer("Who?", "Ann", "here", "I", "you", "me")
+    row = {**ROW, "context": "here", "answers": ["Ann"]}
+    rows = [row, {**row, "context": " "}, {**row, "question": "\n"}, {**row, "context": "", "question": ""}]
+    found = data_prompts(read_rows(write(tmp_path / "a.jsonl", *rows)), tokenizer, 512)
+
+    assert [tokenizer.decode(prompt.ids) for prompt in found.prompts] == ["here"]
+    assert found.skipped == {"the question has no tokens": (3,), "the context has no tokens": (2, 4)}
+
+
+def test_prompts_that_are_too_short_for_a_policy_are_skipped(tmp_path, tokenizer):
+    rows = read_rows(write(tmp_path / "a.jsonl", ROW, {**ROW, "context": "Here."}, {**ROW, "question": "Where?"}))
+    found = data_prompts(rows, tokenizer, 512, {"a press": 18})
+
+    # The template's 6 tokens and the context's 12.
+    assert [len(prompt.ids) for prompt in found.prompts] == [18]
+    assert found.skipped == {"the prompt is shorter than the 18 tokens that a press needs": (2,)}
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_no_part_of_a_row(tmp_path):
+    row = {**ROW, "context": "one\u2028two\x85three"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig", newline="")
+
+    assert [found.context for found in read_rows(tmp_path / "a.jsonl")] == [row["context"]]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({**ROW, "context": None}, "line 1 must have the texts context and question"),
-        ({**ROW, "answers": []}, "line 1 must have answers, a list of texts"),
-        ({**ROW, "answers": [" "]}, "answers of at least a letter"),
+        ({**ROW, "answers": None}, "line 1 must have answers, a list of texts"),
+        ({**ROW, "answers": [1]}, "line 1 must have answers, a list of texts"),
         ({**ROW, "metric": "bleu"}, "must name a metric"),
         ({**ROW, "max_new_tokens": 0}, "max_new_tokens of at least 1"),
         ([1], "must be a JSON object"),

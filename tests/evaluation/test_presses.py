@@ -9,6 +9,7 @@ from graphkv import ArgumentError, BackendUnavailableError
 from graphkv.evaluation.config import Config
 from graphkv.evaluation.runner import evaluate
 from graphkv.integrations.transformers import EvictingCache, observing
+from graphkv.integrations.transformers.versions import with_cache
 
 
 def test_kvpress_is_named_where_it_is_missing(monkeypatch):
@@ -51,7 +52,7 @@ def test_what_a_press_keeps_is_what_it_leaves_in_its_own_cache(kvpress, model):
     ids = torch.randint(1, 256, (1, 50), generator=torch.manual_seed(0))
     with observing(model):
         full = EvictingCache()
-        model(ids, past_key_values=full)
+        model(ids, **with_cache(model, full))
         left = read_under_press(model, ids, "kvpress:KnormPress", 20, full)
 
     for before, after in zip(full.layers, left.layers, strict=True):

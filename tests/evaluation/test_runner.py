@@ -12,6 +12,7 @@ from graphkv.evaluation.config import Config
 from graphkv.evaluation.policies import BASES, make_policy, running_states
 from graphkv.evaluation.runner import evaluate, stack
 from graphkv.integrations.transformers import EvictingCache, observing
+from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import reference_logits
 from tests.integrations.tiny import tiny_gemma3
 
@@ -172,13 +173,13 @@ def test_a_stack_goes_on_as_each_of_its_caches_would(model):
     ids = torch.randint(1, 256, (1, 60), generator=torch.manual_seed(0))
     with observing(model):
         full = EvictingCache(num_queries=60)
-        model(ids[:, :50], past_key_values=full)
+        model(ids[:, :50], **with_cache(model, full))
         caches = []
         for policy in (SnapKV(budget=20, window=4), make_policy("knorm+graphkv", 20)):
             caches.append(full.copy())
             caches[-1].evict(policy)
-        alone = [model(ids[:, 50:], past_key_values=cache.copy()).logits for cache in caches]
-        together = model(ids[:, 50:].expand(2, -1), past_key_values=stack(caches)).logits
+        alone = [model(ids[:, 50:], **with_cache(model, cache.copy())).logits for cache in caches]
+        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, stack(caches))).logits
 
     torch.testing.assert_close(together, torch.cat(alone))
     assert not torch.allclose(alone[0], alone[1])
@@ -189,11 +190,11 @@ def test_heads_with_budgets_of_their_own_can_be_stacked(model):
     ids = torch.randint(1, 256, (1, 60), generator=torch.manual_seed(0))
     with observing(model):
         full = EvictingCache(num_queries=60)
-        model(ids[:, :50], past_key_values=full)
+        model(ids[:, :50], **with_cache(model, full))
         cache = full.copy()
         cache.evict(AdaKV(SnapKV(budget=20, window=4)))
-        alone = model(ids[:, 50:], past_key_values=cache.copy()).logits
-        together = model(ids[:, 50:].expand(2, -1), past_key_values=stack([cache, cache])).logits
+        alone = model(ids[:, 50:], **with_cache(model, cache.copy())).logits
+        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, stack([cache, cache]))).logits
 
     assert any(layer.valid is not None for layer in cache.layers)
     torch.testing.assert_close(together, torch.cat([alone, alone]))
@@ -223,9 +224,9 @@ def test_closeness_against_plain_loops(model, tokenizer, prompt):
     ids = torch.tensor([[*prompt.ids, *question.ids, *question.answer[:-1]]])
     with observing(model):
         cache = EvictingCache(num_queries=16)
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
         evicted = EvictingCache()
-        model(ids[:, :LENGTH], past_key_values=evicted)
+        model(ids[:, :LENGTH], **with_cache(model, evicted))
         evicted.evict(make_policy("knorm", 40, sinks=4))
     for layer, small in zip(cache.layers, evicted.layers, strict=True):
         for head in range(6):
@@ -248,9 +249,9 @@ def test_running_sums_leave_the_sliding_layers_of_a_mixed_model_alone():
     model, ids = tiny_gemma3().eval(), torch.arange(1, 31)[None]
     with observing(model), torch.inference_mode():
         cache = EvictingCache(num_queries=30)
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **with_cache(model, cache))
         before = running_states(H2O(budget=1), cache)
-        model(ids[:, 20:], past_key_values=cache)
+        model(ids[:, 20:], **with_cache(model, cache))
         states = running_states(H2O(budget=1), cache, before)
         for layer, state in zip(cache.layers, states, strict=True):
             layer.state = state

@@ -190,6 +190,11 @@ def reference_generate(model, prompt, policy, num_new, **options):
     return ids
 
 
+def assert_close(logits, expected):
+    """As far apart as float32 allows."""
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @contextmanager
 def attending(model, function):
     """Run a model under another attention function, without masks."""

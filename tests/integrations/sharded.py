@@ -16,6 +16,8 @@ from transformers.distributed import DistributedConfig
 
 from graphkv import CAKE, H2O, SAGEKV, TOVA, AdaKV, ArgumentError, GraphKV, KNorm, LayerBudgets, SnapKV
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
+from graphkv.integrations.transformers.versions import with_cache
+from tests.integrations.releases import cache_of
 from tests.integrations.tiny import FAMILIES, tiny_llama
 from tests.policies import every_policy
 
@@ -49,7 +51,7 @@ def contents(cache):
 
 
 def said(output):
-    return {"tokens": output.sequences, "logits": torch.stack(output.logits), **contents(output.past_key_values)}
+    return {"tokens": output.sequences, "logits": torch.stack(output.logits), **contents(cache_of(output))}
 
 
 def inside(policy, model, implementation="sdpa", **options):
@@ -67,7 +69,7 @@ def for_good(policy, model):
     model.set_attn_implementation("graphkv_sdpa")
     cache = EvictingCache(policy)
     try:
-        return said(generate(model, past_key_values=cache))
+        return said(generate(model, **with_cache(model, cache)))
     except ArgumentError as error:
         return {"refused": str(error), **contents(cache)}
     finally:
@@ -78,7 +80,7 @@ def by_hand(policy, model, mask=MASK):
     """Read first, evict later."""
     cache = EvictingCache(num_queries=36)
     with observing(model), torch.inference_mode():
-        model(PROMPTS, attention_mask=mask, past_key_values=cache)
+        model(PROMPTS, attention_mask=mask, **with_cache(model, cache))
         try:
             cache.evict(policy)
         except ArgumentError as error:

@@ -20,6 +20,8 @@ from graphkv.integrations.transformers import (
     observing,
     scored,
 )
+from graphkv.integrations.transformers.versions import with_cache
+from tests.integrations.releases import cache_of
 from tests.integrations.tiny import FAMILIES, tiny_llama
 
 N = 60
@@ -55,7 +57,7 @@ def read(model, ids, policy, *, mask=None, chunks=(N,), **options):
     with observing(model), torch.inference_mode():
         for part in ids.split(list(chunks), dim=1):
             columns = None if mask is None else mask[:, : cache.get_seq_length() + part.shape[1]]
-            model(part, attention_mask=columns, past_key_values=cache)
+            model(part, attention_mask=columns, **with_cache(model, cache))
     return cache
 
 
@@ -215,9 +217,11 @@ def test_redundancy_equals_every_pair(model, prompts, policy):
 def test_counters_add_up_over_many_evictions(model, prompts):
     policy = POLICIES["snapkv+graphkv"]
     with evicting(model, policy, record=True, every=5):
-        cache = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=19, return_dict_in_generate=True
-        ).past_key_values
+        cache = cache_of(
+            model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=19, return_dict_in_generate=True
+            )
+        )
 
     for index, stats in enumerate(cache.stats()):
         # 18 tokens are fed back: evictions after the prompt, and after 5, 10 and 15 of them.
@@ -262,9 +266,11 @@ def test_a_head_drops_tokens_also_where_another_one_keeps_all(model, prompts, ba
 @each_policy
 def test_every_token_has_a_fate(model, prompts, policy):
     with evicting(model, policy, record=True):
-        cache = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, return_dict_in_generate=True
-        ).past_key_values
+        cache = cache_of(
+            model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, return_dict_in_generate=True
+            )
+        )
 
     for layer in cache.layers:
         found = fates(layer)
@@ -354,7 +360,7 @@ def waiting(model, prompts):
     cache = EvictingCache(SnapKV(budget=24))
     cache.activate_past_recording()
     with observing(model), torch.inference_mode():
-        model(prompts, past_key_values=cache)
+        model(prompts, **with_cache(model, cache))
     return cache
 
 

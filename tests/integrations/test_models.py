@@ -6,7 +6,9 @@ from transformers import DynamicCache
 
 from graphkv import H2O, GraphKV, KeyDiff, SnapKV
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
+from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import reference_logits
+from tests.integrations.releases import cache_of
 from tests.integrations.tiny import FAMILIES
 
 N = 40
@@ -35,7 +37,7 @@ def test_logits_equal_the_slow_reference(family, implementation, policy, ids):
     with observing(model), torch.inference_mode():
         cache = EvictingCache(policy, every=6)
         for chunk in ids.split(calls):
-            logits.append(model(chunk[None], past_key_values=cache).logits[0])
+            logits.append(model(chunk[None], **with_cache(model, cache)).logits[0])
     expected, kept = reference_logits(model, ids, policy, calls, every=6)
 
     torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -78,7 +80,7 @@ def test_our_attention_changes_nothing_for_other_caches(family, ids):
     plain = model.generate(prompt * mask, **options)
     with observing(model):
         for cache in (DynamicCache(), DynamicCache(config=model.config)):
-            assert model.generate(prompt * mask, past_key_values=cache, **options).tolist() == plain.tolist()
+            assert model.generate(prompt * mask, **with_cache(model, cache), **options).tolist() == plain.tolist()
 
 
 @each_family
@@ -89,7 +91,7 @@ def test_half_precision_gives_numbers(family, dtype, ids):
     with observing(model), torch.inference_mode():
         cache = EvictingCache(POLICIES["snapkv+graphkv"], every=4)
         for chunk in ids.split([N, 4, 5]):
-            assert torch.isfinite(model(chunk[None], past_key_values=cache).logits).all()
+            assert torch.isfinite(model(chunk[None], **with_cache(model, cache)).logits).all()
     assert all(layer.keys.dtype == dtype for layer in cache.layers)
     assert all(layer.num_stored == 14 for layer in cache.layers if layer.evicts)
 
@@ -97,7 +99,7 @@ def test_half_precision_gives_numbers(family, dtype, ids):
 def test_only_full_layers_of_a_mixed_model_evict(ids):
     model = FAMILIES["gemma3-mixed"]()
     with evicting(model, POLICIES["snapkv+graphkv"], every=1), torch.inference_mode():
-        cache = model(ids[None]).past_key_values
+        cache = cache_of(model(ids[None]))
 
     assert [layer.num_stored for layer in cache.layers] == [11, 14, 11, 14]
     assert [layer.num_evictions for layer in cache.layers] == [0, 1, 0, 1]
@@ -106,6 +108,6 @@ def test_only_full_layers_of_a_mixed_model_evict(ids):
 def test_sliding_layers_drop_what_is_out_of_sight_first(ids):
     model = FAMILIES["mistral-sliding"]()
     with evicting(model, KeyDiff(budget=20)), torch.inference_mode():
-        cache = model(ids[None]).past_key_values
+        cache = cache_of(model(ids[None]))
 
     assert all(int(layer.positions.min()) > len(ids) - 24 for layer in cache.layers)

@@ -22,7 +22,9 @@ from graphkv import (
     StreamingLLM,
 )
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
-from tests.integrations.reference import reference_generate, reference_logits
+from graphkv.integrations.transformers.versions import cache_argument, with_cache
+from tests.integrations.reference import assert_close, reference_generate, reference_logits
+from tests.integrations.releases import cache_of
 from tests.integrations.tiny import tiny_llama
 
 N = 40
@@ -73,8 +75,8 @@ def test_logits_equal_the_slow_reference(model, prompts, policy):
     later = torch.randint(1, 97, (1, 7), generator=torch.Generator().manual_seed(2))
     with observing(model), torch.inference_mode():
         cache = EvictingCache(policy)
-        model(prompts[:1], past_key_values=cache)
-        logits = model(later, past_key_values=cache).logits[0]
+        model(prompts[:1], **with_cache(model, cache))
+        logits = model(later, **with_cache(model, cache)).logits[0]
 
     expected, kept = reference_logits(model, torch.cat([prompts[0], later[0]]), policy, [N, 7])
     # Float32 sums in another order: close on the scale of the logits.
@@ -104,7 +106,7 @@ def test_the_cache_shrinks_for_real(model, prompts, policy):
     with evicting(model, policy):
         out = generate(model, prompts, return_dict_in_generate=True)
 
-    cache = out.past_key_values
+    cache = cache_of(out)
     budgets = [policy.layer_budget(N, layer, 3) for layer in range(3)]
     assert isinstance(policy, PyramidKV) == (len(set(budgets)) > 1)
     for layer, kept in zip(cache.layers, budgets, strict=True):
@@ -118,8 +120,7 @@ def test_the_cache_shrinks_for_real(model, prompts, policy):
 
 def test_a_plain_forward_call_is_evicted_too(model, prompts):
     with evicting(model, POLICIES["snapkv"]), torch.inference_mode():
-        assert model(prompts).past_key_values.layers[0].num_stored == 14
-        assert model(prompts, use_cache=False).past_key_values is None
+        assert cache_of(model(prompts)).layers[0].num_stored == 14
 
 
 @each_policy
@@ -129,7 +130,7 @@ def test_every_backend_keeps_the_same_tokens(model, prompts, policy, other):
     kept = []
     for backend in ("torch", other):
         with evicting(model, policy, backend=backend, record=True):
-            cache = generate(model, prompts, return_dict_in_generate=True).past_key_values
+            cache = cache_of(generate(model, prompts, return_dict_in_generate=True))
         kept.append([layer.positions.tolist() for layer in cache.layers])
         (decision,) = cache.layers[0].record.decisions
         assert type(decision.kept).__module__.startswith(backend)
@@ -159,7 +160,7 @@ def test_beams_carry_their_positions(model, prompts, policy):
         alone = generate(model, prompts[1:2], num_beams=3)
 
     assert batch.sequences[1].tolist() == alone[0].tolist()
-    assert batch.past_key_values.layers[0].positions.shape[0] == 9
+    assert cache_of(batch).layers[0].positions.shape[0] == 9
 
 
 def test_a_second_turn_feeds_only_new_tokens(model, prompts):
@@ -168,8 +169,8 @@ def test_a_second_turn_feeds_only_new_tokens(model, prompts):
     history = torch.cat([prompts[:1], later], dim=1)
     with evicting(model, policy), torch.inference_mode():
         cache = EvictingCache(policy)
-        model(prompts[:1], past_key_values=cache)
-        out = generate(model, history, past_key_values=cache)
+        model(prompts[:1], **with_cache(model, cache))
+        out = generate(model, history, **with_cache(model, cache))
 
     ids = history[0]
     for step in range(8):
@@ -186,7 +187,7 @@ def test_interleaved_requests_do_not_touch_each_other(model, prompts):
         caches, last, answers = [EvictingCache(policy) for _ in range(2)], list(prompts[:2]), [[], []]
         for _ in range(8):
             for request in range(2):
-                logits = model(last[request][None], past_key_values=caches[request]).logits
+                logits = model(last[request][None], **with_cache(model, caches[request])).logits
                 last[request] = logits[0, -1].argmax()[None]
                 answers[request].append(int(last[request]))
 
@@ -196,17 +197,17 @@ def test_interleaved_requests_do_not_touch_each_other(model, prompts):
 def test_copies_of_one_prefill_go_their_own_ways(model, prompts):
     with observing(model), torch.inference_mode():
         full = EvictingCache(num_queries=N)
-        model(prompts[:1], past_key_values=full)
+        model(prompts[:1], **with_cache(model, full))
         before = [(layer.keys.clone(), layer.values.clone()) for layer in full.layers]
         for policy in POLICIES.values():
             twin = full.copy()
             twin.evict(policy)
             expected = EvictingCache(policy)
-            model(prompts[:1], past_key_values=expected)
+            model(prompts[:1], **with_cache(model, expected))
             for layer, same in zip(twin.layers, expected.layers, strict=True):
                 assert torch.equal(layer.keys, same.keys)
                 assert torch.equal(layer.positions, same.positions)
-            model(prompts[1:2, :3], past_key_values=twin)
+            model(prompts[1:2, :3], **with_cache(model, twin))
 
     for layer, (keys, values) in zip(full.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
@@ -226,7 +227,7 @@ def test_the_model_is_as_it_was(model, prompts, implementation):
     assert (dict(model._forward_pre_hooks), dict(model._forward_hooks)) == hooks
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert generate(model, prompts).tolist() == plain.tolist()
-    assert type(generate(model, prompts, return_dict_in_generate=True).past_key_values) is DynamicCache
+    assert type(cache_of(generate(model, prompts, return_dict_in_generate=True))) is DynamicCache
 
 
 class Broken(Policy):
@@ -251,7 +252,7 @@ def test_an_exception_leaves_the_model_as_it_was(model, prompts):
 def test_a_failing_policy_does_not_half_evict_a_cache(model, prompts):
     with observing(model), torch.inference_mode():
         cache = EvictingCache()
-        model(prompts, past_key_values=cache)
+        model(prompts, **with_cache(model, cache))
         with pytest.raises(RuntimeError, match="broken policy"):
             cache.evict(Broken(budget=5))
 
@@ -264,7 +265,7 @@ def test_half_precision_is_evicted_without_nan(prompts):
         model = tiny_llama().to(dtype)
         with evicting(model, POLICIES["snapkv+graphkv"], backend="numpy"), torch.inference_mode():
             out = model(prompts)
-        assert out.past_key_values.layers[0].keys.dtype == dtype
+        assert cache_of(out).layers[0].keys.dtype == dtype
         assert torch.isfinite(out.logits).all()
 
 
@@ -274,7 +275,7 @@ def test_another_scaling_of_the_logits_reaches_the_policy(prompts):
         layer.self_attn.scaling *= 3
     with observing(model), torch.inference_mode():
         cache = EvictingCache(num_queries=6)
-        model(prompts, past_key_values=cache)
+        model(prompts, **with_cache(model, cache))
         model.set_attn_implementation("graphkv_eager")
         weights = model(prompts, output_attentions=True).attentions
 
@@ -295,7 +296,7 @@ def test_multi_head_models_run_as_well(prompts):
     with evicting(model, SnapKV(budget=N, window=4)):
         same = generate(model, prompts)
     with evicting(model, SnapKV(budget=10, window=4)):
-        cache = generate(model, prompts, return_dict_in_generate=True).past_key_values
+        cache = cache_of(generate(model, prompts, return_dict_in_generate=True))
 
     assert same.tolist() == generate(model, prompts).tolist()
     assert cache.layers[0].num_stored == 10 + 7
@@ -325,19 +326,37 @@ def test_nesting_is_refused(model):
 def test_foreign_and_used_caches_are_refused(model, prompts):
     used = DynamicCache()
     with torch.inference_mode():
-        model(prompts, past_key_values=used)
+        model(prompts, **with_cache(model, used))
         for cache in (used, StaticCache(config=model.config, max_cache_len=64)):
             with (
-                pytest.raises(ArgumentError, match="past_key_values must be None"),
+                pytest.raises(ArgumentError, match="must be None, an empty DynamicCache"),
                 evicting(model, POLICIES["snapkv"]),
             ):
-                model(prompts, past_key_values=cache)
+                model(prompts, **with_cache(model, cache))
 
 
-def test_a_mask_of_four_axes_is_refused(model, prompts):
-    mask = torch.ones(3, 1, N, N, dtype=torch.bool)
-    with evicting(model, POLICIES["snapkv"]), pytest.raises(ArgumentError, match="attention_mask must be None"):
-        model(prompts, attention_mask=mask)
+def test_a_mask_of_four_axes_hides_what_it_hides_without_us(model, prompts):
+    # The other one adds what it is given.
+    model.set_attn_implementation("sdpa")
+    mask = torch.ones(3, 1, N, N, dtype=torch.bool).tril()
+    mask[0, :, :, :5] = False
+    later = torch.ones(3, 1, 1, N + 1, dtype=torch.bool)
+    later[0, :, :, :5] = False
+    rows = torch.tensor([[1]] * 3)
+    with evicting(model, POLICIES["snapkv"]), torch.inference_mode():
+        output = model(prompts, attention_mask=mask)
+        cache = cache_of(output)
+        after = model(rows, attention_mask=later, **with_cache(model, cache)).logits
+        two_axes = model(prompts, attention_mask=mask[:, 0, -1].long())
+        cache = cache_of(two_axes)
+        expected = model(rows, attention_mask=later[:, 0, 0].long(), **with_cache(model, cache)).logits
+    assert torch.equal(cache_of(output).layers[0].positions, cache.layers[0].positions)
+    assert_close(output.logits[:, 5:], two_axes.logits[:, 5:])
+    assert_close(after, expected)
+    with evicting(model, POLICIES["snapkv"]), torch.inference_mode():
+        cache = cache_of(model(prompts, attention_mask=mask))
+        with pytest.raises(ArgumentError, match=r"four axes and a column for each of the \d+ tokens seen"):
+            model(rows, attention_mask=later[..., 8:], **with_cache(model, cache))
 
 
 def test_misuse_of_a_cache_is_refused(model, prompts):
@@ -345,7 +364,7 @@ def test_misuse_of_a_cache_is_refused(model, prompts):
         cache = EvictingCache()
         with pytest.raises(ArgumentError, match="it is empty"):
             cache.evict(POLICIES["snapkv"])
-        model(prompts, past_key_values=cache)
+        model(prompts, **with_cache(model, cache))
         with pytest.raises(ArgumentError, match="queries must be given"):
             cache.evict(POLICIES["snapkv"])
     with pytest.raises(ArgumentTypeError, match="num_queries must be an integer"):
@@ -357,7 +376,7 @@ def test_a_model_that_hides_its_keys_is_noticed(model, prompts, monkeypatch):
     real = model.model.layers[1].self_attn.forward
 
     def hide(*args, **kwargs):
-        cache = kwargs["past_key_values"]
+        cache = kwargs[cache_argument(real)]
         update = cache.update
         monkeypatch.setattr(cache, "update", lambda *a, **k: tuple(x.clone() for x in update(*a, **k)))
         try:
@@ -366,7 +385,10 @@ def test_a_model_that_hides_its_keys_is_noticed(model, prompts, monkeypatch):
             monkeypatch.setattr(cache, "update", update)
 
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", hide)
-    with evicting(model, POLICIES["snapkv"]), pytest.raises(ArgumentError, match="does not hand its cached keys"):
+    with (
+        evicting(model, POLICIES["snapkv"]),
+        pytest.raises(ArgumentError, match="attend to its cached keys as they are; LlamaAttention computes others"),
+    ):
         model(prompts)
 
 
@@ -374,24 +396,24 @@ def test_a_reset_cache_starts_over(model, prompts):
     policy = POLICIES["snapkv"]
     with evicting(model, policy), torch.inference_mode():
         cache = EvictingCache(policy)
-        first = model(prompts, past_key_values=cache).logits
+        first = model(prompts, **with_cache(model, cache)).logits
         cache.reset()
         assert cache.get_seq_length() == 0
         assert cache.nbytes == 0
-        assert torch.equal(model(prompts, past_key_values=cache).logits, first)
+        assert torch.equal(model(prompts, **with_cache(model, cache)).logits, first)
 
 
 def test_rows_can_be_repeated_and_selected(model, prompts):
     policy = POLICIES["snapkv"]
     with evicting(model, policy), torch.inference_mode():
         cache = EvictingCache(policy)
-        model(prompts, past_key_values=cache)
+        model(prompts, **with_cache(model, cache))
         twin = cache.copy()
         twin.batch_repeat_interleave(2)
         twin.batch_select_indices(torch.tensor([2, 5]))
         step = torch.tensor([[3], [4], [5]])
-        whole = model(step, past_key_values=cache).logits
-        part = model(step[1:], past_key_values=twin).logits
+        whole = model(step, **with_cache(model, cache)).logits
+        part = model(step[1:], **with_cache(model, twin)).logits
 
     torch.testing.assert_close(part, whole[1:], rtol=1e-5, atol=1e-5)
 

@@ -9,6 +9,8 @@ import torch
 from graphkv import ArgumentError, GraphKV, KNorm, Policy, SnapKV
 from graphkv.core import Requirements
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
+from graphkv.integrations.transformers.versions import with_cache
+from tests.integrations.releases import cache_of
 from tests.integrations.tiny import FAMILIES, tiny_llama
 
 N = 40
@@ -41,9 +43,9 @@ def test_they_are_what_the_projection_gave(ids, rerotate, scaling):
     hook = attention.k_proj.register_forward_hook(lambda module, args, out: given.append(out))
     with observing(model), torch.inference_mode():
         cache = EvictingCache(policy, every=9, rerotate=rerotate)
-        model(ids[None, :N], past_key_values=cache)
+        model(ids[None, :N], **with_cache(model, cache))
         kept = cache.layers[0].positions
-        model(ids[None, N:], past_key_values=cache)
+        model(ids[None, N:], **with_cache(model, cache))
     hook.remove()
 
     projected = torch.cat(given, dim=1).reshape(1, N + 9, 2, 8).transpose(1, 2)
@@ -62,10 +64,10 @@ def test_a_left_padded_row_keeps_what_it_keeps_alone(family, ids):
     mask = torch.stack([torch.ones(N), (torch.arange(N) >= pad)]).long()
     prompts = ids[:N].repeat(2, 1) * mask
     with evicting(model, DEGREE), torch.inference_mode():
-        together = model(prompts, attention_mask=mask, position_ids=mask.cumsum(-1) - 1).past_key_values
-        alone = model(ids[None, pad:N]).past_key_values
+        together = cache_of(model(prompts, attention_mask=mask, position_ids=mask.cumsum(-1) - 1))
+        alone = cache_of(model(ids[None, pad:N]))
     with evicting(model, GraphKV(DEGREE.base, signal="degree")), torch.inference_mode():
-        rotated = model(ids[None, pad:N]).past_key_values
+        rotated = cache_of(model(ids[None, pad:N]))
 
     moved = False
     for mine, theirs, other in zip(together.layers, alone.layers, rotated.layers, strict=True):
@@ -78,5 +80,5 @@ def test_a_left_padded_row_keeps_what_it_keeps_alone(family, ids):
 def test_a_model_without_rotary_embedding_says_so(ids):
     model = FAMILIES["gpt2"]()
 
-    with evicting(model, DEGREE), pytest.raises(ArgumentError, match="needs a model with one rotary embedding"):
+    with evicting(model, DEGREE), pytest.raises(ArgumentError, match="takes no rotary embedding"):
         model(ids[None, :N])

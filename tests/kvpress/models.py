@@ -37,10 +37,10 @@ def prompts(batch=3, length=40):
 
 def prefill(model, ids, press=None, **inputs):
     """The cache of a prompt, evicted by the press."""
-    cache = DynamicCache()
+    inputs = {"past_key_values": None if inputs.get("use_cache") is False else DynamicCache()} | inputs
     with torch.inference_mode(), press(model) if press else nullcontext():
-        model(ids, past_key_values=cache, **inputs)
-    return cache
+        model(ids, **inputs)
+    return inputs["past_key_values"]
 
 
 def lengths(cache):

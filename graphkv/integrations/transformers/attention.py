@@ -1,99 +1,35 @@
 """The attention and mask functions that are registered with transformers.
 
 A model runs under them with ``attn_implementation="graphkv_sdpa"`` or ``"graphkv_eager"``. They call the functions
-of the same name without prefix, with masks from the true positions of what each layer stores. With other caches than
-ours they change nothing.
+of the same name without prefix, with masks from the true positions of what each layer stores. Attention whose keys no
+`EvictingCache` handed out, such as that of a vision tower or with another cache, gets exactly what it came with.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface
 
 from ...core.errors import ArgumentError
 from . import versions
-from .cache import met_by, not_compiled
-from .layer import EvictingLayer, Source
+from .cache import not_compiled, refuse_hidden_keys
+from .layer import Handout, Source, handed_out
+from .masks import Mask, columns, layer_mask, mask_maker, new_tokens_shown
 
-__all__ = ["IMPLEMENTATIONS", "PREFIX"]
+__all__ = ["IMPLEMENTATIONS", "PREFIX", "WITHOUT_CACHE"]
 
 PREFIX = "graphkv_"
 IMPLEMENTATIONS = ("sdpa", "eager")
 
+ATTENTION: Any = AttentionInterface()
 
-@dataclass(frozen=True, kw_only=True)
-class Visibility:
-    """Who may see whom, as transformers says it: by true positions. Stands in for the mask on its way to the layers."""
-
-    mask_function: Callable[..., Any]
-    padding: torch.Tensor | None
-    arguments: Mapping[str, Any]
-
-    def mask(self, layer: EvictingLayer | None, query: torch.Tensor, key: torch.Tensor, spell_out: bool) -> Any:
-        """Give a bool mask (batch or 1, query_heads or 1, Q, stored), or None where attention needs none."""
-        num_new, stored, device = query.shape[2], key.shape[2], key.device
-        if layer is not None:
-            first, first_key, valid = layer.num_seen - num_new, layer.num_seen - stored, layer.valid
-            positions = layer.positions
-        else:
-            first = versions.first_query(dict(self.arguments)) if self.arguments else stored - num_new
-            first_key, positions = self.arguments.get("kv_offset", 0), None
-            valid = self._columns(first_key, stored)
-        is_plain = valid is None and self.mask_function is causal_mask_function
-        is_last = first_key + stored == first + num_new
-        if is_plain and is_last and (num_new == 1 or (num_new == stored and not spell_out)):
-            return None
-        query_at = torch.arange(first, first + num_new, device=device)[None, None, :, None]
-        if positions is None or is_plain:
-            # New tokens come last and see all that is stored before them, wherever it stood.
-            key_at = torch.arange(first_key, first_key + stored, device=device)[None, None, None, :]
-        else:
-            key_at = positions[:, :, None, :]
-        row = torch.arange(query.shape[0], device=device)[:, None, None, None]
-        visible = self.mask_function(row, torch.zeros_like(row), query_at, key_at)
-        if valid is not None:
-            visible = visible & valid[:, :, None, :]
-            # A padded query sees nothing; let it see itself, so that softmax has something to share out.
-            visible = visible | (key_at == query_at)
-        if visible.shape[1] > 1:
-            visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
-        return visible
-
-    def _columns(self, first: int, stored: int) -> torch.Tensor | None:
-        """Cut the padding mask to the slots of another kind of cache; what it does not speak of is not there."""
-        if self.padding is None:
-            return None
-        lack = max(0, first + stored - self.padding.shape[1])
-        return torch.nn.functional.pad(self.padding, (0, lack))[:, None, first : first + stored]
-
-
-def _visibility(
-    *, mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Any = None, **arguments: Any
-) -> Visibility:
-    """Stand in for the mask functions of transformers, see AttentionMaskInterface."""
-    has_padding = attention_mask is not None and not bool(attention_mask.all())
-    padding = attention_mask.bool() if has_padding else None
-    return Visibility(mask_function=mask_function, padding=padding, arguments=arguments)
-
-
-def _source_of(module: Any, query: torch.Tensor, key: torch.Tensor) -> Source:
-    """Say where keys come from, and whether all heads are here."""
-    config, query_heads = module.config, query.shape[1]
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return Source(
-        kind=type(module),
-        config=config,
-        index=int(module.layer_idx),
-        # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
-        has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
-        has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),
-    )
+# Who wants to know of attention without an EvictingCache, by the identity of its configuration.
+WITHOUT_CACHE: dict[int, Callable[[torch.nn.Module], None]] = {}
 
 
 def _attention(implementation: str) -> Callable[..., Any]:
@@ -106,40 +42,143 @@ def _attention(implementation: str) -> Callable[..., Any]:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: Any,
-        # The sixth by position, because kvpress passes it so to every function that it finds registered.
-        dropout: float = 0.0,
-        scaling: float | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if attention_mask is None:
-            attention_mask = Visibility(mask_function=causal_mask_function, padding=None, arguments={})
-        if not isinstance(attention_mask, Visibility):
-            raise ArgumentError(
-                f"attention_mask must be None or of shape (batch, tokens) under {PREFIX}{implementation}; got a mask "
-                f"of shape {tuple(attention_mask.shape)}"
-            )
-        cache, layer = met_by(key)
-        if layer is not None:
-            layer.admit(attention_mask.padding, query.shape[2])
-        mask = attention_mask.mask(layer, query, key, implementation == "eager")
-        if implementation == "eager":
-            # Every model file has an eager function of its own; transformers falls back to it by name.
-            attend_as_before = sys.modules[type(module).__module__].eager_attention_forward
-            if mask is not None:
-                lowest = torch.finfo(query.dtype).min
-                mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
-        else:
-            attend_as_before = AttentionInterface()[implementation]
-        result = attend_as_before(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-        if cache is not None and layer is not None:
-            kinds = set(getattr(module.config, "layer_types", None) or ())
-            layer.observe(_source_of(module, query, key), query, scaling, kwargs.get("sliding_window"), len(kinds) > 1)
-            cache.after_layer(layer)
-        return result
+        function: Any = ATTENTION["sdpa"] if implementation == "sdpa" else _eager_function(module)
+
+        def attend_as_before(*tensors: Any, **biases: torch.Tensor) -> Any:
+            return function(module, *tensors, *args, **kwargs | biases)
+
+        handout = handed_out(module, key, value)
+        if isinstance(attention_mask, Mask) and attention_mask.was_used:
+            # The model may have changed it, so its rule no longer holds.
+            attention_mask = attention_mask.written
+        if handout is None or not _is_self_attention(handout, module, query):
+            if isinstance(attention_mask, Mask):
+                attention_mask = attention_mask.written
+            if handout is None:
+                refuse_hidden_keys(module, key)
+                take_note = WITHOUT_CACHE.get(id(getattr(module, "config", None)))
+                if take_note is not None:
+                    take_note(module)
+            return attend_as_before(query, key, value, attention_mask)
+        is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+
+        # What some models add to the logits, by position.
+        biases = {
+            name: each
+            for name, each in kwargs.items()
+            if isinstance(each, torch.Tensor) and each.shape[-2:] == (query.shape[2], handout.num_seen)
+        }
+
+        def attend_to(
+            handout: Handout,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            mask: Any,
+            biases: dict[str, torch.Tensor],
+        ) -> Any:
+            if handout.is_open:
+                shown = new_tokens_shown(mask, query.shape[2])
+                handout.admit(mask.padding if isinstance(mask, Mask) else shown)
+            mask = layer_mask(mask, handout, query, is_causal=is_causal, as_numbers=implementation == "eager")
+            biases = {
+                name: each if handout.is_whole else columns(each, handout, query) for name, each in biases.items()
+            }
+            result = attend_as_before(query, key, value, mask, **biases)
+            if handout.is_open:
+                source = _source_of(module, handout, query, key)
+                handout.observe(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
+            return result
+
+        num_guessed = handout.num_guessed
+        if not num_guessed:
+            return attend_to(handout, query, key, value, attention_mask, biases)
+        # A prompt that comes with guesses of its continuation is evicted before the guesses look back at it.
+        if isinstance(attention_mask, Mask):
+            attention_mask = attention_mask.written
+        prompt_mask = None if attention_mask is None else attention_mask[..., :-num_guessed, :-num_guessed]
+        guess_mask = None if attention_mask is None else attention_mask[..., -num_guessed:, :]
+        prompt = handout.without_guesses()
+        first, _ = attend_to(
+            prompt,
+            query[:, :, :-num_guessed],
+            key[:, :, :-num_guessed],
+            value[:, :, :-num_guessed],
+            prompt_mask,
+            {name: each[..., :-num_guessed, :-num_guessed] for name, each in biases.items()},
+        )
+        guesses, key, value = prompt.with_guesses(key[:, :, -num_guessed:], value[:, :, -num_guessed:])
+        biases = {name: each[..., -num_guessed:, :] for name, each in biases.items()}
+        second, _ = attend_to(guesses, query[:, :, -num_guessed:], key, value, guess_mask, biases)
+        return torch.cat([first, second], dim=1), None
 
     return attend
 
 
+def _is_self_attention(handout: Handout, module: Any, query: torch.Tensor) -> bool:
+    """Whether queries and newest keys are the same tokens; keys of a picture, say, are left to themselves."""
+    if handout.is_open:
+        if query.shape[2] != handout.num_new or "cross" in type(module).__name__.lower():
+            handout.set_apart()
+        elif handout.is_out_of_step:
+            handout.cache.refuse_unfinished()
+    return not handout.is_apart
+
+
+def _eager_function(module: torch.nn.Module) -> Callable[..., Any]:
+    """Find the function that a module calls when its attention is "eager": every model file has its own."""
+    names: set[str] = set()
+    # A class of the user's own may hand on to the model's.
+    for kind in type(module).__mro__:
+        if "forward" in vars(kind):
+            forward = inspect.unwrap(vars(kind)["forward"])
+            names = {name for name in forward.__code__.co_names if callable(forward.__globals__.get(name))}
+            names = {name for name in names if "eager" in name}
+            if len(names) == 1:
+                found: Callable[..., Any] = forward.__globals__[names.pop()]
+                return found
+            if names:
+                break
+    raise ArgumentError(
+        f"model must name one eager attention function in the forward of {type(module).__name__} to run with "
+        f"attn_implementation 'eager'; found {sorted(names)}. Load it with 'sdpa'"
+    )
+
+
+def _source_of(module: Any, handout: Handout, query: torch.Tensor, key: torch.Tensor) -> Source:
+    """Describe where keys come from, and whether all heads are here."""
+    config, query_heads, known = module.config, query.shape[1], handout.layer.source
+    if known is not None and known.kind is type(module) and known.config is config and known.index == handout.index:
+        return known
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Source(
+        kind=type(module),
+        config=config,
+        index=handout.index,
+        layer_kinds=versions.layer_kinds(config),
+        # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
+        has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
+        has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),
+    )
+
+
+def _window(source: Source, kwargs: dict[str, Any]) -> int | None:
+    """Find how many of the newest tokens a layer can see at most; None if all."""
+    if kwargs.get("sliding_window") is not None:
+        return int(kwargs["sliding_window"])
+    # Chunks are windows for the cache: what is older than a chunk can never be seen again.
+    fields = {
+        "sliding_attention": "sliding_window",
+        "hybrid_sliding": "sliding_window",
+        "chunked_attention": "attention_chunk_size",
+    }
+    window = getattr(source.config, fields.get(source.layer_kind, ""), None)
+    return None if window is None else int(window)
+
+
 for _implementation in IMPLEMENTATIONS:
-    AttentionInterface.register(PREFIX + _implementation, _attention(_implementation))
-    AttentionMaskInterface.register(PREFIX + _implementation, _visibility)
+    ATTENTION.register(PREFIX + _implementation, _attention(_implementation))
+    AttentionMaskInterface.register(PREFIX + _implementation, mask_maker(_implementation))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
-import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -15,10 +17,14 @@ from ...core import checks
 from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
-from .layer import EvictingLayer, Settings
+from . import versions
+from .history import History
+from .hybrid import HybridEvictingLayer
+from .layer import FULL, WINDOWED, EvictingLayer, Handout, Settings
 from .report import LayerStats, describe, layer_stats
+from .storage import load_cache, save_cache
 
-__all__ = ["EvictingCache", "met_by", "not_compiled"]
+__all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -30,16 +36,13 @@ def not_compiled(function: Function) -> Function:
     return cast("Function", disable(function))
 
 
-class Origin:
-    """Which cache handed out a tensor of keys, and for which layer; copies and files of the tensor do not know it."""
+class _Latest(threading.local):
+    """The latest handout in this thread, so that attention that does not read it can be told so."""
 
-    def __init__(self, cache: EvictingCache | None = None, layer: int = 0) -> None:
-        self.cache: Callable[[], EvictingCache | None] = (lambda: None) if cache is None else weakref.ref(cache)
-        self.layer = layer
+    handout: Handout | None = None
 
-    def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
-        """Forget the cache."""
-        return Origin, ()
+
+_latest = _Latest()
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
@@ -67,6 +70,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Without a policy: how many of the last queries to keep for `evict`.
     backend : Backend or str, optional
         Who decides what is kept. Default: torch.
+    config : transformers.PreTrainedConfig, optional
+        Of the model, as for transformers' own ``DynamicCache``. Only models with layers of other kinds need it (linear
+        attention, state spaces), and inside `evicting` and `observing` the cache gets it by itself.
 
     Raises
     ------
@@ -81,7 +87,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         If more tokens than the budget have come since the only eviction.
     """
 
-    layers: list[EvictingLayer]
+    layers: list[Any]
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         record: bool = False,
         num_queries: int = 0,
         backend: Backend | str | None = None,
+        config: Any = None,
     ) -> None:
         if policy is not None:
             checks.instance("policy", policy, Policy)
@@ -103,9 +110,61 @@ class EvictingCache(Cache):  # type: ignore[misc]
             num_queries=checks.count("num_queries", num_queries),
             backend=load(backend) if isinstance(backend, str) else backend,
         )
-        self._has_warned = False
         # Not a method: a cache that holds itself keeps its memory until the garbage collector comes.
         super().__init__(layer_class_to_replicate=partial(EvictingLayer, self.settings))
+        # Whether evictions wait for crop().
+        self.is_waiting = False
+        self._start()
+        if config is not None:
+            self.prepare(config)
+
+    def _start(self) -> None:
+        self.num_seen = 0
+        self.history = History()
+        # How many of the tokens that come next are guesses, which a crop may take back.
+        self.num_guessed = 0
+        self.seen_before = 0
+        self._opened_by = 0
+        self._latest = Handout()
+        self._has_warned = False
+
+    @classmethod
+    def adopt(cls, cache: Cache, like: EvictingCache) -> None:
+        """Turn an empty ``DynamicCache`` into a cache like another empty one; it stays the same object."""
+        records_past = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        cache.__dict__.clear()
+        cache.__class__ = cls
+        cache.__dict__.update(like.copy().__dict__)
+        if records_past:
+            cache.activate_past_recording()
+
+    def prepare(self, config: Any) -> None:
+        """Make the layers that a model needs, where nothing was cached yet.
+
+        Parameters
+        ----------
+        config : transformers.PreTrainedConfig
+            Of the model, or of its decoder.
+        """
+        if self.layers or self.num_seen:
+            return
+        config = config.get_text_config(decoder=True)
+        kinds = versions.layer_kinds(config)
+        if all(kind in FULL[:1] + WINDOWED[:2] for kind in kinds):
+            return
+        self.layers = [self._new_layer(config, index, kind) for index, kind in enumerate(kinds)]
+
+    def _new_layer(self, config: Any, index: int, kind: str) -> Any:
+        if kind in FULL + WINDOWED:
+            if kind.startswith("hybrid"):
+                return HybridEvictingLayer(self.settings, versions.other_layer(config, index))
+            return EvictingLayer(self.settings)
+        return versions.other_layer(config, index)
+
+    @property
+    def evicting_layers(self) -> list[EvictingLayer]:
+        """The layers that cache keys and values of the text; others are left to themselves."""
+        return [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
 
     @property
     def policy(self) -> Policy | None:
@@ -116,48 +175,128 @@ class EvictingCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens to a layer and give all that it stores."""
-        if layer_idx == 0:
+        """Append new tokens to a layer and return all that it stores."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self.layer_class_to_replicate())
+        layer, num_new = self.layers[layer_idx], key_states.shape[-2]
+        if not isinstance(layer, EvictingLayer):
+            raise ArgumentError(
+                f"config must name a kind of layer that caches keys wherever the model does; layer {layer_idx} caches "
+                f"some and is a {type(layer).__name__}"
+            )
+        is_out_of_step = self._begin(layer, layer_idx, num_new)
+        keys, values = layer.update(key_states, value_states)
+        # The attention receives these very tensors, and so finds its way back.
+        handout = Handout(self, layer_idx, num_new, is_out_of_step=is_out_of_step)
+        for tensor in (keys, values):
+            tensor.graphkv_handout = handout  # type: ignore[attr-defined]
+        self._latest = _latest.handout = handout
+        return keys, values
+
+    def _begin(self, layer: EvictingLayer, index: int, num_new: int) -> bool:
+        """Take note of new tokens for a layer; return whether it has not seen what the others have."""
+        if layer.is_apart:
+            return False
+        if layer.num_seen == self.num_seen:
+            # Every layer is through: these are tokens that none has seen.
             self._check_finished()
             # What no crop has taken back by now stays.
-            self._evict_due(self.layers)
-        elif self.layers[layer_idx - 1].awaits_queries:
+            self._evict_due(self.evicting_layers)
+            self.num_seen += num_new
+            self._opened_by = index
+            return False
+        self._check_attended()
+        if layer.num_seen + num_new == self.num_seen:
+            return False
+        if layer.num_seen:
+            self.refuse_unfinished()
+        # Either keys of a picture, say, or a pass that broke off: the attention will tell.
+        return True
+
+    def set_apart(self, handout: Handout) -> None:
+        """Leave a layer to itself that does not cache keys of the text; called by the attention function."""
+        if self._opened_by == handout.index and self.num_seen == handout.num_seen:
+            self.num_seen -= handout.num_new
+        handout.layer.is_apart = True
+        handout.layer.awaits_queries = False
+
+    def _check_attended(self) -> None:
+        """Refuse to go on if a layer's keys went unseen by our attention function."""
+        if self._latest.is_open and self._latest.layer.awaits_queries:
             raise ArgumentError(
-                f"layer {layer_idx - 1} does not hand its cached keys to graphkv's attention function; run the model "
-                'inside evicting() or observing(), or with attn_implementation="graphkv_sdpa"'
+                f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function: either the "
+                'model runs neither inside evicting() or observing() nor with attn_implementation="graphkv_sdpa", or '
+                "the attention of this layer does not go through transformers' attention interface"
             )
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        # The attention function receives this very tensor, and so finds its way back.
-        keys.graphkv_origin = Origin(self, layer_idx)
-        return keys, values
+
+    def note_tokens(self, ids: torch.Tensor | None) -> None:
+        """Remember the ids of a finished forward pass, as long as every id since the first one is known."""
+        known = len(self.history)
+        if ids is None or known != self.seen_before or ids.shape[1] != self.num_seen - known:
+            return
+        layers = [layer for layer in self.evicting_layers if layer.evicts]
+        keep = max((layer.num_new if layer.num_evictions else self.num_seen for layer in layers), default=self.num_seen)
+        self.history.append(ids, keep=keep)
+
+    def check_history(self, ids: torch.Tensor | None) -> None:
+        """Refuse a history of ids (batch, tokens) that does not begin with the tokens seen."""
+        if ids is not None and ids.ndim == 2 and not self.history.begins(ids):
+            raise ArgumentError(
+                f"input_ids must begin with the {len(self.history)} tokens that the cache has seen; they do not. Take "
+                "back what has changed with crop(), or start a new cache"
+            )
 
     def _check_finished(self) -> None:
         """Refuse to go on from a forward pass that broke off in the middle."""
-        if any(layer.awaits_queries for layer in self.layers) or len({layer.num_seen for layer in self.layers}) > 1:
-            raise ArgumentError(
-                "the cache must come from a finished forward pass; an exception broke one off, or the model ran "
-                'outside evicting() and observing() and without attn_implementation="graphkv_sdpa". reset() it'
-            )
+        layers = [layer for layer in self.evicting_layers if layer.num_seen]
+        if any(layer.awaits_queries or layer.num_seen != self.num_seen for layer in layers):
+            self.refuse_unfinished()
+
+    def refuse_unfinished(self) -> None:
+        """Raise for a forward pass that broke off in the middle."""
+        raise ArgumentError(
+            "the cache must come from a finished forward pass; an exception broke one off, or the model ran "
+            'outside evicting() and observing() and without attn_implementation="graphkv_sdpa". reset() it'
+        )
 
     def after_layer(self, layer: EvictingLayer) -> None:
         """Evict what is due after the attention of one layer; called by the attention function."""
         policy = self.settings.policy
         if policy is None or layer.record_past:
             return
+        is_last = layer.source is not None and layer.source.is_last
         if not policy.needs().preferences:
             self._evict_due([layer])
-        elif layer.index == layer.num_layers - 1:
-            self._evict_due(self.layers)
-        if self.settings.every is None and layer.index == layer.num_layers - 1:
+        elif is_last:
+            self._evict_due(self.evicting_layers)
+        if self.settings.every is None and is_last:
             self._warn_of_growth()
 
+    def evict_first(self, layer: EvictingLayer) -> None:
+        """Evict a layer over a prompt that nothing of will be taken back; called by the attention function."""
+        self._evict_due([layer])
+
+    def finish(self) -> None:
+        """Evict what is due after a forward pass; called by `evicting` and `observing`, which see its end."""
+        self._check_attended()
+        self.num_guessed = 0
+        if not any(layer.record_past for layer in self.evicting_layers):
+            self._evict_due(self.evicting_layers)
+
     def _evict_due(self, layers: list[EvictingLayer]) -> None:
-        due = [layer for layer in layers if layer.is_due]
-        if due and self.settings.policy is not None:
-            _evict(due, self.settings.policy, None)
+        policy = self.settings.policy
+        due = [(layer, layer.num_seen - layer.due_at) for layer in layers if layer.due_at is not None]
+        if not due or policy is None:
+            return
+        # What came while an eviction waited is not taken in.
+        tails = [layer.part_with(num_later) if num_later else None for layer, num_later in due]
+        _evict([layer for layer, _ in due], policy, None)
+        for (layer, _), tail in zip(due, tails, strict=True):
+            if tail is not None:
+                layer.rejoin(tail)
 
     def _warn_of_growth(self) -> None:
-        evicted = [layer for layer in self.layers if layer.budget is not None]
+        evicted = [layer for layer in self.evicting_layers if layer.budget is not None]
         num_new, budget = sum(layer.num_new for layer in evicted), sum(layer.budget or 0 for layer in evicted)
         if num_new > budget and not self._has_warned:
             self._has_warned = True
@@ -191,13 +330,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
             raise ArgumentError("policy must be given to evict a cache that has none")
         checks.instance("policy", policy, Policy)
         backend = load(backend) if isinstance(backend, str) else backend
-        if not self.layers:
+        if not self.num_seen:
             raise ArgumentError("the cache must hold a prompt before it is evicted; it is empty")
         self._check_finished()
         # Decide on a copy first, so that an error half-way leaves the cache as it was.
-        twins = [layer.copy() for layer in self.layers]
-        _evict(twins, policy, backend)
-        self.layers = twins
+        twin = self.copy()
+        _evict([layer for layer in twin.evicting_layers if layer.num_seen], policy, backend)
+        self.layers = twin.layers
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -213,25 +352,159 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If an eviction has happened since those tokens came: what it dropped cannot be restored. After
             `activate_past_recording`, evictions wait for the crop.
         """
-        for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
-        for layer in self.layers:
-            layer.crop(tokens_to_remove)
+        self._check_finished()
+        surplus = min(versions.tokens_to_remove(tokens_to_remove, self.num_seen), self.num_seen)
+        # On a copy first, so that an error half-way leaves the cache as it was.
+        twin = self.copy()
+        for index, layer in enumerate(twin.layers):
+            if isinstance(layer, EvictingLayer) and layer.is_apart:
+                continue
+            if surplus and not getattr(layer, "record_past", True) and not isinstance(layer, EvictingLayer):
+                raise ArgumentError(
+                    f"crop must come after activate_past_recording() where layers have linear attention; layer {index} "
+                    "does not remember what it was before the tokens came"
+                )
+            if surplus or getattr(layer, "record_past", False):
+                layer.crop(-surplus)
+        for layer in twin.evicting_layers:
             layer.settle()
-        self._evict_due(self.layers)
+        twin._evict_due(twin.evicting_layers)
+        self.layers = twin.layers
+        self.num_seen -= surplus
+        self.history.take_back(max(0, len(self.history) - self.num_seen))
 
     def activate_past_recording(self) -> None:
         """Let evictions wait until `crop`, or the next forward call, as assisted decoding needs it."""
+        self.is_waiting = True
         self.layer_class_to_replicate = partial(EvictingLayer, self.settings, record_past=True)
         for layer in self.layers:
-            layer.activate_past_recording()
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._start()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen: what positions and `generate` count by."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer_idx and isinstance(layer, EvictingLayer):
+            return layer.num_seen
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Return the length of a mask over all tokens seen, new ones included, and 0: none is missing before them."""
+        return self.get_seq_length(layer_idx) + versions.number_of(query_length), 0
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Return whether a layer of linear attention remembers anything."""
+        self._check_linear(layer_idx)
+        return bool(super().has_previous_state(layer_idx, *args, **kwargs))
+
+    def _check_linear(self, layer_idx: int | None) -> None:
+        layers = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
+        if not any(hasattr(layer, "update_conv_state") for layer in layers):
+            raise ArgumentError(
+                "config must be given for a model with layers of linear attention: EvictingCache(policy, "
+                "config=model.config), or run it inside evicting() or observing()"
+            )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        self.history.change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.history.change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self.history.change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def copy(self) -> EvictingCache:
-        """Give an independent cache with the same contents, without copying tensors."""
-        twin = EvictingCache()
+        """Return an independent cache with the same contents, without copying keys and values."""
+        twin = EvictingCache.__new__(EvictingCache)
         twin.__dict__.update(self.__dict__)
-        twin.layers = [layer.copy() for layer in self.layers]
+        twin.history = self.history.copy()
+        # Layers of linear attention write into their tensors.
+        twin.layers = [layer.copy() if isinstance(layer, EvictingLayer) else deepcopy(layer) for layer in self.layers]
         return twin
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache into a file that `load` reads, without pickle: safetensors, with settings in its header.
+
+        Everything that the cache needs to go on is saved: keys and values, positions, queries, running sums, budgets,
+        counters, the policy and the other settings. The records of ``record=True`` are not; the next eviction makes a
+        new one. A copy of the tensors is made on the host.
+
+        Parameters
+        ----------
+        path : str or path
+            The file. It is written whole or not at all: what stood there stays until the new one is complete.
+
+        Raises
+        ------
+        ArgumentError
+            If a forward pass broke off, the file cannot be written, or the budgets were shared out by a policy of your
+            own that is not the cache's.
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: torch.nn.Module | None = None,
+        policy: Policy | None = None,
+        backend: Backend | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> EvictingCache:
+        """Read a cache that `save` wrote. Nothing in the file is run, whoever wrote it.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        model : torch.nn.Module, optional
+            The model that goes on with the cache: checked against the one that filled it, by its kind of attention, its
+            sizes and its rotary embedding, but not by its weights. Default: nothing is checked against a model, and
+            keys can be turned (``rerotate=True``, ``unrotated=True``) only after the next forward call.
+        policy : Policy, optional
+            Needed for a policy of your own, and then the one that the cache was saved with. Default: made anew from the
+            file, if it is one of graphkv's.
+        backend : Backend or str, optional
+            Who decides from now on. Needed for one that graphkv does not bring. Default: as it was saved.
+        device : torch.device or str, optional
+            Where the tensors go. Default: each layer to where the model has that layer, else the CPU.
+
+        Returns
+        -------
+        EvictingCache
+
+        Raises
+        ------
+        ArgumentError
+            If the file cannot be read, is none of ours, of another version or damaged, or does not fit to the model,
+            or if `policy` or `backend` must be given. The message names the file.
+        ArgumentTypeError
+            If an argument has the wrong type.
+        """
+        return load_cache(cls, path, model=model, policy=policy, backend=backend, device=device)
 
     def stats(self) -> tuple[LayerStats, ...]:
         """Say what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.
@@ -239,9 +512,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Returns
         -------
         tuple of LayerStats
-            One per layer. Arrays are on the host, so this waits for an accelerator.
+            One per layer that caches keys of the text. Arrays are on the host, so this waits for an accelerator.
         """
-        return tuple(layer_stats(index, layer) for index, layer in enumerate(self.layers))
+        return tuple(
+            layer_stats(index, layer)
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, EvictingLayer) and not layer.is_apart and (layer.num_seen or not self.num_seen)
+        )
 
     def report(self) -> str:
         """Put `stats` into plain text: whether anything was dropped, why not if not, totals and a line per layer.
@@ -256,14 +533,22 @@ class EvictingCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of all stored keys and values."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, EvictingLayer))
 
 
-def met_by(keys: torch.Tensor) -> tuple[EvictingCache | None, EvictingLayer | None]:
-    """Find the cache and the layer that a tensor of keys was handed out by; None and None for other tensors."""
-    origin = getattr(keys, "graphkv_origin", None)
-    cache = None if origin is None else origin.cache()
-    return cache, None if origin is None or cache is None else cache.layers[origin.layer]
+def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
+    """Refuse attention to other keys than the cache has just handed out for it."""
+    handout = _latest.handout
+    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
+        return
+    if getattr(module, "layer_idx", handout.index) != handout.index:
+        return
+    if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
+        raise ArgumentError(
+            f"model must attend to its cached keys as they are; {type(module).__name__} computes others from them "
+            "(from compressed latents shared by all heads, or by repeating or mixing heads), so dropping tokens head "
+            "by head has no meaning there"
+        )
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:

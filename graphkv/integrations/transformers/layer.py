@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize, pad
@@ -18,7 +19,11 @@ from ...core.eviction import Eviction, evict, preference
 from ...core.policy import Policy
 from . import rotary, versions
 
-__all__ = ["EvictingLayer", "EvictionRecord", "Settings", "Source"]
+__all__ = ["EvictingLayer", "EvictionRecord", "Handout", "Settings", "Source", "handed_out"]
+
+# Kinds of layers, in transformers' words, whose attention caches keys and values.
+FULL = ("full_attention", "hybrid")
+WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +34,40 @@ class Source:
 
     Attributes
     ----------
+    kind : type or None
+        None if the layer was loaded without a model; `config` then has no more than `storage` saves of it.
+    layer_kinds : tuple of str
+        What every layer of the model caches, see `versions.layer_kinds`.
     has_all_heads, has_whole_groups : bool
         Whether tensor parallelism leaves all heads of the layer in this process, and all query heads of each KV head.
     """
 
-    kind: type
+    kind: type | None
     config: Any
     index: int
+    layer_kinds: tuple[str, ...] = ()
     has_all_heads: bool = True
     has_whole_groups: bool = True
+
+    @property
+    def layer_kind(self) -> str:
+        """What this layer caches."""
+        return self.layer_kinds[self.index] if self.index < len(self.layer_kinds) else FULL[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model; some models run them more than once."""
+        return max(int(self.config.num_hidden_layers), self.index + 1)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no later layer caches keys."""
+        return not any(kind in FULL + WINDOWED for kind in self.layer_kinds[self.index + 1 :])
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some layers of the model see everything and others a window."""
+        return len({kind in FULL for kind in self.layer_kinds if kind in FULL + WINDOWED}) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +105,139 @@ class EvictionRecord:
     redundancy_after: torch.Tensor
 
 
+class Tail(NamedTuple):
+    """The newest tokens of a layer, of shapes (batch, kv_heads, tokens, ...); `valid` and `places` may be None."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor | None
+    places: torch.Tensor | None
+
+
+class Handout:
+    """What a layer stored when it handed out its keys and values; they carry it to the attention, and nowhere else.
+
+    A later layer may read the same keys, after this one has been evicted. Copies and files of the tensors do not know
+    their cache.
+
+    Attributes
+    ----------
+    num_seen, num_stored, num_new : int
+        Tokens seen, slots stored, and how many of them this call brought.
+    positions, valid : torch.Tensor or None
+        As those of `EvictingLayer`.
+    is_open : bool
+        Whether the attention that the keys were handed out for is still to come.
+    is_apart : bool
+        Whether they turned out to be none of the text's, see `EvictingLayer.is_apart`.
+    was_found : bool
+        Whether any attention has come with them, even if it failed.
+    is_out_of_step : bool
+        Whether the layer has not seen what the others have.
+    """
+
+    def __init__(self, cache: Any = None, index: int = 0, num_new: int = 0, *, is_out_of_step: bool = False) -> None:
+        self._cache: Callable[[], Any] = (lambda: None) if cache is None else weakref.ref(cache)
+        self._owner: Callable[[], Any] = lambda: None
+        self.index, self.num_new, self.is_out_of_step = index, num_new, is_out_of_step
+        self.is_open, self.is_apart, self.was_found = cache is not None, False, False
+        if cache is not None:
+            layer = self.layer
+            self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
+            self.positions, self.valid = layer.positions, layer.valid
+
+    def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
+        """Forget the cache."""
+        return Handout, ()
+
+    @property
+    def cache(self) -> Any:
+        """The cache, or None if it is gone."""
+        return self._cache()
+
+    @property
+    def layer(self) -> EvictingLayer:
+        """The layer as it is now."""
+        layer: EvictingLayer = self._cache().layers[self.index]
+        return layer
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was dropped."""
+        return self.positions is None and self.num_stored == self.num_seen
+
+    @property
+    def num_guessed(self) -> int:
+        """How many of the new tokens are guesses, if the layer is to be evicted over those before them at once."""
+        cache, layer = self.cache, self.layer
+        waits_for_others = cache.policy is None or cache.policy.needs().preferences
+        is_first = layer.num_seen == self.num_new and self.is_open
+        return 0 if waits_for_others or not is_first or self.is_out_of_step else int(cache.num_guessed)
+
+    def without_guesses(self) -> Handout:
+        """Take the guesses out of the layer; return what it hands out then."""
+        num_guessed = self.num_guessed
+        self.is_open = False
+        self.layer.part_with(num_guessed)
+        return Handout(self.cache, self.index, self.num_new - num_guessed)
+
+    def with_guesses(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Handout, torch.Tensor, torch.Tensor]:
+        """Evict the layer now, and append guesses to it; return what it hands out then."""
+        self.cache.evict_first(self.layer)
+        keys, values = self.layer.update(key, value)
+        return Handout(self.cache, self.index, key.shape[2]), keys, values
+
+    def admit(self, padding: torch.Tensor | None) -> None:
+        """Take note of which tokens are padding, see `EvictingLayer.admit`."""
+        self.layer.admit(padding, self.num_new)
+        self.valid = self.layer.valid
+
+    def observe(
+        self, module: Any, source: Source, query: torch.Tensor, scaling: float | None, window: int | None
+    ) -> None:
+        """Take note of the finished attention, and let the cache evict what is due."""
+        self.is_open, self._owner = False, weakref.ref(module)
+        self.layer.observe(source, query, scaling, window)
+        self.layer.locate(module, self.num_new)
+        self.cache.after_layer(self.layer)
+
+    def set_apart(self) -> None:
+        """Take note that these are not the text's own keys."""
+        self.is_open, self.is_apart = False, True
+        self.cache.set_apart(self)
+
+    def was_read_by(self, module: Any) -> bool:
+        """Whether this module's attention has read the keys already."""
+        return self._owner() is module
+
+
+def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout | None:
+    """Find the handout that keys and values are; None for tensors that no cache handed out.
+
+    Raises
+    ------
+    ArgumentError
+        If a module reads a layer's keys with other values or twice: then dropping slots would part what belongs
+        together.
+    """
+    found = [getattr(tensor, "graphkv_handout", None) for tensor in (key, value)]
+    found = [None if each is None or each.cache is None else each for each in found]
+    handout: Handout | None = found[0]
+    if found[0] is not found[1]:
+        raise ArgumentError(
+            f"model must read cached keys with the values that were cached with them; {type(module).__name__} reads "
+            "them with others"
+        )
+    if handout is not None:
+        handout.was_found = True
+    if handout is not None and not handout.is_apart and handout.was_read_by(module):
+        raise ArgumentError(
+            f"model must attend once to what a layer has cached; {type(module).__name__} does so again after its layer "
+            "may have been evicted"
+        )
+    return handout
+
+
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     """The cache of one attention layer, which knows what it has seen and what of it is left.
 
@@ -89,6 +252,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         use. None as long as nothing was evicted.
     valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         False for padding and unused slots. None if there are none.
+    rotation : Rotation or None
+        How the model turns the keys, in a cache that may have to turn them.
+    places : torch.Tensor, shape (batch, kv_heads, stored, axes), int64, or None
+        The positions that the stored keys are turned by, which may be the caller's own; None where nothing is turned.
     queries : torch.Tensor, shape (batch, query_heads, Q, D), or None
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
@@ -101,12 +268,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Time that they took on the host.
     record : EvictionRecord or None
         The last eviction, in a cache with ``record=True``.
+    is_apart : bool
+        Whether the keys are not those of the text, but of a picture, say. Such a layer is left to itself.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    # crop() takes back no more than has come since the last eviction.
-    is_croppable = False
 
     def __init__(self, settings: Settings, *, record_past: bool = False) -> None:
         super().__init__()
@@ -118,6 +285,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_seen = 0
         self.num_new = 0
         self.positions: torch.Tensor | None = None
+        self.rotation: rotary.Rotation | None = None
         self.places: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
@@ -133,26 +301,32 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.source: Source | None = None
         self.sliding_window: int | None = None
         self.evicts = True
+        self.is_apart = False
+        # Whether padding follows a token in any row, so that a row's last tokens are not those of the array.
+        self.has_holes = False
+        self.queried: torch.Tensor | None = None
         self.awaits_queries = False
-        self.is_due = False
+        self.certain = 0
+        self.due_at: int | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens and give all that is stored."""
+        """Append new tokens and return all that is stored."""
+        self.awaits_queries = True
+        return self._append(key_states, value_states)
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = key_states.shape[-2]
         new = torch.arange(self.num_seen, self.num_seen + num_new, device=key_states.device)
         new = new.expand(*key_states.shape[:2], num_new)
         if self.positions is not None:
             self.positions = torch.cat([self.positions, new], dim=-1)
-        if self.places is not None:
-            self.places = torch.cat([self.places, new], dim=-1)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, torch.ones_like(new, dtype=torch.bool)], dim=-1)
         self.num_seen += num_new
         self.num_new += num_new
-        self.awaits_queries = True
-        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states)  # type: ignore[no-any-return]
 
     def admit(self, padding: torch.Tensor | None, num_new: int) -> None:
         """Take note of which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
@@ -168,29 +342,47 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         # What the mask does not speak of stays as it is.
         shown = padding[rows, where.clamp(min=0)] | (where < 0)
         self.valid = shown if self.valid is None else self.valid & shown
+        self.has_holes = self.has_holes or bool((padding[:, :-1] & ~padding[:, 1:]).any())
 
-    def observe(
-        self,
-        source: Source,
-        query: torch.Tensor,
-        scaling: float | None,
-        sliding_window: int | None,
-        is_mixed: bool,
-    ) -> None:
+    def observe(self, source: Source, query: torch.Tensor, scaling: float | None, sliding_window: int | None) -> None:
         """Take note of a finished attention, and of whether an eviction is due."""
         self.source, self.sliding_window = source, sliding_window
         # Where a model mixes sliding and full layers, the sliding ones are small already.
-        self.evicts = not (is_mixed and sliding_window is not None)
+        self.evicts = not (source.is_mixed and sliding_window is not None)
+        self.awaits_queries = False
         if self.evicts:
             self._hold(query, scaling)
-            every = self.settings.every
-            is_first = self.num_evictions == 0
-            self.is_due = self.settings.policy is not None and (
-                is_first or (every is not None and self.num_new >= every)
-            )
+            self.certain = self.num_seen
+            self.settle_due()
         elif not self.record_past:
             self.settle()
-        self.awaits_queries = False
+
+    def settle_due(self) -> None:
+        """Find out whether an eviction is due, and over how many of the tokens seen."""
+        every, is_first = self.settings.every, self.num_evictions == 0
+        self.due_at = None
+        if not self.evicts or self.settings.policy is None or not self.num_seen:
+            return
+        if is_first:
+            self.due_at = min(self.certain, self.num_seen)
+        elif every is not None and self.num_new >= every:
+            self.due_at = min(max(self.certain, self.num_seen - self.num_new + every), self.num_seen)
+
+    def locate(self, module: torch.nn.Module, num_new: int) -> None:
+        """Take note of how the keys are turned and where the new ones stand, if they may have to be turned."""
+        policy = self.settings.policy
+        may_turn = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
+        if not (may_turn and self.evicts):
+            return
+        rows, heads = self.keys.shape[:2]
+        self.rotation, new = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
+        if new is not None:
+            new = new.to(self.keys.device)[:, None].expand(-1, heads, -1, -1)
+            before = new[:, :, :0] if self.places is None else self.places
+            # Attention that was not ours may have passed by.
+            if missing := self.num_stored - num_new - before.shape[2]:
+                before = pad(before, (0, 0, 0, missing), value=rotary.UNKNOWN)
+            self.places = torch.cat([before, new], dim=2)
 
     def _hold(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
@@ -204,15 +396,33 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if wanted and self.record_past:
             wanted += query.shape[2]
         if not wanted:
-            self.queries = None
+            self.queries = self.queried = None
             return
         head_size = query.shape[-1]
         if scaling is not None and abs(scaling * head_size**0.5 - 1) > 1e-6:
             query = query * (scaling * head_size**0.5)
-        if self.queries is not None:
+        if self.has_holes and self.valid is not None:
+            query = self._each_rows_last(query)
+        elif self.queries is not None:
             query = torch.cat([self.queries, query], dim=2)
         # A copy, so that the rest is freed.
         self.queries = query if query.shape[2] <= wanted else query[:, :, -wanted:].clone()
+        self.queried = None if self.queried is None else self.queried[:, -self.queries.shape[2] :]
+
+    def _each_rows_last(self, query: torch.Tensor) -> torch.Tensor:
+        """Join new queries to those held, those of padding first, so that every row's last ones stand at the end."""
+        shown = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
+        if self.valid is not None:
+            # Heads differ in what they have dropped, not in what is new.
+            shown = self.valid[:, 0, -query.shape[2] :]
+        if self.queries is not None:
+            held = self.queried
+            if held is None:
+                held = torch.ones_like(self.queries[:, 0, :, 0], dtype=torch.bool)
+            query, shown = torch.cat([self.queries, query], dim=2), torch.cat([held, shown], dim=1)
+        order = _padding_first(shown)
+        self.queried = shown.gather(1, order)
+        return _gathered(query, order[:, None].expand(*query.shape[:2], -1))
 
     def settle(self) -> None:
         """Drop what has left the window of a sliding layer, once it will not be taken back."""
@@ -248,24 +458,24 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return ()
         self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
-        before = self.true_positions
-        valid = self._visible_from_now_on()
+        valid, order = self._visible_from_now_on(), self._order(policy)
+        before = _gathered(self.true_positions, order)
         decisions = tuple(
             evict(
                 each,
-                _give(self.keys[rows], backend),
-                values=_give(self.values[rows], backend),
+                _give(_gathered(self.keys[rows], order, rows), backend),
                 layer=self.index,
                 num_layers=self.num_layers,
                 tokens_seen=self.num_seen,
                 state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
-                unrotated_keys=_give(self._unrotated_keys(rows, self.source), backend)
+                unrotated_keys=_give(_gathered(self._unrotated_keys(rows), order, rows), backend)
                 if each.needs().unrotated_keys
                 else None,
-                **self._inputs(each, rows, valid, backend),
+                **self._inputs(each, rows, valid, order, backend),
             )
             for each, rows in self._by_rows(policy)
         )
+        valid = None if valid is None else _gathered(valid, order)
         budget = max(decision.budget for decision in decisions)
         if self.num_dropped and self.budget is not None and policy != self.settings.policy and budget > self.budget:
             raise ArgumentError(
@@ -273,12 +483,16 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"got a budget of {budget}"
             )
         kept, state = _take(decisions, self.keys.device)
+        if order is not None:
+            kept = torch.where(kept < 0, -1, order.gather(2, kept.clamp(min=0))).sort(dim=-1).values
         record = self.settings.record
-        redundancy_before = _redundancy(self.keys, valid) if record else None
-        self._keep(kept, before, _are_ragged(decisions))
+        redundancy_before = _redundancy(_gathered(self.keys, order), valid) if record else None
+        self._keep(kept, self.true_positions, _are_ragged(decisions))
         self.state = state
         self.queries = self._carried_over(policy, budget)
-        self.budget, self.num_new, self.is_due = budget, 0, False
+        if self.queried is not None:
+            self.queried = None if self.queries is None else self.queried[:, -self.queries.shape[2] :]
+        self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if redundancy_before is not None:
             self.record = EvictionRecord(
@@ -291,17 +505,37 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.seconds += perf_counter() - started
         return decisions
 
+    def part_with(self, surplus: int) -> Tail:
+        """Take the newest tokens out, for `rejoin`: an eviction that waited does not take in later tokens."""
+        left = self.num_stored - surplus
+        valid = None if self.valid is None else self.valid[:, :, left:]
+        places = None if self.places is None else self.places[:, :, left:]
+        tail = Tail(self.keys[:, :, left:], self.values[:, :, left:], valid, places)
+        self.take_back(surplus)
+        return tail
+
+    def rejoin(self, tail: Tail) -> None:
+        """Append tokens that `part_with` took out."""
+        num_later = tail.keys.shape[2]
+        if not num_later:
+            return
+        self._append(tail.keys, tail.values)
+        if tail.places is not None and self.places is not None:
+            self.places = torch.cat([self.places, tail.places], dim=2)
+        if tail.valid is not None:
+            before = self.keys.new_ones(self.keys.shape[:-1], dtype=torch.bool) if self.valid is None else self.valid
+            self.valid = torch.cat([before[:, :, :-num_later], tail.valid], dim=-1)
+
     def preference(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
         self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
         wants = preference(
             policy,
-            _give(self.keys, backend),
-            values=_give(self.values, backend),
+            _give(_gathered(self.keys, self._order(policy)), backend),
             layer=self.index,
             num_layers=self.num_layers,
-            **self._inputs(policy, slice(None), self._visible_from_now_on(), backend),
+            **self._inputs(policy, slice(None), self._visible_from_now_on(), self._order(policy), backend),
         )
         if wants is None:
             raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
@@ -332,21 +566,33 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             for row, budget in enumerate(self.row_budgets.tolist())
         ]
 
-    def _inputs(self, policy: Policy, rows: slice, valid: torch.Tensor | None, backend: Backend) -> dict[str, Any]:
+    def _order(self, policy: Policy) -> torch.Tensor | None:
+        """Return an order of the slots that puts padding first; None where it is there already.
+
+        Then a row's last tokens are the last ones, and neighbors are neighbors. Policies with sums do without: their
+        sums go by slot, and they look at single tokens.
+        """
+        valid = self._visible_from_now_on()
+        return None if not self.has_holes or valid is None or policy.needs().state else _padding_first(valid)
+
+    def _inputs(
+        self, policy: Policy, rows: slice, valid: torch.Tensor | None, order: torch.Tensor | None, backend: Backend
+    ) -> dict[str, Any]:
         wanted = policy.num_queries(self.num_stored)
         held = None if self.queries is None or not wanted else self.queries[rows, :, -wanted:]
         if held is not None and held.shape[2] > self.num_stored:
             held = held[:, :, -self.num_stored :]
         return {
+            "values": _give(_gathered(self.values[rows], order, rows), backend),
             "queries": None if held is None else _give(held, backend),
-            "valid": None if valid is None else _give(valid[rows], backend),
+            "valid": None if valid is None else _give(_gathered(valid[rows], order, rows), backend),
             "backend": backend,
         }
 
-    def _unrotated_keys(self, rows: slice, source: Source) -> torch.Tensor:
-        """Give the keys as they were before the rotary embedding, but for the angle that a row's padding makes."""
-        stand = self.true_positions if self.places is None else self.places
-        return rotary.turn(self.keys[rows], -stand[rows], source.kind, source.config, source.index)
+    def _unrotated_keys(self, rows: slice) -> torch.Tensor:
+        """Compute the keys as they were before the rotary embedding."""
+        rotation = rotary.check(self.rotation, self.places)
+        return rotary.turn(self.keys[rows], rotation, None if self.places is None else self.places[rows])
 
     def _visible_from_now_on(self) -> torch.Tensor | None:
         """Give `valid` without what has left the sliding window."""
@@ -359,8 +605,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
         if kept.shape[-1] == self.num_stored and not is_ragged:
             return
+        rotation = rotary.check(self.rotation, self.places) if self.settings.rerotate else None
         freed, num_dropped = self.nbytes, self.num_stored - kept.shape[-1]
-        index = kept.clamp(min=0)
+        index, was_valid = kept.clamp(min=0), self.valid
         valid = None if self.valid is None else self.valid.gather(2, index)
         self.positions = before.gather(2, index)
         if is_ragged:
@@ -373,12 +620,13 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_dropped += num_dropped
         self.keys = self.keys.gather(2, index[..., None].expand(*index.shape, self.keys.shape[-1]))
         self.values = self.values.gather(2, index[..., None].expand(*index.shape, self.values.shape[-1]))
-        if self.settings.rerotate and self.source is not None:
-            stand = before.gather(2, index) if self.places is None else self.places.gather(2, index)
-            # Contiguous up to the last token seen: new tokens go on at their true positions.
-            self.places = torch.arange(self.num_seen - index.shape[-1], self.num_seen, device=index.device)
-            self.places = self.places.expand(index.shape)
-            self.keys = rotary.turn(self.keys, self.places - stand, self.source.kind, self.source.config, self.index)
+        if self.places is not None:
+            places = self.places
+            self.places = places.gather(2, index[..., None].expand(*index.shape, places.shape[-1]))
+            if rotation is not None:
+                # Contiguous up to the last token seen: new tokens go on at their true positions.
+                to = rotary.contiguous(places, was_valid, index.shape[-1], valid)
+                self.keys, self.places = rotary.turn(self.keys, rotation, self.places, to), to
         self.bytes_freed += freed - self.nbytes
 
     def _carried_over(self, policy: Policy, budget: int) -> torch.Tensor | None:
@@ -403,31 +651,55 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         ArgumentError
             If an eviction has happened since those tokens came: what it dropped cannot be restored.
         """
-        surplus = self.check_crop(argument)
+        self.take_back(self.check_crop(argument))
+
+    def take_back(self, surplus: int) -> None:
+        """Forget the newest tokens."""
         if not surplus:
             return
         left = self.num_stored - surplus
+        self._forget_queries(surplus)
         self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
         for name in ("positions", "places", "valid"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[:, :, :left])
-        if self.queries is not None:
-            self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - surplus)]
         self.num_seen -= surplus
         self.num_new = max(0, self.num_new - surplus)
+        self.settle_due()
+
+    def _forget_queries(self, surplus: int) -> None:
+        if self.queries is None:
+            return
+        if self.queried is None or self.valid is None:
+            self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - surplus)]
+            return
+        # Of each row as many as it had tokens among those taken back.
+        gone = self.valid[:, 0, self.num_stored - surplus :].sum(dim=1, keepdim=True)
+        shown = self.queried & (self.queried.flip(1).cumsum(1).flip(1) > gone)
+        order = _padding_first(shown)
+        self.queries = _gathered(self.queries, order[:, None].expand(*self.queries.shape[:2], -1))
+        self.queried = shown.gather(1, order)
 
     def check_crop(self, argument: int) -> int:
-        """Give the number of tokens that `crop` would remove, or say why it cannot."""
+        """Return the number of tokens that `crop` would remove, or raise if it cannot."""
         surplus = min(versions.tokens_to_remove(argument, self.num_seen), self.num_seen)
+        if not self.evicts and self.sliding_window is not None:
+            left = self.num_seen - surplus
+            if surplus and self.num_stored - surplus < min(self.sliding_window - 1, left):
+                raise ArgumentError(
+                    f"crop must leave layer {self.index} the {self.sliding_window - 1} tokens of its sliding window; "
+                    f"taking back {surplus} would leave {self.num_stored - surplus}, because older ones are gone. Call "
+                    "activate_past_recording() before the tokens come that may be taken back"
+                )
+            return surplus
         # Nothing dropped and nothing summed up: as if there had been no eviction.
         is_whole = self.num_seen == self.num_stored and not self.num_dropped and not self.state
-        at_hand = self.num_stored if is_whole else self.num_new if self.evicts else self.num_stored
+        at_hand = self.num_stored if is_whole else self.num_new
         if surplus > at_hand:
             raise ArgumentError(
-                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. With assisted "
-                "decoding, pass past_key_values=EvictingCache(policy) after its activate_past_recording(): evictions "
-                "then wait for the crop"
+                f"crop must remove at most the {at_hand} tokens since the last eviction; got {surplus}. After "
+                "activate_past_recording() evictions wait for the crop, as assisted decoding needs it"
             )
         return surplus
 
@@ -456,7 +728,13 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return 1 if self.source is None else int(self.source.config.num_hidden_layers)
+        return 1 if self.source is None else self.source.num_layers
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the tokens of the next call can be taken back without a trace."""
+        is_whole = self.num_seen == self.num_stored and not self.num_dropped and not self.state
+        return self.record_past or (is_whole and self.settings.policy is None)
 
     @property
     def num_stored(self) -> int:
@@ -475,7 +753,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def copy(self) -> EvictingLayer:
         """Give a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
-        twin = EvictingLayer.__new__(EvictingLayer)
+        twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
@@ -501,13 +779,26 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self._each_row(lambda x: x[indices.to(x.device)])
 
     def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in ("keys", "values", "positions", "places", "valid", "queries", "row_budgets"):
+        for name in ("keys", "values", "positions", "places", "valid", "queries", "queried", "row_budgets"):
             tensor = getattr(self, name, None)
             if tensor is not None:
                 setattr(self, name, change(tensor))
         self.state = {name: change(sums) for name, sums in self.state.items()}
         # It speaks of other rows.
         self.record = None
+
+
+def _padding_first(valid: torch.Tensor) -> torch.Tensor:
+    """Return the order along the last axis that puts what is not valid first and changes nothing else."""
+    return valid.to(torch.uint8).argsort(dim=-1, stable=True)
+
+
+def _gathered(tensor: torch.Tensor, order: torch.Tensor | None, rows: slice = slice(None)) -> torch.Tensor:
+    """Put slots, the third axis, in order."""
+    if order is None:
+        return tensor
+    index = order[rows].reshape(*order[rows].shape, *(1 for _ in tensor.shape[3:]))
+    return tensor.gather(2, index.expand(*index.shape[:3], *tensor.shape[3:]))
 
 
 def _give(tensor: torch.Tensor, backend: Backend) -> Any:

@@ -217,8 +217,8 @@ def describe(cache: EvictingCache) -> str:
 
 def _verdict(cache: EvictingCache) -> str:
     """Say in a sentence whether anything was dropped, and why not if not."""
-    layers = cache.layers
-    seen = layers[0].num_seen if layers else 0
+    seen = cache.num_seen
+    layers = [layer for layer in cache.evicting_layers if layer.num_seen or not seen]
     ran = [layer for layer in layers if layer.num_evictions]
     if any(layer.num_dropped for layer in ran):
         times = sum(layer.num_evictions for layer in ran)

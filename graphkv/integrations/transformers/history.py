@@ -1,0 +1,86 @@
+"""What a cache remembers of the ids that it has seen, to notice a history that goes another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["History"]
+
+# Odd, so that every token counts in every bit of a sum that wraps around at 2^64.
+FACTOR = 6364136223846793005
+
+
+class History:
+    """The ids that a cache has seen: a sum over all that cannot be taken back, and the others themselves.
+
+    So memory does not grow with the text. Two histories of the same sum are taken for the same.
+    """
+
+    def __init__(self) -> None:
+        self.num_summed = 0
+        self.sums: torch.Tensor | None = None
+        self.recent: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return self.num_summed + sum(ids.shape[1] for ids in self.recent)
+
+    def copy(self) -> History:
+        """Return a history that goes its own way."""
+        twin = History()
+        twin.num_summed, twin.sums, twin.recent = self.num_summed, self.sums, list(self.recent)
+        return twin
+
+    def append(self, ids: torch.Tensor, *, keep: int) -> None:
+        """Go on with ids (batch, tokens); at least `keep` of the newest tokens can be taken back afterwards."""
+        self.recent.append(ids.detach())
+        surplus = len(self) - self.num_summed - keep
+        while self.recent and self.recent[0].shape[1] <= surplus:
+            ids = self.recent.pop(0)
+            sums = _sums(ids, self.num_summed)
+            self.sums = sums if self.sums is None else self.sums + sums.to(self.sums.device)
+            self.num_summed += ids.shape[1]
+            surplus -= ids.shape[1]
+
+    def take_back(self, num_tokens: int) -> None:
+        """Forget the newest tokens."""
+        left = len(self) - num_tokens
+        while self.recent and len(self) > left:
+            ids = self.recent.pop()
+            surplus = len(self) + ids.shape[1] - left
+            if surplus < ids.shape[1]:
+                self.recent.append(ids[:, : ids.shape[1] - surplus])
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Reorder, repeat or select rows of the batch."""
+        self.sums = None if self.sums is None else change(self.sums)
+        self.recent = [change(ids) for ids in self.recent]
+
+    def begins(self, ids: torch.Tensor) -> bool:
+        """Return whether ids (batch, tokens) begin with what was seen, as far as they reach."""
+        rows = next((each.shape[0] for each in (self.sums, *self.recent) if each is not None), ids.shape[0])
+        if ids.shape[0] and rows % ids.shape[0] == 0:
+            # For beams, `generate` repeats the rows of its ids later than those of the cache were.
+            ids = ids.repeat_interleave(rows // ids.shape[0], dim=0)
+        start = self.num_summed
+        if self.sums is not None and ids.shape[1] >= start:
+            if ids.shape[0] != self.sums.shape[0]:
+                return False
+            if bool((_sums(ids[:, :start], 0) != self.sums.to(ids.device)).any()):
+                return False
+        for known in self.recent:
+            there = ids[:, start : start + known.shape[1]]
+            if there.shape[0] != known.shape[0] or bool((there != known[:, : there.shape[1]].to(ids.device)).any()):
+                return False
+            start += known.shape[1]
+        return True
+
+
+def _sums(ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Sum ids (batch, tokens), each times a factor for its place, int64 that wraps around."""
+    powers = torch.full((ids.shape[1],), FACTOR, dtype=torch.int64, device=ids.device).cumprod(0)
+    offset = pow(FACTOR, first, 1 << 64)
+    signed = offset - (1 << 64) if offset >= 1 << 63 else offset
+    # Plus one, so that padding with zeros is not the same as nothing.
+    return ((ids.to(torch.int64) + 1) * (powers * signed)).sum(dim=1)

@@ -1,0 +1,648 @@
+"""Caches in files: a safetensors file, with what is no tensor as JSON in its header. Nothing in it is ever run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import NoneType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import cache_utils
+
+import graphkv
+
+from ...adapters.plain import from_plain, is_known, to_plain
+from ...core import checks
+from ...core.backend import BUILT_IN, Backend, is_found_by_name
+from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from ...core.files import write_whole
+from ...core.policy import Policy
+from . import rotary, versions
+from .hybrid import HybridEvictingLayer
+from .layer import EvictingLayer, Settings, Source
+
+if TYPE_CHECKING:
+    from .cache import EvictingCache
+
+__all__ = ["load_cache", "save_cache"]
+
+# Raised with every change that an older graphkv would misread.
+VERSION = 1
+# Under this name the header stands in the metadata of the file.
+HEADER = "graphkv_cache"
+
+# What is saved of a cache. Tests fail when an attribute stands in none of these tables, or one is gone.
+CACHE: dict[str, tuple[type, ...]] = {
+    "num_seen": (int,),
+    "num_guessed": (int,),
+    "seen_before": (int,),
+    "_opened_by": (int,),
+    "is_waiting": (bool,),
+    "_has_warned": (bool,),
+}
+# Kinds of layers; no other class is made. The last two are transformers' own, and not in all releases.
+LAYERS = ("EvictingLayer", "HybridEvictingLayer", "LinearAttentionLayer", "DummyLayer")
+
+# What is saved of a layer.
+# Tensors, by their axes: the same word is the same length, that of the batch in all layers.
+TENSORS = {
+    "keys": ("batch", "kv_heads", "stored", "head_size"),
+    "values": ("batch", "kv_heads", "stored", "value_size"),
+    "positions": ("batch", "kv_heads", "stored"),
+    "places": ("batch", "kv_heads", "stored", "axes"),
+    "valid": ("batch", "kv_heads", "stored"),
+    "queries": ("batch", "query_heads", "num_queries", "head_size"),
+    "queried": ("batch", "num_queries"),
+}
+DTYPES = {"positions": torch.int64, "places": torch.int64, "valid": torch.bool, "queried": torch.bool}
+# Numbers, by their types.
+VALUES: dict[str, tuple[type, ...]] = {
+    "num_seen": (int,),
+    "num_new": (int,),
+    "budget": (int, NoneType),
+    "num_evictions": (int,),
+    "num_dropped": (int,),
+    "bytes_freed": (int,),
+    "seconds": (float,),
+    "sliding_window": (int, NoneType),
+    "evicts": (bool,),
+    "is_apart": (bool,),
+    "has_holes": (bool,),
+    "certain": (int,),
+    "due_at": (int, NoneType),
+    "record_past": (bool,),
+}
+# Each has lines of its own below.
+OTHERS = {"state", "row_budgets", "shared_by", "source", "rotation"}
+# The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
+NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
+
+# Of each state of linear attention; a layer has dicts of them by number. What is initialized follows from the tensors.
+LINEAR: dict[str, tuple[type, ...]] = {"has_previous_state": (bool,), "conv_kernel_size": (int, NoneType)}
+LINEAR_TENSORS = ("conv_states", "recurrent_states")
+LINEAR_OTHERS = {"number_of_states", "record_past"}
+LINEAR_NOT_SAVED = {"is_conv_states_initialized", "is_recurrent_states_initialized", "device", "dtype"}
+
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "every": (int, NoneType),
+    "rerotate": (bool,),
+    "record": (bool,),
+    "num_queries": (int,),
+}
+# With the kinds of all layers, which are written once for all.
+SOURCE: dict[str, tuple[type, ...]] = {"index": (int,), "has_all_heads": (bool,), "has_whole_groups": (bool,)}
+# What two models must have in common for one to go on with the other's cache; their weights are not compared.
+MODEL = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "layer_types",
+    "sliding_window",
+    "rope_parameters",
+)
+
+
+def save_cache(cache: EvictingCache, path: str | os.PathLike[str], /) -> None:
+    """Write a cache into a file, see `EvictingCache.save`."""
+    where, library = _path(path), _safetensors()
+    cache._check_finished()
+    settings, sources = cache.settings, [source for source in map(_source_of, cache.layers) if source is not None]
+    header = {
+        "version": VERSION,
+        "graphkv": graphkv.__version__,
+        "policy": to_plain(settings.policy),
+        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "backend": _backend_name(settings),
+        "values": {name: getattr(cache, name) for name in CACHE},
+        "num_summed": cache.history.num_summed,
+        "model": _description(sources[0]) if sources else None,
+        "layers": [_layer_header(layer, settings) for layer in cache.layers],
+    }
+    # Copies: no memory in common, no gaps.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in _all_tensors(cache)
+    }
+    metadata = {HEADER: json.dumps(header | {"tensors": sorted(tensors)})}
+    try:
+        write_whole(where, lambda scratch: library.torch.save_file(tensors, scratch, metadata=metadata))
+    except (OSError, ValueError, library.SafetensorError) as error:
+        raise ArgumentError(f"path {where} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def load_cache(
+    make: Callable[..., EvictingCache],
+    path: str | os.PathLike[str],
+    /,
+    *,
+    model: torch.nn.Module | None,
+    policy: Policy | None,
+    backend: Backend | str | None,
+    device: torch.device | str | None,
+) -> EvictingCache:
+    """Read a cache from a file, see `EvictingCache.load`; `make` is the class."""
+    if model is not None:
+        checks.instance("model", model, torch.nn.Module)
+    if policy is not None:
+        checks.instance("policy", policy, Policy)
+    where = _path(path)
+    try:
+        header, tensors = _read(where)
+        cache = make(
+            _policy(header, policy),
+            backend=_backend(header, backend),
+            **_fields(header["settings"], SETTINGS, "settings"),
+        )
+        _fill(cache, header, tensors, model, device)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise ArgumentError(f"path {where} cannot be loaded: {error}") from error
+    except RecursionError as error:
+        raise ArgumentError(f"path {where} cannot be loaded: its header is nested too deeply") from error
+    return cache
+
+
+def _path(path: Any) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise ArgumentTypeError(f"path must be a path; got {type(path).__name__}") from None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch  # noqa: PLC0415 - only who saves and loads needs it
+    except ImportError as error:
+        raise BackendUnavailableError(f"cache files need safetensors: pip install safetensors ({error})") from error
+    return safetensors
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def _source_of(layer: Any) -> Source | None:
+    return layer.source if isinstance(layer, EvictingLayer) else None
+
+
+def _all_tensors(cache: EvictingCache) -> Iterator[tuple[str, torch.Tensor]]:
+    """List what tensors a cache has, by the names that they get in the file."""
+    if cache.history.sums is not None:
+        yield "history.sums", cache.history.sums
+    for number, ids in enumerate(cache.history.recent):
+        yield f"history.recent.{number}", ids
+    for number, layer in enumerate(cache.layers):
+        for name, tensor in (*_tensors_of(layer), *_linear_tensors_of(layer)):
+            yield f"layers.{number}.{name}", tensor
+
+
+def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in LINEAR_TENSORS:
+        for state, tensor in getattr(layer, name, {}).items():
+            if tensor is not None:
+                yield f"{name}.{state}", tensor
+
+
+def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
+        return
+    for name in TENSORS:
+        if getattr(layer, name) is not None:
+            yield name, getattr(layer, name)
+    for name, sums in layer.state.items():
+        yield f"state.{name}", sums
+
+
+def _layer_header(layer: Any, settings: Settings) -> dict[str, Any]:
+    """Write what is no tensor of a layer; the parts that its kind does not have are None."""
+    kind = type(layer).__name__
+    if kind not in LAYERS:
+        raise ArgumentError(f"layers must be {', '.join(LAYERS)} for a cache to be saved; got {kind}")
+    linear = None
+    if hasattr(layer, "conv_states"):
+        linear = {
+            "record_past": layer.record_past,
+            "states": [{name: getattr(layer, name)[each] for name in LINEAR} for each in range(layer.number_of_states)],
+        }
+    return {
+        "kind": kind,
+        "attention": _attention_header(layer, settings) if isinstance(layer, EvictingLayer) else None,
+        "linear": linear,
+    }
+
+
+def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any]:
+    shared_by = to_plain(layer.shared_by)
+    if not is_known(shared_by) and layer.shared_by != settings.policy:
+        raise ArgumentError(
+            "a cache whose budgets were shared out by a policy of your own, other than the cache's, cannot be saved; "
+            f"got {layer.shared_by}"
+        )
+    return {
+        "values": {name: getattr(layer, name) for name in VALUES},
+        "row_budgets": None if layer.row_budgets is None else layer.row_budgets.tolist(),
+        "shared_by": shared_by,
+        "source": None if layer.source is None else {name: getattr(layer.source, name) for name in SOURCE},
+        "rotation": None if layer.rotation is None else asdict(layer.rotation),
+    }
+
+
+def _description(source: Source) -> dict[str, Any]:
+    """Describe the model that a layer's keys come from."""
+    if source.kind is None:
+        # Read from a file, without a model.
+        return dict(vars(source.config))
+    return _described(source.kind, source.config)
+
+
+def _described(kind: type, config: Any) -> dict[str, Any]:
+    found = {name: getattr(config, name, None) for name in MODEL}
+    found |= {"attention": kind.__name__, "layer_kinds": versions.layer_kinds(config)}
+    described: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return described
+
+
+def _backend_name(settings: Settings) -> str | None:
+    backend = settings.backend
+    if backend is None or (backend.name in BUILT_IN and is_found_by_name(backend)):
+        return None if backend is None else backend.name
+    return f"{backend.name} (not built in)"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read a whole file, and check of the header what stands at the top."""
+    library = _safetensors()
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER)
+            if text is None:
+                raise ArgumentError("it must be a cache that graphkv saved; it is another safetensors file")
+            header = _header(text)
+            # Copies: what is mapped from the file would change with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except OSError as error:
+        raise ArgumentError(error.strerror or str(error)) from error
+    except library.SafetensorError as error:
+        raise ArgumentError(f"it must be a whole safetensors file; {error}") from error
+    return header, tensors
+
+
+def _header(text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ArgumentError(f"its header must be JSON; {error}") from error
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != VERSION:
+        raise ArgumentError(
+            f"its format must be version {VERSION}, which graphkv {graphkv.__version__} reads; got {version!r}"
+        )
+    kinds: dict[str, tuple[type, ...]] = {
+        "version": (int,),
+        "graphkv": (str,),
+        "policy": (dict, NoneType),
+        "settings": (dict,),
+        "backend": (str, NoneType),
+        "values": (dict,),
+        "num_summed": (int,),
+        "model": (dict, NoneType),
+        "layers": (list,),
+        "tensors": (list,),
+    }
+    return _fields(header, kinds, "header")
+
+
+def _fields(given: Any, kinds: Mapping[str, tuple[type, ...]], name: str) -> dict[str, Any]:
+    """Give a mapping of exactly these names, with values of these types; numbers are counts."""
+    if not isinstance(given, dict) or set(given) != set(kinds):
+        got = sorted(given) if isinstance(given, dict) else type(given).__name__
+        raise ArgumentError(f"its {name} must hold {', '.join(sorted(kinds))}; got {got}")
+    for key, value in given.items():
+        if type(value) not in kinds[key] or (type(value) in (int, float) and not value >= 0):
+            kind = " or ".join(each.__name__ for each in kinds[key])
+            raise ArgumentError(f"its {name} must have {key} of type {kind}, not below 0; got {str(value)[:80]!r}")
+    return given
+
+
+def _policy(header: Mapping[str, Any], policy: Policy | None) -> Policy | None:
+    """Make the policy of a file, or check the one that is given for it."""
+    plain = header["policy"]
+    if policy is not None:
+        if json.loads(json.dumps(to_plain(policy))) != plain:
+            raise ArgumentError(f"policy must be the one that it was saved with, {plain}; got {policy}")
+        return policy
+    if not is_known(plain):
+        raise ArgumentError(f"policy must be given, because it was saved with one that graphkv does not know: {plain}")
+    made = from_plain(plain)
+    if made is not None:
+        checks.instance("policy", made, Policy)
+    return made  # type: ignore[no-any-return]
+
+
+def _backend(header: Mapping[str, Any], backend: Backend | str | None) -> Backend | str | None:
+    name: str | None = header["backend"]
+    # Not from entry points: a file is not to choose what is imported.
+    if backend is None and name is not None and name not in BUILT_IN:
+        raise ArgumentError(f"backend must be given, because it was saved with another than graphkv's own; got {name}")
+    return name if backend is None else backend
+
+
+def _fill(
+    cache: EvictingCache,
+    header: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    model: torch.nn.Module | None,
+    device: torch.device | str | None,
+) -> None:
+    """Give an empty cache the layers of a file."""
+    if header["tensors"] != sorted(tensors):
+        different = {str(name) for name in header["tensors"]} ^ set(tensors)
+        raise ArgumentError(
+            f"it must hold the tensors that its header names; missing or surplus {sorted(different)[:5]}"
+        )
+    description = header["model"]
+    if description is not None:
+        _check_description(description)
+    modules = {} if model is None or description is None else _attention_of(model, description)
+    values = _fields(header["values"], CACHE, "values")
+    if values["is_waiting"]:
+        cache.activate_past_recording()
+    batch: dict[str, int] = {}
+    for number, each in enumerate(header["layers"]):
+        name, own = f"layers.{number}", {}
+        for key in [key for key in tensors if key.startswith(f"layers.{number}.")]:
+            own[key.removeprefix(f"{name}.")] = tensors.pop(key)
+        kinds: dict[str, tuple[type, ...]] = {"kind": (str,), "attention": (dict, NoneType), "linear": (dict, NoneType)}
+        given = _fields(each, kinds, name)
+        module = modules.get(number) or next(iter(modules.values()), None)
+        where = device or _device_of(module)
+        layer = _new_layer(given, name, cache.settings)
+        if given["linear"] is not None:
+            _fill_linear(layer, given["linear"], name, own, batch, where)
+        if given["attention"] is not None:
+            _fill_attention(layer, given["attention"], name, own, batch, where)
+            source = given["attention"]["source"]
+            layer.source = _source(source, number, description, module)
+            if number in modules and layer.source is not None and layer.source.has_all_heads:
+                _check_heads(layer, name, modules[number])
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        cache.layers.append(layer)
+    for key, value in values.items():
+        setattr(cache, key, value)
+    _fill_history(cache, header["num_summed"], tensors, device or "cpu", batch)
+    if tensors:
+        raise ArgumentError(f"it must hold no more tensors than a cache has; got {sorted(tensors)[:5]}")
+    cache._check_finished()
+
+
+def _new_layer(given: Mapping[str, Any], name: str, settings: Settings) -> Any:
+    """Make an empty layer of a kind that is known, with the parts that it has."""
+    kind, linear = given["kind"], given["linear"]
+    parts = {
+        "EvictingLayer": (True, False),
+        "HybridEvictingLayer": (True, True),
+        "LinearAttentionLayer": (False, True),
+        "DummyLayer": (False, False),
+    }
+    if parts.get(kind) != (given["attention"] is not None, linear is not None):
+        raise ArgumentError(f"its {name} must be {', '.join(LAYERS)}, with the parts of its kind; got {kind!r}")
+    if kind == "EvictingLayer":
+        return EvictingLayer(settings)
+    theirs = getattr(cache_utils, kind.replace("HybridEvictingLayer", "LinearAttentionLayer"), None)
+    if theirs is None:
+        raise ArgumentError(f"its {name} must be of a kind that this release of transformers has; got {kind}")
+    options = {} if linear is None else {"number_of_states": len(_linear(linear, name)["states"])}
+    fresh = theirs(**options)
+    return HybridEvictingLayer(settings, fresh) if kind == "HybridEvictingLayer" else fresh
+
+
+def _linear(given: Any, name: str) -> dict[str, Any]:
+    return _fields(given, {"record_past": (bool,), "states": (list,)}, f"{name}.linear")
+
+
+def _fill_linear(
+    layer: Any,
+    given: Any,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    batch: dict[str, int],
+    device: torch.device | str,
+) -> None:
+    """Give a layer what its linear attention remembers."""
+    layer.record_past = given["record_past"]
+    for number, each in enumerate(given["states"]):
+        for key, value in _fields(each, LINEAR, f"{name}.linear.states").items():
+            getattr(layer, key)[number] = value
+        for key in LINEAR_TENSORS:
+            tensor = tensors.pop(f"{key}.{number}", None)
+            if tensor is None:
+                continue
+            rows = batch.setdefault("batch", tensor.shape[0] if tensor.ndim else 0)
+            if not tensor.is_floating_point() or tensor.ndim < 2 or tensor.shape[0] != rows:
+                raise ArgumentError(
+                    f"its {name}.{key}.{number} must be floats of {rows} rows; got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
+            tensor = tensor.to(device)
+            getattr(layer, key)[number] = tensor
+            getattr(layer, f"is_{key}_initialized")[number] = True
+            layer.dtype, layer.device = tensor.dtype, tensor.device
+
+
+def _fill_attention(
+    layer: EvictingLayer,
+    given: Any,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    batch: dict[str, int],
+    device: torch.device | str,
+) -> None:
+    """Give a layer all but its source."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "values": (dict,),
+        "row_budgets": (list, NoneType),
+        "shared_by": (dict, NoneType),
+        "source": (dict, NoneType),
+        "rotation": (dict, NoneType),
+    }
+    _fields(given, kinds, f"{name}.attention")
+    for key, value in _fields(given["values"], VALUES, f"{name}.values").items():
+        setattr(layer, key, value)
+    found = {key: tensors.pop(key) for key in TENSORS if key in tensors}
+    states = [key for key in tensors if key.startswith("state.")]
+    state = {key.removeprefix("state."): tensors.pop(key) for key in states}
+    if found or layer.num_seen:
+        # What is not the text's, such as keys of a picture, may have rows of its own.
+        _check_tensors(found, state, name, {} if layer.is_apart else batch)
+        if not layer.is_apart:
+            _check_positions(found, layer, name)
+        # As if the first tokens came: what transformers notes then differs from release to release.
+        found = {key: tensor.to(device) for key, tensor in found.items()}
+        layer.lazy_initialization(found["keys"], found["values"])
+        for key, tensor in found.items():
+            setattr(layer, key, tensor)
+        layer.state = {key: sums.to(device) for key, sums in state.items()}
+    size = found["keys"].shape[-1] if found else 0
+    layer.rotation = rotary.from_plain(given["rotation"], f"{name}.rotation", size)
+    axes = 0 if layer.rotation is None else len(layer.rotation.frequencies)
+    if layer.places is not None and layer.places.shape[-1] != axes:
+        raise ArgumentError(
+            f"its {name}.places must have the {axes} axes of its rotation; got {layer.places.shape[-1]}"
+        )
+    if given["row_budgets"] is not None:
+        budgets = given["row_budgets"]
+        if len(budgets) != batch.get("batch") or any(type(each) is not int or each < 0 for each in budgets):
+            raise ArgumentError(f"its {name}.row_budgets must be a count for each row; got {str(budgets)[:80]}")
+        layer.row_budgets = torch.tensor(budgets)
+    # One that is not known is the cache's own, see `_attention_header`.
+    layer.shared_by = from_plain(given["shared_by"]) if is_known(given["shared_by"]) else layer.settings.policy
+
+
+def _fill_history(
+    cache: EvictingCache,
+    num_summed: int,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device | str,
+    batch: Mapping[str, int],
+) -> None:
+    """Give a cache the ids that it remembers."""
+    history = cache.history
+    history.num_summed = num_summed
+    if "history.sums" in tensors:
+        history.sums = tensors.pop("history.sums").to(device)
+    while (name := f"history.recent.{len(history.recent)}") in tensors:
+        history.recent.append(tensors.pop(name).to(device))
+    rows = batch.get("batch", 0)
+    sums_fit = history.sums is None or (history.sums.dtype == torch.int64 and tuple(history.sums.shape) == (rows,))
+    ids_fit = all(
+        ids.ndim == 2 and ids.shape[0] == rows and not ids.is_floating_point() and not ids.is_complex()
+        for ids in history.recent
+    )
+    if not sums_fit or not ids_fit or (history.sums is None) != (num_summed == 0) or len(history) > cache.num_seen:
+        raise ArgumentError(f"its history must hold integers for each of {rows} rows, of no more tokens than were seen")
+
+
+def _check_tensors(
+    found: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], name: str, lengths: dict[str, int]
+) -> None:
+    """Check that the tensors of a layer fit to each other, and their batch to that of other layers."""
+    if not {"keys", "values"} <= set(found):
+        raise ArgumentError(f"its {name} must have keys and values; got {sorted(found)}")
+    own: dict[str, int] = {key: length for key, length in lengths.items() if key == "batch"}
+    for key, tensor in found.items():
+        axes, dtype = TENSORS[key], DTYPES.get(key)
+        if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
+            raise ArgumentError(f"its {name}.{key} must be of dtype {dtype or 'float'}; got {tensor.dtype}")
+        expected = tuple(own.get(axis, axis) for axis in axes)
+        fits = tensor.ndim == len(axes) and all(
+            own.setdefault(axis, length) == length for axis, length in zip(axes, tensor.shape, strict=True)
+        )
+        if not fits:
+            shape = f"({', '.join(map(str, expected))})"
+            raise ArgumentError(f"its {name}.{key} must have shape {shape}; got {tuple(tensor.shape)}")
+    if own.get("query_heads", 0) % max(own["kv_heads"], 1):
+        raise ArgumentError(f"its {name} must have as many query heads for each of {own['kv_heads']} KV heads")
+    rows = (own["batch"], own["kv_heads"])
+    for key, sums in state.items():
+        if (
+            not sums.is_floating_point()
+            or sums.ndim < 3
+            or tuple(sums.shape[:2]) != rows
+            or sums.shape[2] > own["stored"]
+        ):
+            raise ArgumentError(
+                f"its {name}.state.{key} must be sums of at most {own['stored']} tokens in (batch, kv_heads)={rows}; "
+                f"got {sums.dtype} of shape {tuple(sums.shape)}"
+            )
+    lengths["batch"] = own["batch"]
+
+
+def _check_positions(found: Mapping[str, torch.Tensor], layer: EvictingLayer, name: str) -> None:
+    """Check that what is stored is a part of what was seen."""
+    stored, seen, positions = found["keys"].shape[2], layer.num_seen, found.get("positions")
+    if positions is None:
+        # A sliding layer next to full ones has the last tokens; others have all until they are evicted.
+        if stored > seen or (stored < seen and layer.evicts):
+            raise ArgumentError(f"its {name} must store {seen} tokens, or say where they stood; it stores {stored}")
+        return
+    used = positions >= 0
+    ascend = positions[..., 1:] > positions[..., :-1]
+    is_right = bool((positions < seen).all() and (ascend | ~used[..., :-1]).all())
+    if not is_right or ("valid" not in found and not bool(used.all())):
+        raise ArgumentError(f"its {name}.positions must ascend below num_seen={seen}; they do not")
+
+
+def _check_description(description: Mapping[str, Any]) -> None:
+    kinds = description.get("layer_kinds")
+    is_right = type(description.get("num_hidden_layers")) is int and isinstance(kinds, list)
+    if set(description) != {"attention", "layer_kinds", *MODEL} or not is_right:
+        raise ArgumentError(f"its model must be described by attention, {', '.join(MODEL)}; got {sorted(description)}")
+
+
+def _source(
+    given: Any, number: int, description: Mapping[str, Any] | None, module: torch.nn.Module | None
+) -> Source | None:
+    """Say again where the keys come from; without a model, what is known of it without running anything."""
+    if given is None:
+        return None
+    if description is None:
+        raise ArgumentError(f"its model must be described, because layers.{number} has a source; got None")
+    options = _fields(given, SOURCE, f"layers.{number}.source")
+    if options["index"] != number:
+        raise ArgumentError(f"its layers.{number} must have itself as index; got {options['index']}")
+    options["layer_kinds"] = tuple(map(str, description["layer_kinds"]))
+    if module is None:
+        return Source(kind=None, config=SimpleNamespace(**description), **options)
+    return Source(kind=type(module), config=module.config, **options)
+
+
+def _attention_of(model: torch.nn.Module, description: Mapping[str, Any]) -> dict[int, torch.nn.Module]:
+    """Find the attention of every layer in a model, or say in what it is another model than that of the cache."""
+    candidates = [
+        each
+        for each in model.modules()
+        if type(each).__name__ == description["attention"] and hasattr(each, "config") and hasattr(each, "layer_idx")
+    ]
+    if not candidates:
+        raise ArgumentError(
+            f"model must be the one that the cache was filled by, with layers of {description['attention']}; "
+            f"{type(model).__name__} has none"
+        )
+    found: dict[int, torch.nn.Module] = {}
+    for module in candidates:
+        described = _described(type(module), module.config)
+        if described == description:
+            found.setdefault(int(module.layer_idx), module)  # type: ignore[arg-type]
+    if not found:
+        different = {
+            key: (description[key], described[key]) for key in description if description[key] != described[key]
+        }
+        words = ", ".join(f"{key}={mine!r} and not {its!r}" for key, (mine, its) in different.items())
+        raise ArgumentError(f"model must be the one that the cache was filled by, with {words}")
+    return found
+
+
+def _check_heads(layer: EvictingLayer, name: str, module: torch.nn.Module) -> None:
+    """Compare what is stored with what the model will append, where it says so by the width of its projections."""
+    for key, projection in (("keys", "k_proj"), ("values", "v_proj")):
+        width, tensor = getattr(getattr(module, projection, None), "out_features", None), getattr(layer, key)
+        if layer.is_initialized and width is not None and width != tensor.shape[1] * tensor.shape[-1]:
+            raise ArgumentError(
+                f"its {name}.{key} must have {width} numbers per token, as the model's {projection}; "
+                f"got {tensor.shape[1]} heads of {tensor.shape[-1]}"
+            )
+
+
+def _device_of(module: torch.nn.Module | None) -> torch.device | str:
+    """Say where a layer's keys will come from; the host where that cannot be seen."""
+    parameter = None if module is None else next(module.parameters(), None)
+    return "cpu" if parameter is None or parameter.device.type == "meta" else parameter.device
