@@ -3,6 +3,11 @@
 Everything that is no array (counts, budgets, options) must be static under ``jax.jit``; a `Graph` and an `Eviction` may
 go in and out. Without ``jax_enable_x64`` indices are int32.
 
+Compiled arithmetic takes subnormal numbers for zero. Scores of that size keep their order and their bits all the same;
+but an edge of a weight below 1.2e-38 is none, and keys near 1e-18 lose digits of their lengths.
+
+Arrays may be spread over several devices. What a call creates beside them is copied to each.
+
 Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
 that changes from run to run.
 """
