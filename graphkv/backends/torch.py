@@ -154,6 +154,11 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
 
 
+def _is_finite(rows: Array, /) -> Array:
+    """Mark the rows (..., D) without infinity and NaN, by their largest entries: nothing of their size is allocated."""
+    return torch.isfinite(torch.linalg.vector_norm(rows, torch.inf, dim=-1))
+
+
 # Attention probabilities that exist at a time: 8 MB in float32, which a last-level cache holds.
 ATTENTION_SIZE = 1 << 21
 
@@ -162,14 +167,12 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
     if queries.shape[-1] == 0 or not _is_plain(queries, keys, valid):
         return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
-    queries, gives = primitives.finite_rows(queries, xp=xp)
-    keys, receives = primitives.finite_rows(keys, xp=xp)
     batch, query_heads, num_queries, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     num_rows, groups = batch * kv_heads, query_heads // kv_heads
     asks = valid[..., num_tokens - num_queries :].reshape(num_rows, 1, num_queries, 1)
-    asks = asks & gives.reshape(num_rows, groups, num_queries, 1)
-    valid = valid & receives
+    asks = asks & _is_finite(queries).reshape(num_rows, groups, num_queries, 1)
+    valid = valid & _is_finite(keys)
     # Padding may hold anything, NaN included.
     queries = queries.reshape(num_rows, groups, num_queries, head_size).masked_fill(~asks, 0.0)
     queries.mul_(head_size**-0.5)
