@@ -11,6 +11,8 @@ from graphkv.core import backend as core_backend
 from graphkv.testing import policies
 
 POLICIES = policies.shipped(8)
+# To compile takes a second each, and the graph is the same over every base.
+COMPILED = {name: policy for name, policy in POLICIES.items() if "decay" not in name or "SnapKV" in name}
 
 
 def arrays(num_tokens=24):
@@ -106,7 +108,7 @@ def test_a_step_compiles_without_a_backend_by_name(compiled, step):
 
 # The cache is array-api-compat's.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize("policy", COMPILED.values(), ids=COMPILED.keys())
 def test_every_policy_compiles(compiled, policy):
     x = arrays()
 
