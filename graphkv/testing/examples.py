@@ -783,7 +783,7 @@ def _strided(x: Array, xp: Any) -> Array:
 def _locked(x: Array, xp: Any) -> Array:
     """Forbid writing, where the library can."""
     copy = xp.asarray(x, copy=True)
-    if hasattr(copy, "flags") and hasattr(copy.flags, "writeable"):
+    if isinstance(copy, np.ndarray):
         copy.flags.writeable = False
     return copy
 
