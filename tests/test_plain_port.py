@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from graphkv.testing import examples
+
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS / "examples"))
 plain_port = importlib.import_module("plain_port")
@@ -71,6 +73,11 @@ def test_small_backend_of_the_porting_page_passes_every_vector():
     for cases in vectors.load().values():
         for case in cases:
             assert vectors.differences(case["expected"], vectors.run(case, backend), case["tolerance"]) == []
+
+
+@pytest.mark.parametrize("claim", examples.__all__)
+def test_small_backend_of_the_porting_page_passes_the_examples_of_the_kit(claim):
+    getattr(examples, claim)(importlib.import_module("my_backend").BACKEND)
 
 
 NODE = shutil.which("node")
