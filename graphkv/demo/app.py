@@ -158,8 +158,8 @@ def _try_policy(
     if policy is not None:
         cache.evict(policy, backend=decider)
     eviction_seconds = time.perf_counter() - start
-    stored, nbytes = [layer.num_stored for layer in cache.layers], cache.nbytes
-    found = np.stack([fates(layer)[0] for layer in cache.layers])
+    stored, nbytes = [layer.num_stored for layer in cache.evicting_layers], cache.nbytes
+    found = np.stack([fates(layer)[0] for layer in cache.evicting_layers])
     nll = reader.nll(cache.copy(), expected)
     answer, speed = reader.answer(cache)
     wanted = reader.prompt.must_contain

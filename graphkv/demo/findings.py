@@ -107,16 +107,16 @@ def find(
         raise ArgumentError("cache must have read a prompt; it is empty")
     if len(words) != stats[0].num_seen:
         raise ArgumentError(f"words must be one for each of {stats[0].num_seen} tokens; got {len(words)}")
-    num_rows, num_heads = cache.layers[0].keys.shape[:2]
+    num_rows, num_heads = cache.evicting_layers[0].keys.shape[:2]
     for name, index, size in (("layer", layer, len(stats)), ("head", head, num_heads), ("row", row, num_rows)):
         if index is not None and not 0 <= index < size:
             raise ArgumentError(f"{name} must lie in [0, {size - 1}]; got {index}")
-    found = np.stack([fates(each)[row] for each in cache.layers])
+    found = np.stack([fates(each)[row] for each in cache.evicting_layers])
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     heads = slice(None) if head is None else slice(head, head + 1)
     counts = (found[layers, heads] == Fate.SUPPRESSED).sum(axis=-1)
     best_layer, best_head = np.unravel_index(counts.argmax(), counts.shape)
-    scores = [scored(each) for each in cache.layers]
+    scores = [scored(each) for each in cache.evicting_layers]
     return Findings(
         title=title,
         policy=str(cache.policy),

@@ -52,7 +52,7 @@ class Probe:
             Mean share of the attention that falls on tokens that are still there.
         """
         errors, masses = [], []
-        layers = [layer for layer in cache.layers if layer.evicts]
+        layers = [layer for layer in cache.evicting_layers if layer.evicts]
         for weights, values, layer in zip(self.weights, self.values, layers, strict=True):
             there = self._still_there(layer, weights.shape[-1])
             kept = weights * there[:, None, None, :]
@@ -86,7 +86,7 @@ def make_probe(cache: EvictingCache, num_cached: int, num_queries: int) -> Probe
     """
     xp = load("torch").xp
     weights, values = [], []
-    for layer in cache.layers:
+    for layer in cache.evicting_layers:
         if not layer.evicts:
             continue
         if layer.queries is None:

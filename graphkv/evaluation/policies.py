@@ -205,7 +205,7 @@ def running_states(
         One per layer; empty where a sliding layer of a model that has others too is left alone.
     """
     states: list[Mapping[str, Array]] = []
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cache.evicting_layers):
         if not layer.evicts:
             states.append({})
             continue
@@ -215,8 +215,8 @@ def running_states(
             replace(base, budget=layer.num_seen),
             layer.keys,
             queries=None if layer.queries is None else layer.queries[:, :, -num_new:],
-            layer=number,
-            num_layers=len(cache.layers),
+            layer=layer.index,
+            num_layers=layer.num_layers,
             state=None if before is None else before[number],
         )
         states.append(everything.state or {})

@@ -55,7 +55,7 @@ def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full
     with press(model):
         model(ids, **with_cache(model, compressed), logits_to_keep=1)
     result = full.copy()
-    for layer, left in zip(result.layers, compressed.layers, strict=True):
+    for layer, left in zip(result.evicting_layers, compressed.layers, strict=True):
         layer.keys, layer.values = left.keys, left.values
         places = torch.arange(left.keys.shape[2], device=left.keys.device)
         layer.positions = places.expand(left.keys.shape[:3])

@@ -85,12 +85,21 @@ def stack(caches: Sequence[EvictingCache]) -> EvictingCache:
     """
     result = caches[0].copy()
     for layer, rows in zip(result.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
+        # What layers of linear attention remember, by number.
+        for name in ("conv_states", "recurrent_states"):
+            for number, state in getattr(layer, name, {}).items():
+                if state is not None:
+                    getattr(layer, name)[number] = torch.cat([getattr(row, name)[number] for row in rows])
+        if layer not in result.evicting_layers:
+            continue
         layer.keys = torch.cat([row.keys for row in rows])
         layer.values = torch.cat([row.values for row in rows])
         if layer.positions is not None:
             layer.positions = torch.cat([row.true_positions for row in rows])
         if any(row.valid is not None for row in rows):
             layer.valid = layer.true_positions >= 0
+        places = [row.places for row in rows if row.places is not None]
+        layer.places = torch.cat(places) if len(places) == len(rows) else None
         layer.queries, layer.state = None, {}
     return result
 
@@ -164,7 +173,7 @@ class Reading:
         agnostic = Site(mode="agnostic", ids=self.prompt.ids, cache=context, questions=later, states=states)
         # Only running sums need all queries, and those are worked out.
         windows = [policy.num_queries(longest) for policy in policies if not policy.needs().state]
-        for layer in context.layers:
+        for layer in context.evicting_layers:
             if layer.queries is not None:
                 layer.queries = layer.queries[:, :, -max(windows, default=1) :].clone()
         if later:
@@ -200,7 +209,7 @@ class Reading:
             cache = site.cache.copy()
             logits = self._tell(cache, ids, question)
             if self.config.closeness:
-                site.probes[index] = make_probe(cache, site.cache.layers[0].num_seen, len(question.answer))
+                site.probes[index] = make_probe(cache, site.cache.evicting_layers[0].num_seen, len(question.answer))
             site.logits[index] = logits[0].float().log_softmax(-1)
             texts = self._generate(site.cache, ids, question, 1)
             yield self._record(site, index, FULL, None, None, site.cache, logits[0], texts[0])
@@ -211,7 +220,7 @@ class Reading:
         policies = self._policies(budget, sinks)
         for name in self.config.policies[1:]:
             cache = self._shrink(site, name, policies.get(name), budget)
-            batches.setdefault(tuple(layer.num_stored for layer in cache.layers), []).append((name, cache))
+            batches.setdefault(tuple(layer.num_stored for layer in cache.evicting_layers), []).append((name, cache))
         records = []
         for group in batches.values():
             for start in range(0, len(group), self.config.batch):
@@ -226,12 +235,12 @@ class Reading:
         else:
             cache = site.cache.copy()
             states = site.states.get(_stateful_base(policy))
-            for layer, state in zip(cache.layers, states or (), strict=False):
+            for layer, state in zip(cache.evicting_layers, states or (), strict=False):
                 layer.state = state
             cache.evict(policy)
         # Sliding layers of a model that has others too are left alone by every policy.
-        kept = [int((layer.true_positions >= 0).sum()) for layer in cache.layers if layer.evicts]
-        kv_heads = cache.layers[0].keys.shape[1]
+        kept = [int((layer.true_positions >= 0).sum()) for layer in cache.evicting_layers if layer.evicts]
+        kv_heads = cache.evicting_layers[0].keys.shape[1]
         if sum(kept) != budget * len(kept) * kv_heads:
             raise GraphKVError(
                 f"{name} must keep {budget} tokens per head on average; it kept {kept} in {kv_heads} heads"
@@ -255,7 +264,7 @@ class Reading:
 
     def _tell(self, cache: EvictingCache, ids: Sequence[int], question: Question) -> torch.Tensor:
         """Read question and right answer; give the logits of the answer's tokens, (batch, tokens, vocabulary)."""
-        rows = cache.layers[0].keys.shape[0]
+        rows = cache.evicting_layers[0].keys.shape[0]
         inputs = self._tokens([*ids, *question.answer[:-1]]).expand(rows, -1)
         logits: torch.Tensor = self.model(
             inputs, **with_cache(self.model, cache), logits_to_keep=len(question.answer)
@@ -303,7 +312,7 @@ class Reading:
             kind=question.kind,
             question=index,
             length=prompt.length,
-            num_tokens=cache.layers[0].num_seen,
+            num_tokens=cache.evicting_layers[0].num_seen,
             depth=question.depth,
             split=prompt.split,
             seed=prompt.seed,
@@ -326,7 +335,8 @@ class Reading:
 
 def _redundancy(cache: EvictingCache) -> float:
     """Give the mean cosine of two different kept keys, over the layers that can be evicted."""
-    return round(float(torch.stack([layer.redundancy.mean() for layer in cache.layers if layer.evicts]).mean()), 6)
+    redundancy = [layer.redundancy.mean() for layer in cache.evicting_layers if layer.evicts]
+    return round(float(torch.stack(redundancy).mean()), 6)
 
 
 def _stateful_base(policy: Policy) -> Policy | None:

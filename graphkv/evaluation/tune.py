@@ -70,7 +70,7 @@ class Bench(Reading):
             batches: dict[tuple[int, ...], list[Any]] = {}
             for name, policy in candidates.items():
                 cache = self._shrink(site, name, policy, budget)
-                batches.setdefault(tuple(layer.num_stored for layer in cache.layers), []).append((name, cache))
+                batches.setdefault(tuple(layer.num_stored for layer in cache.evicting_layers), []).append((name, cache))
             for group in batches.values():
                 for start in range(0, len(group), self.config.batch):
                     records += self._answer_batch(site, budget, sinks, group[start : start + self.config.batch])

@@ -108,6 +108,8 @@ def test_a_block_that_evicts_nothing_says_why(model, ids, run, reason):
     with torch.no_grad(), pytest.warns(GraphKVWarning, match=reason) as found, evicting(model, POLICY):
         run(model, ids)
     assert len(found) == 1
+    # The one reason, and no other.
+    assert ("ran without a cache" in str(found[0].message)) == ("ran without a cache" in reason)
     # It points at the block.
     assert found[0].filename == __file__
 

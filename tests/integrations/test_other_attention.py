@@ -114,6 +114,8 @@ def tensors(found):
 @pytest.mark.parametrize(("make", "inputs"), TWO_SIDED.values(), ids=TWO_SIDED)
 def test_encoders_under_our_name_for_good_are_as_ever(make, inputs, implementation):
     model, found = make(), []
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip("this release has no such attention for it")
     for prefix in ("", "graphkv_"):
         model.set_attn_implementation(prefix + implementation)
         output = model(**inputs)
@@ -301,7 +303,10 @@ def test_layers_that_skip_the_cache_are_skipped():
     options["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     model = build(T.MllamaForCausalLM, MllamaTextConfig, **options)
     ids = tokens(1, N)
-    plain = model.generate(ids, max_new_tokens=4, do_sample=False)
+    try:
+        plain = model.generate(ids, max_new_tokens=4, do_sample=False)
+    except ValueError:
+        pytest.skip("this release needs a picture")
     with evicting(model, EVERYTHING):
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), plain)
     with evicting(model, POLICY):
@@ -314,6 +319,8 @@ def test_a_model_of_shared_latents_is_told_the_true_reason():
         T.DeepseekV3ForCausalLM, T.DeepseekV3Config, **SMALL, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, first_k_dense_replace=2,
     )  # fmt: skip
+    if cache_of(model(tokens(1, 5))).layers[0].keys.shape[1] == 4:
+        pytest.skip("this release caches the keys of all heads")
     with evicting(model, POLICY), pytest.raises(ArgumentError, match="from compressed latents shared by all heads"):
         model(tokens(1, N))
 
@@ -411,6 +418,7 @@ def test_a_mask_is_used_like_a_tensor(implementation, mode):
             found, expected = use(mask), use(written)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
         assert torch.equal(found, expected), name
+        assert name not in ("deepcopy", "pickle", "save") or type(found) is torch.Tensor
 
 
 @each_implementation

@@ -425,7 +425,9 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         stored, rows = layer.num_stored, layer.keys.shape[:2]
         layer.budget, layer.num_evictions, layer.num_dropped, layer.bytes_freed, layer.seconds = 21, 22, 23, 24, 2.5
         layer.num_new, layer.sliding_window, layer.evicts, layer.due_at, layer.record_past = 26, 27, False, 28, True
-        layer.certain, layer.has_holes, layer.queried = 29, True, torch.rand(2, layer.queries.shape[2]) > 0.5
+        layer.certain, layer.has_holes = 29, True
+        layer.asked = torch.arange(layer.queries.shape[2]).repeat(2, 1)
+        layer.num_hidden = torch.tensor([0, 3])
         layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)[..., None]
         layer.rotation = Rotation(
             first=(0, 5), second=(3, 2), columns=(1, 0), frequencies=((0.5, 0.25),), scaling=2.0, refusal="as it is"

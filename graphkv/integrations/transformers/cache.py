@@ -146,7 +146,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         config : transformers.PreTrainedConfig
             Of the model, or of its decoder.
         """
-        if self.layers or self.num_seen:
+        if self.layers or self.num_seen or not versions.makes_other_layers():
             return
         config = config.get_text_config(decoder=True)
         kinds = versions.layer_kinds(config)
@@ -164,7 +164,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     @property
     def evicting_layers(self) -> list[EvictingLayer]:
         """The layers that cache keys and values of the text; others are left to themselves."""
-        return [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
+        layers = [layer for layer in self.layers if isinstance(layer, EvictingLayer) and not layer.is_apart]
+        return [layer for layer in layers if layer.num_seen or not self.num_seen]
 
     @property
     def policy(self) -> Policy | None:
@@ -388,6 +389,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen: what positions and `generate` count by."""
+        if layer_idx and layer_idx >= len(self.layers):
+            return 0
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if layer_idx and isinstance(layer, EvictingLayer):
             return layer.num_seen
@@ -395,7 +398,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the length of a mask over all tokens seen, new ones included, and 0: none is missing before them."""
-        return self.get_seq_length(layer_idx) + versions.number_of(query_length), 0
+        seen = self.get_seq_length(layer_idx) if layer_idx < len(self.layers) else self.num_seen
+        return seen + versions.number_of(query_length), 0
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Store what a layer of linear attention remembers."""
@@ -406,6 +410,16 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """Store what a layer of linear attention remembers."""
         self._check_linear(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what a layer of linear attention remembers."""
+        self._check_linear(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         """Return whether a layer of linear attention remembers anything."""
@@ -515,9 +529,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             One per layer that caches keys of the text. Arrays are on the host, so this waits for an accelerator.
         """
         return tuple(
-            layer_stats(index, layer)
-            for index, layer in enumerate(self.layers)
-            if isinstance(layer, EvictingLayer) and not layer.is_apart and (layer.num_seen or not self.num_seen)
+            layer_stats(index, layer) for index, layer in enumerate(self.layers) if layer in self.evicting_layers
         )
 
     def report(self) -> str:
@@ -556,7 +568,8 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
     if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.preference(policy, backend=backend) for layer in layers]
-        shares = [policy.layer_budgets(row, layers[0].num_seen) for row in zip(*wants, strict=True)]
+        seen = layers[0].seen_by_row
+        shares = [policy.layer_budgets(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     for layer in layers:

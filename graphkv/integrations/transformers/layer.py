@@ -89,7 +89,8 @@ class EvictionRecord:
     Attributes
     ----------
     decisions : tuple of Eviction
-        One for the whole batch, or one per row where rows have budgets of their own.
+        One for the whole batch, or one per row where rows have budgets of their own or holes. In a row with holes it
+        speaks of the last `Eviction.num_tokens` of the N.
     positions : torch.Tensor, shape (batch, kv_heads, N), int64
         Where the N tokens before the eviction stood; -1 for unused slots.
     valid : torch.Tensor, shape (batch, kv_heads, N), bool, or None
@@ -112,6 +113,37 @@ class Tail(NamedTuple):
     values: torch.Tensor
     valid: torch.Tensor | None
     places: torch.Tensor | None
+
+
+class Part(NamedTuple):
+    """What one decision is about.
+
+    Attributes
+    ----------
+    policy : Policy
+    rows : slice
+        All rows of the batch, or one.
+    num_seen : int
+        Tokens that budgets are shares of.
+    first, first_unsummed : int
+        The first slot, in an order that puts padding first, and the first one that running sums do not know yet.
+    num_queries : int or None
+        Queries that are those of tokens and not of padding; None if all may count.
+    is_at_rest : bool
+        Whether nothing new has come in this row, so that all of it stays.
+    """
+
+    policy: Policy
+    rows: slice
+    num_seen: int
+    first: int = 0
+    first_unsummed: int = 0
+    num_queries: int | None = None
+    is_at_rest: bool = False
+
+    def of(self, tensor: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """Take the part of a tensor (batch, kv_heads, stored, ...)."""
+        return tensor[self.rows] if order is None else _gathered(tensor, order, self.rows)[:, :, self.first :]
 
 
 class Handout:
@@ -302,9 +334,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.sliding_window: int | None = None
         self.evicts = True
         self.is_apart = False
-        # Whether padding follows a token in any row, so that a row's last tokens are not those of the array.
+        # Whether padding has followed a token in any row, so that a row's last tokens are not those of the array.
         self.has_holes = False
-        self.queried: torch.Tensor | None = None
+        # How many of the tokens seen were padding, shape (batch,), and whose queries are held, shape (batch, Q), -1 for
+        # padding; both None as long as there was no padding.
+        self.num_hidden: torch.Tensor | None = None
+        self.asked: torch.Tensor | None = None
         self.awaits_queries = False
         self.certain = 0
         self.due_at: int | None = None
@@ -342,7 +377,21 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         # What the mask does not speak of stays as it is.
         shown = padding[rows, where.clamp(min=0)] | (where < 0)
         self.valid = shown if self.valid is None else self.valid & shown
-        self.has_holes = self.has_holes or bool((padding[:, :-1] & ~padding[:, 1:]).any())
+        hidden = (~padding).sum(dim=1)
+        if self.num_hidden is not None and padding.shape[1] < self.num_seen:
+            hidden = hidden + self.num_hidden
+        self.num_hidden = hidden
+        if self.queries is not None:
+            asked = self._asked(self.queries.shape[2], self.num_seen - num_new)
+            where = asked - (self.num_seen - padding.shape[1])
+            self.asked = torch.where(padding[rows[:, 0], where.clamp(min=0)] | (where < 0), asked, -1)
+        self.has_holes = self.has_holes or bool((self.valid[:, :, :-1] & ~self.valid[:, :, 1:]).any())
+
+    def _asked(self, num_queries: int, end: int) -> torch.Tensor:
+        """Return where the tokens of the held queries stood, the last ones before `end` if that is not kept."""
+        if self.asked is not None:
+            return self.asked
+        return torch.arange(end - num_queries, end, device=self.keys.device).expand(self.keys.shape[0], -1)
 
     def observe(self, source: Source, query: torch.Tensor, scaling: float | None, sliding_window: int | None) -> None:
         """Take note of a finished attention, and of whether an eviction is due."""
@@ -396,33 +445,28 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if wanted and self.record_past:
             wanted += query.shape[2]
         if not wanted:
-            self.queries = self.queried = None
+            self.queries = self.asked = None
             return
         head_size = query.shape[-1]
         if scaling is not None and abs(scaling * head_size**0.5 - 1) > 1e-6:
             query = query * (scaling * head_size**0.5)
-        if self.has_holes and self.valid is not None:
-            query = self._each_rows_last(query)
-        elif self.queries is not None:
+        asked = None
+        if self.valid is not None:
+            asked = torch.arange(self.num_seen - query.shape[2], self.num_seen, device=query.device)
+            # Heads differ in what they have dropped, not in what is new.
+            asked = torch.where(self.valid[:, 0, -query.shape[2] :], asked, -1)
+        if self.queries is not None:
+            if asked is not None:
+                held = self._asked(self.queries.shape[2], self.num_seen - query.shape[2])
+                asked = torch.cat([held, asked], dim=1)
             query = torch.cat([self.queries, query], dim=2)
+        if self.has_holes and asked is not None:
+            # Padding first, so that every row's last queries stand at the end.
+            asked, order = asked.sort(dim=1, stable=True)
+            query = _gathered(query, order[:, None].expand(*query.shape[:2], -1))
         # A copy, so that the rest is freed.
         self.queries = query if query.shape[2] <= wanted else query[:, :, -wanted:].clone()
-        self.queried = None if self.queried is None else self.queried[:, -self.queries.shape[2] :]
-
-    def _each_rows_last(self, query: torch.Tensor) -> torch.Tensor:
-        """Join new queries to those held, those of padding first, so that every row's last ones stand at the end."""
-        shown = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
-        if self.valid is not None:
-            # Heads differ in what they have dropped, not in what is new.
-            shown = self.valid[:, 0, -query.shape[2] :]
-        if self.queries is not None:
-            held = self.queried
-            if held is None:
-                held = torch.ones_like(self.queries[:, 0, :, 0], dtype=torch.bool)
-            query, shown = torch.cat([self.queries, query], dim=2), torch.cat([held, shown], dim=1)
-        order = _padding_first(shown)
-        self.queried = shown.gather(1, order)
-        return _gathered(query, order[:, None].expand(*query.shape[:2], -1))
+        self.asked = None if asked is None else asked[:, -self.queries.shape[2] :]
 
     def settle(self) -> None:
         """Drop what has left the window of a sliding layer, once it will not be taken back."""
@@ -458,40 +502,38 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return ()
         self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
-        valid, order = self._visible_from_now_on(), self._order(policy)
-        before = _gathered(self.true_positions, order)
+        parts, order = self._parts(policy)
         decisions = tuple(
             evict(
-                each,
-                _give(_gathered(self.keys[rows], order, rows), backend),
+                part.policy,
+                _give(part.of(self.keys, order), backend),
                 layer=self.index,
                 num_layers=self.num_layers,
-                tokens_seen=self.num_seen,
-                state={name: _give(sums[rows], backend) for name, sums in self.state.items()} or None,
-                unrotated_keys=_give(_gathered(self._unrotated_keys(rows), order, rows), backend)
-                if each.needs().unrotated_keys
+                tokens_seen=part.num_seen,
+                state=self._state(part, order, backend),
+                unrotated_keys=_give(part.of(self._unrotated_keys(part.rows), order), backend)
+                if part.policy.needs().unrotated_keys
                 else None,
-                **self._inputs(each, rows, valid, order, backend),
+                **self._inputs(part, order, backend),
             )
-            for each, rows in self._by_rows(policy)
+            for part in parts
         )
-        valid = None if valid is None else _gathered(valid, order)
-        budget = max(decision.budget for decision in decisions)
+        decided = [decision.budget for decision, part in zip(decisions, parts, strict=True) if not part.is_at_rest]
+        budget = max(decided, default=self.budget or 0)
         if self.num_dropped and self.budget is not None and policy != self.settings.policy and budget > self.budget:
             raise ArgumentError(
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
-        kept, state = _take(decisions, self.keys.device)
-        if order is not None:
-            kept = torch.where(kept < 0, -1, order.gather(2, kept.clamp(min=0))).sort(dim=-1).values
+        valid, before = self._visible_from_now_on(), _gathered(self.true_positions, order)
+        valid = None if valid is None else _gathered(valid, order)
         record = self.settings.record
         redundancy_before = _redundancy(_gathered(self.keys, order), valid) if record else None
+        kept, self.state = self._taken(decisions, parts, order)
         self._keep(kept, self.true_positions, _are_ragged(decisions))
-        self.state = state
         self.queries = self._carried_over(policy, budget)
-        if self.queried is not None:
-            self.queried = None if self.queries is None else self.queried[:, -self.queries.shape[2] :]
+        if self.asked is not None:
+            self.asked = None if self.queries is None else self.asked[:, -self.queries.shape[2] :]
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if redundancy_before is not None:
@@ -530,16 +572,27 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
         self._check_heads(policy)
         backend = backend or self.settings.backend or load("torch")
-        wants = preference(
-            policy,
-            _give(_gathered(self.keys, self._order(policy)), backend),
-            layer=self.index,
-            num_layers=self.num_layers,
-            **self._inputs(policy, slice(None), self._visible_from_now_on(), self._order(policy), backend),
-        )
-        if wants is None:
-            raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
-        return [float(x) for x in backend.to_numpy(wants)]
+        parts, order = self._parts(policy)
+        wants: list[float] = []
+        for part in parts:
+            found = preference(
+                policy,
+                _give(part.of(self.keys, order), backend),
+                layer=self.index,
+                num_layers=self.num_layers,
+                **self._inputs(part, order, backend),
+            )
+            if found is None:
+                raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
+            wants += [float(x) for x in backend.to_numpy(found)]
+        return wants
+
+    @property
+    def seen_by_row(self) -> list[int]:
+        """Tokens that each row has seen: all, or in a batch with holes those that are no padding."""
+        if not self.has_holes or self.num_hidden is None:
+            return [self.num_seen] * self.keys.shape[0]
+        return [int(x) for x in (self.num_seen - self.num_hidden).tolist()]
 
     def _check_heads(self, policy: Policy) -> None:
         """Refuse a policy that would decide otherwise if all heads were in this process."""
@@ -557,37 +610,82 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"got {policy}"
             )
 
-    def _by_rows(self, policy: Policy) -> Sequence[tuple[Policy, slice]]:
-        """Give the policy for the whole batch, or one for every row where rows have budgets of their own."""
-        if self.row_budgets is None or policy != self.shared_by:
-            return [(policy, slice(None))]
-        return [
-            (LayerBudgets(policy, (budget,) * self.num_layers), slice(row, row + 1))
-            for row, budget in enumerate(self.row_budgets.tolist())
-        ]
+    def _parts(self, policy: Policy) -> tuple[list[Part], torch.Tensor | None]:
+        """Return what is decided together, and an order of the slots that puts padding first where rows have holes.
 
-    def _order(self, policy: Policy) -> torch.Tensor | None:
-        """Return an order of the slots that puts padding first; None where it is there already.
-
-        Then a row's last tokens are the last ones, and neighbors are neighbors. Policies with sums do without: their
-        sums go by slot, and they look at single tokens.
+        All rows together, unless they have budgets of their own; or holes: then each row is what it would be alone.
         """
-        valid = self._visible_from_now_on()
-        return None if not self.has_holes or valid is None or policy.needs().state else _padding_first(valid)
+        visible = self._visible_from_now_on() if self.has_holes else None
+        budgets = self.row_budgets if policy == self.shared_by else None
+        if visible is None and budgets is None:
+            return [Part(policy, slice(None), self.num_seen)], None
+        policies = [policy] * self.keys.shape[0]
+        if budgets is not None:
+            policies = [LayerBudgets(policy, (budget,) * self.num_layers) for budget in budgets.tolist()]
+        parts = [Part(each, slice(row, row + 1), self.num_seen) for row, each in enumerate(policies)]
+        if visible is None:
+            return parts, None
+        return [self._without_padding(part, visible[part.rows]) for part in parts], _padding_first(visible)
 
-    def _inputs(
-        self, policy: Policy, rows: slice, valid: torch.Tensor | None, order: torch.Tensor | None, backend: Backend
-    ) -> dict[str, Any]:
-        wanted = policy.num_queries(self.num_stored)
-        held = None if self.queries is None or not wanted else self.queries[rows, :, -wanted:]
-        if held is not None and held.shape[2] > self.num_stored:
-            held = held[:, :, -self.num_stored :]
+    def _without_padding(self, part: Part, visible: torch.Tensor) -> Part:
+        """Reduce a part to the tokens and queries of its only row, (1, kv_heads, stored)."""
+        row, num_stored = part.rows.start, self.num_stored
+        # Heads differ in what they have dropped, not in what is new.
+        num_old = next((sums.shape[2] for sums in self.state.values()), 0)
+        num_tokens = max(1, int(visible.sum(dim=-1).max()))
+        num_unsummed = int(visible[0, 0, num_old:].sum())
+        num_new = int(visible[0, 0, num_stored - min(self.num_new, num_stored) :].sum())
+        policy, is_at_rest = part.policy, False
+        if self.num_evictions and self.num_new and not num_new and policy == self.settings.policy:
+            # Nothing new in this row: alone, it would not have been evicted.
+            policy, is_at_rest = LayerBudgets(policy, (num_tokens,) * self.num_layers), True
+        return Part(
+            policy,
+            part.rows,
+            max(num_tokens, self.seen_by_row[row]),
+            num_stored - num_tokens,
+            num_stored - num_unsummed,
+            None if self.asked is None else int((self.asked[row] >= 0).sum()),
+            is_at_rest,
+        )
+
+    def _inputs(self, part: Part, order: torch.Tensor | None, backend: Backend) -> dict[str, Any]:
+        """Put together what `evict` and `preference` look at besides the keys."""
+        num_tokens, valid = self.num_stored - part.first, self._visible_from_now_on()
+        wanted = min(part.policy.num_queries(num_tokens), num_tokens)
+        if part.num_queries is not None:
+            wanted = min(wanted, part.num_queries)
+        held = None if self.queries is None or not wanted else self.queries[part.rows, :, -wanted:]
         return {
-            "values": _give(_gathered(self.values[rows], order, rows), backend),
+            "values": _give(part.of(self.values, order), backend),
             "queries": None if held is None else _give(held, backend),
-            "valid": None if valid is None else _give(_gathered(valid[rows], order, rows), backend),
+            "valid": None if valid is None else _give(part.of(valid, order), backend),
             "backend": backend,
         }
+
+    def _state(self, part: Part, order: torch.Tensor | None, backend: Backend) -> dict[str, Any] | None:
+        """Put together the running sums of a part."""
+        found = {}
+        for name, sums in self.state.items():
+            rows = sums[part.rows]
+            if order is not None:
+                sides = (0, 0) * (sums.ndim - 3)
+                rows = pad(rows, (*sides, 0, self.num_stored - sums.shape[2]))
+                rows = _gathered(rows, order, part.rows)[:, :, part.first : part.first_unsummed]
+            found[name] = _give(rows, backend)
+        return found or None
+
+    def _taken(
+        self, decisions: Sequence[Eviction], parts: Sequence[Part], order: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
+        kept, state = _take(decisions, self.keys.device)
+        visible = self._visible_from_now_on()
+        if order is None or visible is None:
+            return kept, state
+        first = torch.tensor([part.first for part in parts], device=kept.device)[:, None, None]
+        index = order.gather(2, (kept.clamp(min=0) + first))
+        return _in_line(torch.where((kept >= 0) & visible.gather(2, index), index, -1), state)
 
     def _unrotated_keys(self, rows: slice) -> torch.Tensor:
         """Compute the keys as they were before the rotary embedding."""
@@ -659,6 +757,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return
         left = self.num_stored - surplus
         self._forget_queries(surplus)
+        if self.num_hidden is not None and self.valid is not None:
+            self.num_hidden = self.num_hidden - (~self.valid[:, 0, left:]).sum(dim=1)
         self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
         for name in ("positions", "places", "valid"):
             tensor = getattr(self, name)
@@ -671,15 +771,14 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _forget_queries(self, surplus: int) -> None:
         if self.queries is None:
             return
-        if self.queried is None or self.valid is None:
-            self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - surplus)]
+        if not self.has_holes or self.asked is None:
+            left = max(0, self.queries.shape[2] - surplus)
+            self.queries = self.queries[:, :, :left]
+            self.asked = None if self.asked is None else self.asked[:, :left]
             return
-        # Of each row as many as it had tokens among those taken back.
-        gone = self.valid[:, 0, self.num_stored - surplus :].sum(dim=1, keepdim=True)
-        shown = self.queried & (self.queried.flip(1).cumsum(1).flip(1) > gone)
-        order = _padding_first(shown)
+        asked = torch.where(self.asked < self.num_seen - surplus, self.asked, -1)
+        self.asked, order = asked.sort(dim=1, stable=True)
         self.queries = _gathered(self.queries, order[:, None].expand(*self.queries.shape[:2], -1))
-        self.queried = shown.gather(1, order)
 
     def check_crop(self, argument: int) -> int:
         """Return the number of tokens that `crop` would remove, or raise if it cannot."""
@@ -779,7 +878,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self._each_row(lambda x: x[indices.to(x.device)])
 
     def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in ("keys", "values", "positions", "places", "valid", "queries", "queried", "row_budgets"):
+        for name in ("keys", "values", "positions", "places", "valid", "queries", "asked", "num_hidden", "row_budgets"):
             tensor = getattr(self, name, None)
             if tensor is not None:
                 setattr(self, name, change(tensor))
@@ -794,11 +893,13 @@ def _padding_first(valid: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(tensor: torch.Tensor, order: torch.Tensor | None, rows: slice = slice(None)) -> torch.Tensor:
-    """Put slots, the third axis, in order."""
+    """Put slots, the third axis, in order; of some rows."""
     if order is None:
         return tensor
     index = order[rows].reshape(*order[rows].shape, *(1 for _ in tensor.shape[3:]))
-    return tensor.gather(2, index.expand(*index.shape[:3], *tensor.shape[3:]))
+    return (tensor if tensor.shape[0] == index.shape[0] else tensor[rows]).gather(
+        2, index.expand(*index.shape[:3], *tensor.shape[3:])
+    )
 
 
 def _give(tensor: torch.Tensor, backend: Backend) -> Any:
@@ -832,13 +933,14 @@ def _take(decisions: Sequence[Eviction], device: torch.device) -> tuple[torch.Te
     state = {name: joined([(each.state or {})[name] for each in decisions], 0).to(device) for name in names}
     if not _are_ragged(decisions):
         return kept, state
+    return _in_line(kept, state)
+
+
+def _in_line(kept: torch.Tensor, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sort kept slots and what goes with them, and cut off the front where no row holds anything."""
     kept, order = kept.sort(dim=-1, stable=True)
-    widest = int((kept >= 0).sum(dim=-1).max())
-    order = order[..., -widest:] if widest else order[..., :0]
-    for name, sums in state.items():
-        where = order.reshape(*order.shape, *(1 for _ in sums.shape[3:])).expand(*order.shape, *sums.shape[3:])
-        state[name] = sums.gather(2, where)
-    return kept[..., kept.shape[-1] - widest :], state
+    unused = kept.shape[-1] - int((kept >= 0).sum(dim=-1).max())
+    return kept[..., unused:], {name: _gathered(sums, order)[:, :, unused:] for name, sums in state.items()}
 
 
 def _are_ragged(decisions: Sequence[Eviction]) -> bool:

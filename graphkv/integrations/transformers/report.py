@@ -184,12 +184,12 @@ def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
     importance, scores = np.full(shape, np.nan), np.full(shape, np.nan)
     if layer.record is not None:
         positions, valid = _host(layer.record.positions), _valid(layer.record)
-        for decision, rows in _parts(layer.record):
+        for decision, part in _parts(layer.record):
             if decision.importance is not None and decision.scores is not None:
-                give, slots = decision.backend.to_numpy, np.nonzero(valid[rows])
-                where = (*slots[:2], positions[rows][slots])
-                importance[rows][where] = give(decision.importance)[slots]
-                scores[rows][where] = give(decision.scores)[slots]
+                give, slots = decision.backend.to_numpy, np.nonzero(valid[part])
+                where = (*slots[:2], positions[part][slots])
+                importance[part[0]][where] = give(decision.importance)[slots]
+                scores[part[0]][where] = give(decision.scores)[slots]
     return importance, scores
 
 
@@ -263,13 +263,12 @@ def _row(layer: LayerStats, *, with_record: bool) -> tuple[str, ...]:
     return (*cells, f"{before.mean():.3f}", f"{after.mean():.3f}", str(int(suppressed.sum())))
 
 
-def _parts(record: EvictionRecord) -> Iterator[tuple[Eviction, slice]]:
-    """Give every decision with the rows of the batch that it is about."""
-    if len(record.decisions) == 1:
-        yield record.decisions[0], slice(None)
-        return
+def _parts(record: EvictionRecord) -> Iterator[tuple[Eviction, tuple[slice, slice, slice]]]:
+    """Give every decision with the rows, heads and slots that it is about."""
+    num_slots, is_whole = record.positions.shape[-1], len(record.decisions) == 1
     for row, decision in enumerate(record.decisions):
-        yield decision, slice(row, row + 1)
+        slots = slice(num_slots - decision.num_tokens, None)
+        yield decision, (slice(None) if is_whole else slice(row, row + 1), slice(None), slots)
 
 
 def _valid(record: EvictionRecord) -> HostArray:
@@ -281,7 +280,10 @@ def _valid(record: EvictionRecord) -> HostArray:
 def _suppressed(record: EvictionRecord) -> HostArray:
     """Mark the slots (batch, kv_heads, N) that the importance alone would have kept and the eviction dropped."""
     valid = _valid(record)
-    return np.concatenate([_overruled(decision, valid[rows]) & valid[rows] for decision, rows in _parts(record)])
+    found = np.zeros_like(valid)
+    for decision, part in _parts(record):
+        found[part] = _overruled(decision, valid[part]) & valid[part]
+    return found
 
 
 def _overruled(decision: Eviction, valid: HostArray) -> HostArray:
@@ -305,17 +307,17 @@ def _overruled(decision: Eviction, valid: HostArray) -> HostArray:
 def _protected(record: EvictionRecord) -> HostArray:
     """Mark the slots (batch, kv_heads, N) that were kept before all others."""
     found = np.zeros(tuple(record.positions.shape), dtype=bool)
-    for decision, rows in _parts(record):
+    for decision, part in _parts(record):
         if decision.protected is not None:
-            _mark(found[rows], decision.backend.to_numpy(decision.kept), True)
-            found[rows] &= decision.backend.to_numpy(decision.protected)
+            _mark(found[part], decision.backend.to_numpy(decision.kept), True)
+            found[part] &= decision.backend.to_numpy(decision.protected)
     return found & _valid(record)
 
 
 def _suppressions(record: EvictionRecord, suppressed: HostArray) -> Suppressions:
     """List the edges that lead to suppressed tokens, and the suppressed tokens without any."""
     positions = _host(record.positions)
-    edges = [_edges(decision, suppressed[rows], rows.start or 0) for decision, rows in _parts(record)]
+    edges = [_edges(decision, suppressed[part], part[0].start or 0, part[2].start) for decision, part in _parts(record)]
     row, head, token, source, weight = (np.concatenate(column) for column in zip(*edges, strict=True))
     source = np.where(source < 0, -1, positions[row, head, source])
     token = positions[row, head, token]
@@ -325,7 +327,7 @@ def _suppressions(record: EvictionRecord, suppressed: HostArray) -> Suppressions
     )
 
 
-def _edges(decision: Eviction, suppressed: HostArray, first_row: int) -> tuple[HostArray, ...]:
+def _edges(decision: Eviction, suppressed: HostArray, first_row: int, first_slot: int) -> tuple[HostArray, ...]:
     """Give row, head, slot of token, slot of source and weight, each of shape (S,)."""
     give, graph = decision.backend.to_numpy, decision.graph
     unexplained = suppressed.copy()
@@ -341,8 +343,9 @@ def _edges(decision: Eviction, suppressed: HostArray, first_row: int) -> tuple[H
         unexplained[row, head, token] = False
     row, head, token = np.nonzero(unexplained)
     parts.append((row, head, token, np.full_like(token, -1), np.zeros(token.shape, dtype=np.float32)))
-    row, *others = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return row + first_row, *others
+    row, head, token, source, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    source = np.where(source < 0, -1, source + first_slot)
+    return row + first_row, head, token + first_slot, source, weight
 
 
 def _mark(found: HostArray, where: HostArray, value: Any, which: HostArray | None = None) -> None:

@@ -56,9 +56,10 @@ TENSORS = {
     "places": ("batch", "kv_heads", "stored", "axes"),
     "valid": ("batch", "kv_heads", "stored"),
     "queries": ("batch", "query_heads", "num_queries", "head_size"),
-    "queried": ("batch", "num_queries"),
+    "asked": ("batch", "num_queries"),
+    "num_hidden": ("batch",),
 }
-DTYPES = {"positions": torch.int64, "places": torch.int64, "valid": torch.bool, "queried": torch.bool}
+DTYPES = dict.fromkeys(("positions", "places", "asked", "num_hidden"), torch.int64) | {"valid": torch.bool}
 # Numbers, by their types.
 VALUES: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),

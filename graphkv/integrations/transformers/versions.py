@@ -15,6 +15,7 @@ __all__ = [
     "first_query",
     "is_checkpointed",
     "layer_kinds",
+    "makes_other_layers",
     "number_of",
     "number_of_queries",
     "other_layer",
@@ -101,6 +102,11 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         kinds = [only] * int(config.num_hidden_layers)
     num_shared = getattr(config, "num_kv_shared_layers", None) or 0
     return tuple("dummy" if index >= len(kinds) - num_shared else kind for index, kind in enumerate(kinds))
+
+
+def makes_other_layers() -> bool:
+    """Return whether transformers' cache has layers of other kinds; before 5.13 models brought caches of their own."""
+    return hasattr(cache_utils, "get_layer_types_and_kwargs")
 
 
 def other_layer(config: Any, index: int) -> Any:
