@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 from . import budgets, checks
@@ -119,6 +120,18 @@ class LayerShape:
     batch: int = 1
 
 
+def _identity(value: Any, /) -> Any:
+    """Give what tells a value from another one: a number's kind too, counts being integers and shares floats."""
+    if isinstance(value, Policy):
+        return (type(value), *(_identity(getattr(value, each.name)) for each in fields(value)))
+    if isinstance(value, (tuple, list)):
+        return tuple(_identity(each) for each in value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return ("count" if hasattr(value, "__index__") else "share", value)
+    # An array is equal to itself only: whether to another one, its values would have to say.
+    return ("array", id(value)) if hasattr(value, "shape") else value
+
+
 def _no_cost(policy: Any, shape: LayerShape, /) -> int:
     return 0
 
@@ -195,8 +208,25 @@ class Policy(ABC):
 
     budget: int | float
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # In the class itself, so that `dataclass` does not write its own: there 1 token is equal to 1.0, all of them.
+        for name in ("__eq__", "__hash__"):
+            if name not in vars(cls):
+                setattr(cls, name, vars(Policy)[name])
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", checks.ratio_or_count("budget", self.budget, zero=False))
+
+    def __eq__(self, other: object) -> bool:
+        """Compare class and fields; a count and a share are different, whatever their numbers."""
+        if type(self) is not type(other):
+            return NotImplemented
+        return bool(_identity(self) == _identity(other))
+
+    def __hash__(self) -> int:
+        """Hash what is compared."""
+        return hash(_identity(self))
 
     @abstractmethod
     def score(self, inputs: LayerInputs, /) -> Array:
