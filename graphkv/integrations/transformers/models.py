@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -191,7 +192,12 @@ class _Decoder:
             )
         if not any(kind in FULL + WINDOWED for kind in kinds):
             raise ArgumentError(f"model must have layers that cache keys and values; {name} has {sorted(set(kinds))}")
-        if not inmost._can_set_attn_implementation():
+        # Releases differ in what they look for in the model's file.
+        files = {each.__module__ for module in self.modules[-1].modules() for each in type(module).__mro__}
+        has_eager = any(
+            "eager_attention" in name for file in files & set(sys.modules) for name in vars(sys.modules[file])
+        )
+        if not inmost._can_set_attn_implementation() or (implementation == "eager" and not has_eager):
             raise ArgumentError(
                 f"model must use transformers' attention interface; the attention of {inmost.__name__} does not"
             )

@@ -100,6 +100,9 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         elif getattr(config, "attention_chunk_size", None) is not None:
             only = "chunked_attention"
         kinds = [only] * int(config.num_hidden_layers)
+    if getattr(config, "index_topk", None) is not None:
+        # Their masks are made from what is stored.
+        kinds = ["indexed_attention"] * len(kinds)
     num_shared = getattr(config, "num_kv_shared_layers", None) or 0
     return tuple("dummy" if index >= len(kinds) - num_shared else kind for index, kind in enumerate(kinds))
 
