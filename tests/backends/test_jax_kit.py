@@ -45,11 +45,17 @@ ELSEWHERE = (
 )
 
 
+# XLA sorts subnormal numbers as zeros, which is why the shipped backend has a top_k of its own.
+PORTABLE_SORT = ("test_special_scores_have_their_places",)
+
+
 # The steps of this backend are the portable bodies, compiled whole. Run op by op (`jax:portable`) they are compiled op
 # by op, which takes minutes; the second case has the portable primitives inside the compiled bodies instead.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "left_out"), [("jax", LEFT_OUT), ("standard:BACKEND", ELSEWHERE)], ids=["jax", "standard"]
+    ("name", "left_out"),
+    [("jax", LEFT_OUT), ("standard:BACKEND", (*ELSEWHERE, *PORTABLE_SORT))],
+    ids=["jax", "standard"],
 )
 def test_the_kit_passes_on_jax(name, left_out, tmp_path):
     (tmp_path / "standard.py").write_text(STANDARD)
