@@ -12,7 +12,6 @@ __all__ = [
     "ATTENTION_CACHE_ARGUMENTS",
     "CACHE_ARGUMENTS",
     "cache_argument",
-    "first_query",
     "is_checkpointed",
     "layer_kinds",
     "makes_other_layers",
@@ -31,14 +30,6 @@ ATTENTION_CACHE_ARGUMENTS = (*CACHE_ARGUMENTS, "past_key_value", "layer_past")
 def number_of(queries: Any) -> int:
     """Read the argument of `get_mask_sizes`: a number of new tokens, or before 5.4 their positions."""
     return queries if isinstance(queries, int) else int(queries.shape[0])
-
-
-def first_query(mask_arguments: dict[str, Any]) -> int:
-    """Read the position of the first new token from the arguments of a mask function."""
-    if "q_offset" in mask_arguments:
-        return int(mask_arguments["q_offset"])
-    # Before 5.4.
-    return int(mask_arguments["cache_position"][0])
 
 
 def number_of_queries(mask_arguments: dict[str, Any]) -> int:
