@@ -7,6 +7,7 @@ name of the slip. Without a fault they are right, which `test_kit` proves too.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -18,7 +19,11 @@ import numpy as np
 from graphkv import Backend, Graph
 from graphkv.core import primitives
 from graphkv.core.backend import load
+from graphkv.core.fusion import _degree, _fuse
+from graphkv.core.propagation import _propagate
+from graphkv.core.selection import _select
 from graphkv.testing import Subject
+from graphkv.testing.subject import OPTIONAL
 from tests import strict
 from tests.subjects import NUMPY, fields_of
 
@@ -33,7 +38,7 @@ class Fault:
     wrong: Backend
     right: Backend
     caught_by: str
-    error: type[Exception] = AssertionError
+    error: type[Exception] | tuple[type[Exception], ...] = AssertionError
 
 
 # ---------------------------------------------------------------------------------------------------------- primitives
@@ -80,6 +85,7 @@ def segment(values, index, num_segments, /, *, xp, ufunc, fault=""):
 def received_attention(queries, keys, valid, /, *, block_size, xp, fault=""):
     groups = queries.shape[1] // keys.shape[1]
     total = np.zeros((*keys.shape[:2], groups, keys.shape[2]), keys.dtype)
+    valid_queries, valid = valid, valid & np.all(np.isfinite(keys), axis=-1)
     num_queries, num_tokens = queries.shape[2], keys.shape[2]
     for b, h, i in np.ndindex(*queries.shape[:3]):
         kv_head = h % keys.shape[1] if fault == "heads dealt out in turns" else h // groups
@@ -89,7 +95,9 @@ def received_attention(queries, keys, valid, /, *, block_size, xp, fault=""):
             sees[position + 1 :] = False
         if fault == "starts at the first position":
             sees[i + 1 :] = False
-        if fault != "padding asks" and not valid[b, kv_head, position]:
+        if fault != "padding asks" and not valid_queries[b, kv_head, position]:
+            continue
+        if not np.all(np.isfinite(queries[b, h, i])):
             continue
         if not sees.any():
             continue
@@ -387,6 +395,567 @@ def never_widens() -> Any:
     return namespace
 
 
+# ------------------------------------------------------------------------------------- at size, in precision, in memory
+
+# The right forms, each to be spoiled by a wrapper below: of kernels, the mistakes are in what stands around the loop.
+RIGHT: dict[str, Callable[..., Any]] = {
+    "top_k": NUMPY.top_k,
+    "segment_product": NUMPY.segment_product,
+    "segment_sum": NUMPY.segment_sum,
+    "received_attention": primitives.received_attention,
+    "build_graph": NUMPY.build_graph,
+    "propagate": _propagate,
+    "degree": _degree,
+    "fuse": _fuse,
+    "select": _select,
+}
+
+
+def is_float(x):
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"
+
+
+def each_array(change, x):
+    """Change an array, or every array of a Graph."""
+    if isinstance(x, Graph):
+        fields = {name: change(getattr(x, name)) for name in ("sources", "neighbors", "weights")}
+        return Graph(**fields, num_tokens=x.num_tokens)
+    return change(x) if isinstance(x, np.ndarray) else x
+
+
+def on_inputs(change):
+    """Spoil a step by what it reads."""
+    return lambda step: lambda *args, **options: step(*(each_array(change, x) for x in args), **options)
+
+
+def on_result(change):
+    """Spoil a step by what it gives."""
+    return lambda step: lambda *args, **options: each_array(change, step(*args, **options))
+
+
+def rounded(bits):
+    """Keep so many bits of a float, as products in TF32 (10) and bfloat16 (7) do."""
+
+    def change(x):
+        if not is_float(x):
+            return x
+        mantissa, exponent = np.frexp(x)
+        return np.ldexp(np.round(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent).astype(x.dtype)
+
+    return change
+
+
+def in_float32(step):
+    """Compute float64 in float32, and give it as float64 again."""
+
+    def wrong(*args, **options):
+        wide = any(
+            (is_float(x) and x.dtype == np.float64) or (isinstance(x, Graph) and x.weights.dtype == np.float64)
+            for x in args
+        )
+        narrow = [each_array(lambda a: a.astype(np.float32) if is_float(a) else a, x) for x in args]
+        result = step(*narrow, **options)
+        return each_array(lambda a: a.astype(np.float64) if wide and is_float(a) else a, result)
+
+    return wrong
+
+
+def flushed(x):
+    """Take subnormal numbers for zero."""
+    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.zeros_like(x), x) if is_float(x) else x
+
+
+def rows_beyond(most):
+    """A grid of so many rows: the others hold what the first row holds."""
+
+    def change(x):
+        if x.ndim < 2 or x.shape[0] <= most:
+            return x
+        x = x.copy()
+        x[most:] = x[0]
+        return x
+
+    return on_result(change)
+
+
+def third_axis_lost(step):
+    """Two leading axes: of three, the first is taken for 1."""
+
+    def change(x):
+        if x.ndim < 4 or x.shape[0] < 2:
+            return x
+        x = x.copy()
+        x[1:] = x[:1]
+        return x
+
+    return on_result(change)(step)
+
+
+def one_buffer(step):
+    """One output for all calls of a shape."""
+    buffers: dict[Any, Any] = {}
+
+    def change(x):
+        buffer = buffers.setdefault((x.shape, x.dtype), np.empty_like(x))
+        buffer[...] = x
+        return buffer
+
+    return on_result(change)(step)
+
+
+def shared_scratch(step):
+    """Scratch memory that all threads share: whoever comes between finds his input replaced."""
+    scratch: dict[Any, Any] = {}
+
+    def change(x):
+        if not is_float(x):
+            return x
+        buffer = scratch.setdefault((x.shape, x.dtype), np.empty_like(x))
+        buffer[...] = x
+        time.sleep(1e-4)
+        return buffer.copy()
+
+    return on_inputs(change)(step)
+
+
+def remembered(step):
+    """Remember results by the identity of the first array."""
+    memory: dict[Any, Any] = {}
+
+    def wrong(first, *args, **options):
+        key = (id(first), first.shape, tuple(x for x in args if isinstance(x, int)), tuple(sorted(map(str, options))))
+        key += tuple(str(options.get(name)) for name in ("signal", "accumulation", "fusion", "num_sources"))
+        if key not in memory:
+            memory[key] = (first, step(first, *args, **options))
+        return memory[key][1]
+
+    return wrong
+
+
+def as_stored(x):
+    """Read the memory as if it were dense and in order, whatever the strides say."""
+    base = x.base if isinstance(x.base, np.ndarray) and x.base.dtype == x.dtype else None
+    if base is None or x.flags.c_contiguous or not x.size:
+        return x
+    return np.resize(base.ravel(order="K"), x.shape)
+
+
+def in_place(step):
+    """Use the inputs as scratch memory, and put them back."""
+
+    def wrong(first, *args, **options):
+        if first.size:
+            before = first.copy()
+            first[...] = 0
+            first[...] = before
+        return step(first, *args, **options)
+
+    return wrong
+
+
+def with_errors(step):
+    """Let NumPy warn of overflow, in spite of the guard."""
+
+    def wrong(*args, **options):
+        with np.errstate(all="warn"):
+            return step(*args, **options)
+
+    return wrong
+
+
+# Mistakes of one primitive or step each.
+
+
+def wrapping_index(step):
+    return on_result(lambda x: x & 0xFFFF)(step)
+
+
+def unsorted_beyond(most):
+    def spoil(step):
+        def wrong(scores, k, *args, **options):
+            found = step(scores, k, *args, **options)
+            if k <= most:
+                return found
+            return np.concatenate([found[..., :most], found[..., most:][..., ::-1]], axis=-1)
+
+        return wrong
+
+    return spoil
+
+
+def nan_as(value):
+    """Rank NaN as a number."""
+    return on_inputs(lambda x: np.where(np.isnan(x), np.asarray(value, x.dtype), x) if is_float(x) else x)
+
+
+def negative_nan_first(step):
+    """Ranks by bits, in which a NaN of negative sign is the least, or the first of all."""
+
+    def wrong(scores, k, tiers=None, /, *, xp):
+        odd = np.isnan(scores) & np.signbit(scores)
+        return step(np.where(odd, np.asarray(np.inf, scores.dtype), scores), k, tiers, xp=xp)
+
+    return wrong
+
+
+def padded_by_minus_infinity(step):
+    """Fills rows up to a multiple of 8 with minus infinity, and finds the filling before NaN."""
+
+    def wrong(scores, k, tiers=None, /, *, xp):
+        num = -scores.shape[-1] % 8
+        wider = [(0, 0)] * (scores.ndim - 1) + [(0, num)]
+        padded = np.pad(scores, wider, constant_values=-np.inf)
+        more = None if tiers is None else np.pad(tiers, wider, constant_values=tiers.dtype.type(1))
+        return step(padded, k, more, xp=xp)
+
+    return wrong
+
+
+def nan_index_out_of_range(step):
+    def wrong(scores, k, tiers=None, /, *, xp):
+        found = step(scores, k, tiers, xp=xp)
+        return np.where(np.isnan(np.take_along_axis(scores, found, axis=-1)), found + scores.shape[-1], found)
+
+    return wrong
+
+
+def tiers_of_two_bits_as_one(step):
+    return lambda scores, k, tiers=None, /, *, xp: step(scores, k, None if tiers is None else tiers > 0, xp=xp)
+
+
+def segments_of(most):
+    """Room for so many values a segment."""
+
+    def spoil(step):
+        def wrong(values, index, num_segments, /, *, xp):
+            order = np.argsort(index, axis=-1, kind="stable")
+            ordered = np.take_along_axis(index, order, axis=-1)
+            place = np.broadcast_to(np.arange(index.shape[-1]), index.shape)
+            is_first = np.diff(ordered, axis=-1, prepend=-1) != 0
+            first = np.maximum.accumulate(np.where(is_first, place, 0), axis=-1)
+            before = np.empty_like(place)
+            np.put_along_axis(before, order, place - first, axis=-1)
+            neutral = 1 if step is RIGHT["segment_product"] else 0
+            some = np.where(before < most, values, np.asarray(neutral, values.dtype))
+            return step(some, index, num_segments, xp=xp)
+
+        return wrong
+
+    return spoil
+
+
+def edges_up_to(most):
+    """So many values in all; the others are lost."""
+    return lambda step: lambda values, index, n, /, *, xp: step(values[..., :most], index[..., :most], n, xp=xp)
+
+
+def logarithms(step):
+    """A product as the exponential of a sum of logarithms."""
+
+    def wrong(values, index, num_segments, /, *, xp):
+        with np.errstate(all="ignore"):
+            logs = np.log(np.abs(values)).astype(values.dtype)
+        result = np.exp(RIGHT["segment_sum"](logs, index, num_segments, xp=xp))
+        odd = RIGHT["segment_sum"]((values < 0).astype(values.dtype), index, num_segments, xp=xp) % 2
+        return np.where(odd == 1, -result, result).astype(values.dtype)
+
+    return wrong
+
+
+def index_as_int64(step):
+    """Reads the memory of an index as 64 bits, whatever its dtype."""
+
+    def wrong(values, index, num_segments, /, *, xp):
+        if index.dtype != np.int64 and index.shape[-1] % 2 == 0 and index.flags.c_contiguous:
+            index = np.repeat(index.view(np.int64) % num_segments, 2, axis=-1)
+        return step(values, index, num_segments, xp=xp)
+
+    return wrong
+
+
+def attention(fault):
+    """The received attention at once, with a mistake."""
+
+    def wrong(queries, keys, valid, /, *, block_size, xp):
+        batch, query_heads, num_queries, head_size = queries.shape
+        kv_heads, num_tokens = keys.shape[1:3]
+        groups = query_heads // kv_heads
+        if fault == "two groups at most" and groups > 2:
+            queries = queries.reshape(batch, kv_heads, groups, num_queries, head_size).copy()
+            queries[:, :, 2:] = queries[:, :, :1]
+            queries = queries.reshape(batch, query_heads, num_queries, head_size)
+        if fault == "last block lost" and num_queries % block_size and num_queries > block_size:
+            num_queries -= num_queries % block_size
+        if fault == "entries beyond the 64th ignored":
+            queries, keys = queries[..., :64], keys[..., :64]
+        position = np.arange(num_tokens - queries.shape[2], num_tokens)[:num_queries, None]
+        q = queries[:, :, :num_queries].reshape(batch, kv_heads, groups, num_queries, -1)
+        asks = np.take(valid, position[:, 0], axis=-1)[:, :, None, :, None]
+        if fault != "infinite keys count":
+            valid = valid & np.all(np.isfinite(keys), axis=-1)
+        if fault != "infinite queries ask":
+            asks = asks & np.all(np.isfinite(q), axis=-1)[..., None]
+            q = np.where(np.isfinite(q), q, 0)
+        seen = np.where(valid[..., None], keys, 0)
+        scale = {"scale of heads of 3": 3, "scale of heads of 64": 64}.get(fault, head_size)
+        logits = q @ np.swapaxes(seen, -1, -2)[:, :, None] / np.asarray(np.sqrt(scale), keys.dtype)
+        sees = (np.arange(num_tokens) <= position) & valid[:, :, None, None, :]
+        sees = sees & asks
+        if fault == "the largest logit of all subtracted":
+            highest = np.max(logits, axis=-1, keepdims=True)
+        else:
+            highest = np.max(np.where(sees, logits, -np.inf), axis=-1, keepdims=True)
+        highest = np.where(np.isfinite(highest), highest, 0).astype(keys.dtype)
+        with np.errstate(all="ignore"):
+            weight = np.exp(logits - (0 if fault == "no logit subtracted" else highest)) * sees
+            total = np.sum(weight, axis=-1, keepdims=True)
+            share = weight / (total if fault in ("no logit subtracted",) else np.where(total > 0, total, 1))
+        result = np.sum(np.where(sees, share, 0), axis=-2).astype(keys.dtype)
+        if fault == "tokens beyond the 64th ignored":
+            result[..., 64:] = 0
+        if fault == "batch of one squeezed" and batch == 1:
+            return result[0]
+        if fault == "a mean over the queries":
+            result = result / max(1, num_queries)
+        return result
+
+    return lambda step: wrong
+
+
+def graph_options(**change):
+    """Another count than asked for, filled up with edges of weight 0."""
+
+    def spoil(step):
+        def wrong(keys, importance, valid, /, **options):
+            graph = step(keys, importance, valid, **options)
+            weights = graph.weights.copy()
+            weights[..., change.get("num_sources", weights.shape[-2]) :, :] = 0
+            weights[..., change.get("num_neighbors", weights.shape[-1]) :] = 0
+            if weights.shape[-1] * weights.shape[-2] > change.get("edges", 2**62):
+                weights.reshape(*weights.shape[:-2], -1)[..., change["edges"] :] = 0
+            return Graph(sources=graph.sources, neighbors=graph.neighbors, weights=weights, num_tokens=graph.num_tokens)
+
+        return wrong
+
+    return spoil
+
+
+def keys_as(change):
+    """Spoil the keys, and nothing else."""
+    return lambda step: lambda keys, *args, **options: step(change(keys), *args, **options)
+
+
+def hypotenuse(keys):
+    """Lengths without over- and underflow: keys of all lengths have directions."""
+    largest = np.max(np.abs(keys), axis=-1, keepdims=True, initial=0)
+    usable = (largest > 0) & np.isfinite(largest)
+    return np.where(usable, keys / np.where(usable, largest, 1), keys).astype(keys.dtype)
+
+
+def longer_by(epsilon):
+    """Divide by the length and a little more, so that short keys get shorter directions."""
+
+    def change(keys):
+        with np.errstate(all="ignore"):
+            length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
+            # One more entry takes up what the direction lacks: equal to a division by the longer length.
+            return np.where(np.isfinite(length) & (length < epsilon), 0, keys).astype(keys.dtype)
+
+    return change
+
+
+def entries_up_to(most):
+    return lambda keys: keys[..., :most]
+
+
+def tokens_up_to(most):
+    """Keys beyond are not compared."""
+    return lambda keys: np.where(np.arange(keys.shape[-2])[:, None] < most, keys, 0).astype(keys.dtype)
+
+
+def sources_in_keys_dtype(step):
+    return lambda keys, importance, *args, **options: step(keys, importance.astype(keys.dtype), *args, **options)
+
+
+def far_from_the_end(step):
+    """Excludes sources and padding by a number of -4 in place of a mask: short keys reach above it."""
+
+    def wrong(keys, importance, valid, /, *, num_sources, num_neighbors, chunk_size, backend):
+        sources = np.sort(NUMPY.top_k(importance, num_sources, ~valid, xp=NUMPY.xp), axis=-1)
+        with np.errstate(all="ignore"):
+            length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
+            usable = (length > 0) & np.isfinite(length)
+            directions = np.where(usable, keys / np.where(usable, length, 1), 0).astype(keys.dtype)
+        bias = np.where(valid, 0, -4).astype(keys.dtype)
+        np.put_along_axis(bias, sources, -4, axis=-1)
+        of = np.take_along_axis(directions, sources[..., None], axis=-2)
+        similarity = of @ np.swapaxes(directions, -1, -2) + bias[..., None, :]
+        weight = np.where(similarity < -2, -1, np.clip(similarity, 0, 1)).astype(keys.dtype)
+        neighbors = np.argsort(-weight, axis=-1, kind="stable")[..., :num_neighbors]
+        weights = np.maximum(np.take_along_axis(weight, neighbors, axis=-1), 0)
+        weights = weights * np.take_along_axis(valid, sources, axis=-1)[..., None]
+        return Graph(sources=sources, neighbors=neighbors, weights=weights, num_tokens=valid.shape[-1])
+
+    return wrong
+
+
+def edges_as(change):
+    """Spoil the graph that is propagated: ``change(importance, neighbors, weights)``, flat edges."""
+
+    def spoil(step):
+        def wrong(importance, graph, /, **options):
+            shape = graph.weights.shape
+            edges = (*shape[:-2], shape[-2] * shape[-1])
+            weights = change(graph, graph.neighbors.reshape(edges), graph.weights.reshape(edges).copy())
+            graph = Graph(
+                sources=graph.sources,
+                neighbors=graph.neighbors,
+                weights=weights.reshape(shape),
+                num_tokens=graph.num_tokens,
+            )
+            return step(importance, graph, **options)
+
+        return wrong
+
+    return spoil
+
+
+def no_edges_to_sources(graph, neighbors, weights):
+    hits = np.any(neighbors[..., None] == graph.sources[..., None, :], axis=-1)
+    return np.where(hits, 0, weights)
+
+
+def repeated_edges_once(graph, neighbors, weights):
+    earlier = (neighbors[..., None, :] == neighbors[..., :, None]) & np.tri(neighbors.shape[-1], k=-1, dtype=bool)
+    return np.where(np.any(earlier & (weights[..., None, :] > 0), axis=-1), 0, weights)
+
+
+def edges_beyond(most):
+    def change(graph, neighbors, weights):
+        weights[..., most:] = 0
+        return weights
+
+    return change
+
+
+def capped(name, most):
+    """An option that counts no further."""
+    return lambda step: lambda *args, **options: step(*args, **options | {name: min(options[name], most)})
+
+
+def clipped_after_the_product(step):
+    """The bound of a factor, once for all of them."""
+
+    def wrong(importance, graph, /, *, signal, rounds, accumulation, strength, backend):
+        found = step(
+            importance,
+            graph,
+            signal=signal,
+            rounds=rounds,
+            accumulation=accumulation,
+            strength=strength,
+            backend=backend,
+        )
+        if signal != "decay" or accumulation == "sum":
+            return found
+        fixed = (importance == 0) | ~np.isfinite(importance)
+        least = np.where(importance > 0, importance * np.asarray(1e-6, importance.dtype), found)
+        return np.where(fixed, found, np.maximum(found, least)).astype(found.dtype)
+
+    return wrong
+
+
+def as_wide_as(place):
+    """The result has the dtype of one input, not of the wider one."""
+
+    def spoil(step):
+        def wrong(importance, other, *args, **options):
+            result = step(importance, other, *args, **options)
+            like = (importance, other.weights if isinstance(other, Graph) else other)[place]
+            return result.astype(like.dtype)
+
+        return wrong
+
+    return spoil
+
+
+def within_range(x):
+    """Saturate in place of an infinity."""
+    return np.nan_to_num(x, nan=np.nan) if is_float(x) else x
+
+
+def infinity_is_nan(x):
+    return np.where(np.isinf(x), np.nan, x).astype(x.dtype) if is_float(x) else x
+
+
+def powers_from(least):
+    """A larger bound of a power than 1e-24."""
+
+    def spoil(step):
+        def wrong(importance, degrees, valid, /, *, fusion, exponent, backend):
+            if fusion != "power":
+                return step(importance, degrees, valid, fusion=fusion, exponent=exponent, backend=backend)
+            closest = np.asarray(1 - least ** (1 / exponent), degrees.dtype)
+            nearer = np.where(degrees > closest, closest, degrees)
+            return step(importance, nearer, valid, fusion=fusion, exponent=exponent, backend=backend)
+
+        return wrong
+
+    return spoil
+
+
+def by_logarithm(step):
+    """A power as the exponential of a logarithm, in the fast and rough way of some libraries."""
+
+    def wrong(importance, degrees, valid, /, *, fusion, exponent, backend):
+        result = step(importance, degrees, valid, fusion=fusion, exponent=exponent, backend=backend)
+        return result * np.asarray(1 + 3e-5, result.dtype) if fusion == "power" and exponent > 2 else result
+
+    return wrong
+
+
+def ranks_in_float16(step):
+    def wrong(importance, degrees, valid, /, *, fusion, exponent, backend):
+        result = step(importance, degrees, valid, fusion=fusion, exponent=exponent, backend=backend)
+        return result if fusion == "power" else np.where(valid, result.astype(np.float16), result).astype(result.dtype)
+
+    return wrong
+
+
+def namespace_of(**changed):
+    """NumPy's namespace, with other functions in place of some; None takes one away."""
+    namespace = ModuleType("changed")
+    names = {name: getattr(NUMPY.xp, name) for name in dir(NUMPY.xp)} | changed
+    vars(namespace).update({name: value for name, value in names.items() if value is not None})
+    return namespace
+
+
+def exclusive_sum(x, /, *, axis):
+    return NUMPY.xp.cumulative_sum(x, axis=axis) - x
+
+
+def half_up(x, /):
+    return np.floor(x + np.asarray(0.5, x.dtype))
+
+
+def rough_exp(x, /):
+    return np.exp(x * np.asarray(1 + 1e-4, x.dtype))
+
+
+def flat_mean(x, /, *, axis=None, keepdims=False):
+    return np.mean(x, axis=axis[0] if isinstance(axis, tuple) else axis, keepdims=keepdims)
+
+
+def unstable_argsort(x, /, *, axis=-1, descending=False, stable=True):
+    """Descending by turning an ascending order round, which turns ties round as well."""
+    order = np.argsort(x, axis=axis, kind="stable")
+    return np.flip(order, axis=axis) if descending else order
+
+
+def undirected_argsort(x, /, *, axis=-1, stable=True):
+    return np.argsort(x, axis=axis, kind="stable")
+
+
 # ---------------------------------------------------------------------------------------------------------------- table
 
 STEPS: dict[str, Callable[..., Any]] = {
@@ -420,7 +989,286 @@ def faults_of(step: str, caught: dict[str, str]) -> list[Fault]:
     ]
 
 
+def spoiled(step: str, claims: dict[str, dict[str, Callable[..., Any]]]) -> list[Fault]:
+    """Faults of the right forms: what must fail, and by name what was done to the step."""
+    return [
+        Fault(
+            name=f"{step}: {name}",
+            wrong=replaced(NUMPY, **{step: spoil(RIGHT[step])}),
+            right=replaced(NUMPY, **{step: RIGHT[step]}),
+            caught_by=f"test_{claim}",
+            error=(AssertionError, ValueError, RuntimeWarning),
+        )
+        for claim, faults in claims.items()
+        for name, spoil in faults.items()
+    ]
+
+
+def namespaces(claims: dict[str, dict[str, dict[str, Any]]]) -> list[Fault]:
+    """Faults of the namespace itself, under the portable forms."""
+    portable = dict.fromkeys(OPTIONAL)
+    return [
+        Fault(
+            name=f"namespace: {name}",
+            wrong=replaced(NUMPY, xp=namespace_of(**changed), **portable),
+            right=replaced(NUMPY, **portable),
+            caught_by=f"test_{claim}",
+        )
+        for claim, faults in claims.items()
+        for name, changed in faults.items()
+    ]
+
+
+# What can go wrong with every step alike; primitives get arrays that were made for them, and so new ones every time.
+MEMORY = {
+    "results_outlive_the_next_call": {"one buffer for all results": one_buffer},
+    "an_array_changed_in_place_is_read_again": {"results remembered by identity": remembered},
+    "four_threads_at_once": {"scratch memory for all threads": shared_scratch},
+    "layouts_never_matter": {
+        "strides ignored": on_inputs(as_stored),
+        "inputs as scratch memory": in_place,
+    },
+}
+
 FAULTS = [
+    *spoiled(
+        "top_k",
+        {
+            "long_rows_are_ranked": {
+                "indices of 16 bits": wrapping_index,
+                "unsorted beyond the 1024th": unsorted_beyond(1024),
+                "rows beyond the 64th": rows_beyond(64),
+                "three tiers at most": tiers_of_two_bits_as_one,
+                "two leading axes": third_axis_lost,
+            },
+            "scores_one_bit_apart_keep_their_order": {
+                "in bfloat16": on_inputs(rounded(7)),
+                "in TF32": on_inputs(rounded(10)),
+                "in 20 bits": on_inputs(rounded(20)),
+                "float64 in float32": in_float32,
+            },
+            "special_scores_have_their_places": {
+                "subnormal numbers are 0": on_inputs(flushed),
+                "negative NaN first": negative_nan_first,
+                "NaN as minus infinity": nan_as(-np.inf),
+                "NaN as the lowest number": nan_as(-3e38),
+                "NaN as 0": nan_as(0),
+                "filled up with minus infinity": padded_by_minus_infinity,
+                "index out of range behind NaN": nan_index_out_of_range,
+            },
+        }
+        | MEMORY,
+    ),
+    *spoiled(
+        "segment_product",
+        {
+            "segments_of_many_values": {
+                "32 values a segment": segments_of(32),
+                "65,536 values": edges_up_to(65_536),
+                "1,024 values": edges_up_to(1024),
+                "rows beyond the 64th": rows_beyond(64),
+                "by logarithms": logarithms,
+                "factors in TF32": on_inputs(rounded(10)),
+                "float64 in float32": in_float32,
+                "indices of 32 bits as 64": index_as_int64,
+                "two leading axes": third_axis_lost,
+            },
+        }
+        | {name: faults for name, faults in MEMORY.items() if "in_place" not in name},
+    ),
+    *spoiled(
+        "segment_sum",
+        {
+            "segments_of_many_values": {
+                "32 values a segment": segments_of(32),
+                "65,536 values": edges_up_to(65_536),
+                "rows beyond the 64th": rows_beyond(64),
+                "terms in bfloat16": on_inputs(rounded(7)),
+                "float64 in float32": in_float32,
+            },
+        }
+        | {name: faults for name, faults in MEMORY.items() if "in_place" not in name},
+    ),
+    *spoiled(
+        "received_attention",
+        {
+            "attention_received_in_real_shapes": {
+                name: attention(name)
+                for name in (
+                    "two groups at most",
+                    "last block lost",
+                    "entries beyond the 64th ignored",
+                    "scale of heads of 3",
+                    "scale of heads of 64",
+                    "the largest logit of all subtracted",
+                    "no logit subtracted",
+                    "tokens beyond the 64th ignored",
+                    "batch of one squeezed",
+                    "a mean over the queries",
+                )
+            }
+            | {"products in TF32": on_inputs(rounded(10)), "float64 in float32": in_float32},
+            "attention_leaves_out_what_is_not_finite": {
+                name: attention(name) for name in ("infinite keys count", "infinite queries ask")
+            },
+            "results_outlive_the_next_call": MEMORY["results_outlive_the_next_call"],
+            "layouts_never_matter": {"strides ignored": on_inputs(as_stored)},
+        },
+    ),
+    *spoiled(
+        "build_graph",
+        {
+            "graphs_of_long_rows": {
+                "8 neighbors at most": graph_options(num_neighbors=8),
+                "32 neighbors at most": graph_options(num_neighbors=32),
+                "16 sources at most": graph_options(num_sources=16),
+                "256 sources at most": graph_options(num_sources=256),
+                "65,536 edges at most": graph_options(edges=65_536),
+                "entries beyond the 16th ignored": keys_as(entries_up_to(16)),
+                "entries beyond the 64th ignored": keys_as(entries_up_to(64)),
+                "tokens beyond the 1024th not compared": keys_as(tokens_up_to(1024)),
+                "tokens beyond the 65,536th not compared": keys_as(tokens_up_to(65_536)),
+                "rows beyond the 64th": rows_beyond(64),
+                "two leading axes": third_axis_lost,
+            },
+            "graphs_of_real_head_sizes": {
+                "products in TF32": keys_as(rounded(10)),
+                "products in bfloat16": keys_as(rounded(7)),
+                "float64 in float32": in_float32,
+            },
+            "keys_of_all_lengths": {
+                "lengths without overflow": keys_as(hypotenuse),
+                "keys shorter than 1e-12 are zero": keys_as(longer_by(1e-12)),
+            },
+            "short_keys_never_make_edges_to_sources_or_padding": {"a number for a mask": far_from_the_end},
+            "mixed_dtypes_have_the_wider_result": {"sources ranked in the dtype of the keys": sources_in_keys_dtype},
+        }
+        | MEMORY,
+    ),
+    *spoiled(
+        "propagate",
+        {
+            "propagation_over_large_graphs": {
+                "weights in TF32": on_inputs(rounded(10)),
+                "float64 in float32": in_float32,
+                "65,536 edges at most": edges_as(edges_beyond(65_536)),
+                "64 edges at most": edges_as(edges_beyond(64)),
+                "8 rounds at most": capped("rounds", 8),
+                "rows beyond the 64th": rows_beyond(64),
+                "two leading axes": third_axis_lost,
+            },
+            "duplicates_of_several_sources_fall_by_a_factor_each": {
+                "clipped after the product": clipped_after_the_product,
+                "underflow to 0": on_result(flushed),
+            },
+            "graphs_made_by_hand": {
+                "no edges to sources": edges_as(no_edges_to_sources),
+                "repeated edges count once": edges_as(repeated_edges_once),
+            },
+            "mixed_dtypes_have_the_wider_result": {
+                "as wide as the importance": as_wide_as(0),
+                "as wide as the weights": as_wide_as(1),
+            },
+            "results_beyond_the_range_are_infinite_or_zero": {
+                "saturated": on_result(within_range),
+                "infinity is NaN": on_result(infinity_is_nan),
+            },
+            "values_never_warn": {"warnings of overflow": with_errors},
+        }
+        | MEMORY,
+    ),
+    *spoiled(
+        "degree",
+        {
+            "degrees_of_long_rows": {
+                "1,024 tokens in the mean": keys_as(tokens_up_to(1024)),
+                "entries beyond the 64th ignored": keys_as(entries_up_to(64)),
+                "products in TF32": keys_as(rounded(10)),
+                "products in bfloat16": keys_as(rounded(7)),
+                "float64 in float32": in_float32,
+                "rows beyond the 64th": rows_beyond(64),
+                "two leading axes": third_axis_lost,
+            },
+            "keys_of_all_lengths": {
+                "lengths without overflow": keys_as(hypotenuse),
+                "keys shorter than 1e-12 are zero": keys_as(longer_by(1e-12)),
+            },
+            "values_never_warn": {"warnings of overflow": with_errors},
+        }
+        | MEMORY,
+    ),
+    *spoiled(
+        "fuse",
+        {
+            "fusion_of_long_rows": {
+                "ranks in half precision": ranks_in_float16,
+                "rows beyond the 64th": rows_beyond(64),
+                "two leading axes": third_axis_lost,
+                "scores in TF32": on_inputs(rounded(10)),
+                "powers by logarithms": by_logarithm,
+                "float64 in float32": in_float32,
+            },
+            "powers_of_small_distances_keep_their_digits": {
+                "powers from 1e-12": powers_from(1e-12),
+                "powers from 1e-16": powers_from(1e-16),
+                "exponents up to 16": capped("exponent", 16),
+            },
+            "results_beyond_the_range_are_infinite_or_zero": {
+                "saturated": on_result(within_range),
+                "infinity is NaN": on_result(infinity_is_nan),
+            },
+            "mixed_dtypes_have_the_wider_result": {
+                "as wide as the importance": as_wide_as(0),
+                "as wide as the degrees": as_wide_as(1),
+            },
+            "values_never_warn": {"warnings of overflow": with_errors},
+        }
+        | MEMORY,
+    ),
+    *spoiled(
+        "select",
+        {
+            "long_rows_are_selected": {
+                "rows beyond the 64th": rows_beyond(64),
+                "positions of 16 bits": wrapping_index,
+                "two leading axes": third_axis_lost,
+            },
+            "scores_one_bit_apart_keep_their_order": {
+                "in bfloat16": on_inputs(rounded(7)),
+                "float64 in float32": in_float32,
+            },
+            "special_scores_have_their_places": {
+                "subnormal numbers are 0": on_inputs(flushed),
+                "NaN as minus infinity": nan_as(-np.inf),
+            },
+        }
+        | MEMORY,
+    ),
+    *namespaces(
+        {
+            "the_namespace_has_what_is_used": {
+                f"without {name}": {name: None}
+                for name in (
+                    "cumulative_sum",
+                    "log",
+                    "round",
+                    "stack",
+                    "exp",
+                    "searchsorted",
+                    "take_along_axis",
+                    "bool",
+                )
+            }
+            | {"argsort cannot descend": {"argsort": undirected_argsort}},
+            "every_policy_keeps_what_numpy_keeps": {
+                "sum up to the one before": {"cumulative_sum": exclusive_sum},
+                "halves rounded up": {"round": half_up},
+                "exponentials to four digits": {"exp": rough_exp},
+                "a mean over one axis of several": {"mean": flat_mean},
+            },
+            "long_rows_are_ranked": {"descending by turning round": {"argsort": unstable_argsort}},
+        }
+    ),
     *faults_of(
         "top_k",
         {

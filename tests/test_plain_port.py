@@ -3,10 +3,15 @@
 import ast
 import importlib
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from graphkv.testing import examples
 
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS / "examples"))
@@ -68,3 +73,40 @@ def test_small_backend_of_the_porting_page_passes_every_vector():
     for cases in vectors.load().values():
         for case in cases:
             assert vectors.differences(case["expected"], vectors.run(case, backend), case["tolerance"]) == []
+
+
+@pytest.mark.parametrize("claim", examples.__all__)
+def test_small_backend_of_the_porting_page_passes_the_examples_of_the_kit(claim):
+    getattr(examples, claim)(importlib.import_module("my_backend").BACKEND)
+
+
+NODE = shutil.which("node")
+with_node = pytest.mark.skipif(NODE is None, reason="the port to JavaScript needs node, which is not installed here")
+
+
+def javascript(*paths):
+    command = [NODE, DOCS / "examples" / "plain_port.mjs", *paths]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@with_node
+def test_port_to_javascript_gives_what_is_expected():
+    done = javascript()
+
+    assert (done.returncode, done.stderr) == (0, "")
+    counts = re.findall(r"^(\w+)\.json: (\d+) of (\d+) cases passed$", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in counts] == list(plain_port.CORE)
+    assert sum(int(total) for _, _, total in counts) == len(CASES)
+
+
+@with_node
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"), [("counts", '"count": 90', '"count": 89'), ("select", "[1, 2]", "[0, 2]")]
+)
+def test_port_to_javascript_sees_a_difference(tmp_path, file, right, wrong):
+    text = (DOCS / "vectors" / f"{file}.json").read_text(encoding="utf-8")
+    assert right in text
+    changed = tmp_path / f"{file}.json"
+    changed.write_text(text.replace(right, wrong), encoding="utf-8")
+
+    assert javascript(changed).returncode == 1

@@ -57,6 +57,7 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=lambda values, index, n, *, xp: by_segment(values, index, n, xp.prod, 1, xp=xp),
     segment_sum=lambda values, index, n, *, xp: by_segment(values, index, n, xp.sum, 0, xp=xp),
+    guard=lambda array: np.errstate(all="ignore"),
 )
 '''
 

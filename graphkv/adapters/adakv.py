@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from math import floor
 from typing import ClassVar
 
-from ..core import checks, primitives
+from ..core import budgets, checks, primitives
 from ..core.backend import Backend
 from ..core.policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from ..core.types import Array
@@ -200,7 +198,7 @@ class AdaKV(Wrapper):
             )
             return replace(found, head_budgets=shares)
         open_tokens = max(0, inputs.budget - num_protected)
-        share = floor(Fraction(repr(float(self.floor))) * open_tokens)
+        share = budgets.share_of(self.floor, open_tokens)
         least = xp.sum(xp.astype(protected, xp.int64), axis=-1) + share
         least = xp.minimum(least, xp.full_like(least, inputs.budget))
         shares = head_budgets(found.scores, inputs.budget, least, protected, inputs.valid, backend=inputs.backend)

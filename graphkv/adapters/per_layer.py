@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from typing import Any
 
 from ..core import budgets as core_budgets
 from ..core import checks
@@ -122,7 +123,16 @@ class LayerShares(SettledBudgets):
             raise ArgumentError(f"shares must have one entry for each of {num_layers} layers; got {len(self.shares)}")
         average = min(core_budgets.tokens_of(self.base.budget, num_tokens), num_tokens)
         least = min(self.base.num_protected(average), average)
-        return _allocated(tuple(self.shares), num_layers * average, num_tokens, least)[layer]
+        return _budget_of(layer, tuple(self.shares), num_layers * average, num_tokens, least)
+
+
+def _budget_of(layer: int, /, *shares_and_bounds: Any) -> int:
+    """Look one layer up."""
+    return _allocated(*shares_and_bounds)[layer]
+
+
+# What torch.compiler.assume_constant_result sets, without an import of torch: budgets are constants of a graph.
+_budget_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)

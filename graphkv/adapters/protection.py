@@ -107,4 +107,4 @@ class WindowPolicy(SinkPolicy):
         xp, num_tokens = inputs.xp, inputs.num_tokens
         position = xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
         in_window = position >= num_tokens - self.num_queries(num_tokens)
-        return inputs.valid & (in_window | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp))
+        return inputs.valid & (in_window[None, None, :] | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp))

@@ -15,6 +15,19 @@ from .protection import SinkPolicy
 __all__ = ["Random"]
 
 
+def _draws(seed: int, layer: int, num_heads: int, num_tokens: int, /) -> list[list[float]]:
+    """Draw a number in [0, 1) for every token of every head.
+
+    The standard has no random numbers; Python's are the same everywhere, and 24 bits are exact in float32.
+    """
+    streams = [random.Random(f"{seed}/{layer}/{head}") for head in range(num_heads)]
+    return [[stream.getrandbits(24) / 2**24 for _ in range(num_tokens)] for stream in streams]
+
+
+# What torch.compiler.assume_constant_result sets, without an import of torch: the draws are constants of a graph.
+_draws._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Random(SinkPolicy):
     """Keep tokens drawn at random, the same on every backend.
@@ -65,11 +78,7 @@ class Random(SinkPolicy):
     def score(self, inputs: LayerInputs, /) -> Array:
         """Draw a number in [0, 1) for every token."""
         xp, num_tokens = inputs.xp, inputs.num_tokens
-        draws = []
-        for head in range(inputs.keys.shape[1]):
-            # The standard has no random numbers; Python's are the same everywhere, and 24 bits are exact in float32.
-            stream = random.Random(f"{self.seed}/{inputs.layer}/{head}")
-            draws.append([stream.getrandbits(24) / 2**24 for _ in range(num_tokens)])
+        draws = _draws(self.seed, inputs.layer, inputs.keys.shape[1], num_tokens)
         table = xp.asarray(draws, dtype=inputs.keys.dtype, device=primitives.device_of(inputs.keys))
         table = xp.broadcast_to(table, inputs.valid.shape)
         rank = attention.token_rank(inputs.valid, xp=xp)

@@ -102,7 +102,7 @@ def visible_queries(inputs: LayerInputs, /) -> Array:
     """
     xp = inputs.xp
     position = xp.arange(inputs.num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
-    asks = xp.astype(inputs.valid & (position >= inputs.num_seen), xp.int64)
+    asks = xp.astype(inputs.valid & (position[None, None, :] >= inputs.num_seen), xp.int64)
     later = xp.sum(asks, axis=-1, keepdims=True) - xp.cumulative_sum(asks, axis=-1)
     return xp.astype(xp.where(inputs.valid, later + asks, xp.zeros_like(asks)), inputs.keys.dtype)
 

@@ -128,4 +128,4 @@ class TOVA(SinkPolicy):
         if not self.protect_newest:
             return sinks
         position = inputs.xp.arange(inputs.num_tokens, dtype=inputs.xp.int64, device=primitives.device_of(inputs.keys))
-        return sinks | (inputs.valid & (position == inputs.num_tokens - 1))
+        return sinks | (inputs.valid & (position[None, None, :] == inputs.num_tokens - 1))

@@ -3,19 +3,25 @@
 Everything that is no array (counts, budgets, options) must be static under ``jax.jit``; a `Graph` and an `Eviction` may
 go in and out. Without ``jax_enable_x64`` indices are int32.
 
+Compiled arithmetic takes subnormal numbers for zero. Scores of that size keep their order and their bits all the same;
+but an edge of a weight below 1.2e-38 is none, and keys near 1e-18 lose digits of their lengths.
+
+Arrays may be spread over several devices. What a call creates beside them is copied to each.
+
 Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
 that changes from run to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core import primitives
 from ..core.backend import Backend
 from ..core.eviction import Eviction
 from ..core.fusion import _degree, _fuse
@@ -28,11 +34,30 @@ from ..core.types import Array, Graph, Namespace
 __all__ = ["BACKEND"]
 
 
+# What is created where an array is: of a shape of its own, which an array's sharding need not fit.
+CREATION = ("arange", "asarray", "full", "ones", "zeros")
+
+
+@cache
+def _on_all_devices(create: Callable[..., Array]) -> Callable[..., Array]:
+    """Create a copy on each device of an array that is spread out over several."""
+
+    def created(*args: Any, device: Any = None, **options: Any) -> Array:
+        if isinstance(device, jax.sharding.NamedSharding):
+            device = jax.sharding.NamedSharding(device.mesh, jax.sharding.PartitionSpec())
+        elif isinstance(device, jax.sharding.Sharding):
+            device = None
+        return create(*args, device=device, **options)
+
+    return created
+
+
 class _Namespace:
     """jax.numpy, in which ``int64`` is the widest integer that is switched on: asking for more is a warning."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(jnp, name)
+        found = getattr(jnp, name)
+        return _on_all_devices(found) if name in CREATION else found
 
     @property
     def int64(self) -> Any:
@@ -42,10 +67,40 @@ class _Namespace:
 def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
     """Rank tier by tier with lax.top_k, which takes the lower index among equals and is far faster than a sort."""
     num_tokens = scores.shape[-1]
-    if num_tokens >= 2**23:  # the places below would not be exact in float32
-        return primitives.top_k(scores, k, tiers, xp=xp)
-    # lax.top_k ranks 0.0 above -0.0. By bits, because arithmetic may take a subnormal number for zero.
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32 if scores.dtype == jnp.float32 else jnp.int64)
+    if num_tokens >= 2**23:  # the places of `_top_k_by_value` would not be exact in float32
+        return _top_k_by_bits(bits, k, tiers, xp=xp)
+    # Compiled comparisons may take a subnormal number for zero. There seldom is one, and only then all is sorted.
+    size = bits & jnp.iinfo(bits.dtype).max
+    is_subnormal = (size > 0) & (size < jax.lax.bitcast_convert_type(jnp.finfo(scores.dtype).tiny, bits.dtype))
+    return jax.lax.cond(
+        jnp.any(is_subnormal),
+        lambda: _top_k_by_bits(bits, k, tiers, xp=xp),
+        lambda: _top_k_by_value(scores, bits, k, tiers, xp=xp),
+    )
+
+
+def _top_k_by_bits(bits: Array, k: int, tiers: Array | None, /, *, xp: Namespace) -> Array:
+    """Sort integers that are in the order of the scores."""
+    lowest = jnp.iinfo(bits.dtype).min
+    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, _float_of(bits)), bits.dtype)
+    is_nan = (bits & jnp.iinfo(bits.dtype).max) > infinity
+    bits = jnp.where(bits == lowest, jnp.zeros_like(bits), bits)  # -0.0 equals 0.0
+    bits = jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+    bits = jnp.where(is_nan, jnp.full_like(bits, lowest), bits)
+    tiers = jnp.zeros(bits.shape, jnp.int32) if tiers is None else tiers.astype(jnp.int32)
+    place = jax.lax.broadcasted_iota(xp.int64, bits.shape, bits.ndim - 1)
+    return jax.lax.sort((tiers, ~bits, place), dimension=-1, is_stable=True, num_keys=2)[2][..., :k]
+
+
+def _float_of(bits: Array, /) -> Any:
+    return jnp.float32 if bits.dtype == jnp.int32 else jnp.float64
+
+
+def _top_k_by_value(scores: Array, bits: Array, k: int, tiers: Array | None, /, *, xp: Namespace) -> Array:
+    """Rank normal numbers."""
+    num_tokens = scores.shape[-1]
+    # lax.top_k ranks 0.0 above -0.0.
     scores = jnp.where(bits == jnp.iinfo(bits.dtype).min, jnp.zeros_like(scores), scores)
     # Minus infinity and NaN cannot compete by value: they go by their place in the row, the NaN behind.
     place = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.float32), scores.shape)
@@ -95,6 +150,12 @@ fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
 pagerank = jax.jit(_pagerank, static_argnames=("rounds", "backend"))
 select = jax.jit(_select, static_argnums=1, static_argnames="backend")
 
+
+def refuse(array: Array, /) -> str:
+    """Name the arrays that hold no numbers."""
+    return "an array of random keys" if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else ""
+
+
 BACKEND = Backend(
     name="jax",
     xp=_Namespace(),
@@ -106,4 +167,6 @@ BACKEND = Backend(
     fuse=fuse,
     pagerank=pagerank,
     select=select,
+    detach=jax.lax.stop_gradient,
+    refuse=refuse,
 )

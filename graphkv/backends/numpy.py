@@ -57,7 +57,7 @@ def _normalise(keys: Array, /, *, out: Array) -> None:
 def _rankable(similarity: Array, /) -> Array:
     """Clip cosines to weights, and leave what may not be a neighbor below them."""
     weights = np.clip(similarity, 0, 1)
-    weights[similarity < -2] = streamed.EXCLUDED
+    weights[similarity < streamed.EXCLUDED / 2] = streamed.EXCLUDED
     return weights
 
 
@@ -238,6 +238,18 @@ def _sparse_reduce(
     return result
 
 
+def guard(array: Array, /) -> Any:
+    """Keep NumPy from warning of values: each has its meaning, an infinity and a zero too."""
+    return np.errstate(all="ignore")
+
+
+def refuse(array: Array, /) -> str:
+    """Name the kinds of array whose operators do not mean the same."""
+    if isinstance(array, np.ma.MaskedArray):
+        return "a masked array"
+    return "a matrix" if isinstance(array, np.matrix) else ""
+
+
 BACKEND = Backend(
     name="numpy",
     xp=xp,
@@ -246,6 +258,8 @@ BACKEND = Backend(
     segment_product=segment_product,
     segment_sum=segment_sum,
     build_graph=build_graph,
+    guard=guard,
+    refuse=refuse,
 )
 
 # NumPy arrays, propagated through SciPy's compressed columns: ``propagate(importance, graph, backend=SPARSE)``. A

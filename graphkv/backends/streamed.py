@@ -22,8 +22,9 @@ __all__ = ["EXCLUDED", "build_graph"]
 
 # Similarities that exist at a time, and entries of directions: 8 MB each in float32, which a last-level cache holds.
 BUFFER_SIZE = 1 << 21
-# Added to the similarity of what may not be a neighbor: the sum is below -2, and so below every cosine.
-EXCLUDED = -4.0
+# Added to the similarity of what may not be a neighbor. Cosines are not always within [-1, 1]: where the squares of a
+# key are subnormal, its length comes out too short by far. None of them reaches half of this.
+EXCLUDED = -(2.0**100)
 
 
 def build_graph(

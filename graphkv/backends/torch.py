@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,20 +19,41 @@ from . import streamed
 __all__ = ["BACKEND"]
 
 
+def _is_plain(*arrays: Array) -> bool:
+    """Whether kernels with ``out=`` may run: all are tensors with memory, none fake, mapped or differentiated."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return all(
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not _is_dual(x)
+        for x in arrays
+    )
+
+
+def _is_dual(x: Array) -> bool:
+    """Whether the tensor carries a forward-mode gradient."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def _smallest(keys: Array, k: int, /) -> Array:
     return torch.topk(keys, k, dim=-1, largest=False, sorted=True).values
 
 
 # Not torch.topk on the scores: it gives no order among equal values (pytorch#27542).
-top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(torch.int32), smallest=_smallest)
+top_k = partial(primitives.packed_top_k, bits=lambda x: x.resolve_neg().view(torch.int32), smallest=_smallest)
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
     """Multiply by torch's own scatter where it has one order: on a GPU that changes from run to run."""
-    if values.device.type != "cpu":
+    if values.device.type != "cpu" or _is_dual(values):
         return primitives.segment_product(values, index, num_segments, xp=xp)
     result = torch.ones((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
-    return result.scatter_reduce_(-1, index, values, "prod")
+    return result.scatter_reduce(-1, index, values, "prod")
 
 
 def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
@@ -39,7 +61,7 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     if values.device.type != "cpu":
         return primitives.segment_sum(values, index, num_segments, xp=xp)
     result = torch.zeros((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
-    return result.scatter_add_(-1, index, values)
+    return result.scatter_add(-1, index, values)
 
 
 def _normalised(keys: Array, /) -> Array:
@@ -51,7 +73,7 @@ def _normalised(keys: Array, /) -> Array:
 
 def _rankable(similarity: Array, places: Array, /) -> Array:
     """Pack what may be overwritten into integers that are all different, ascending from the best."""
-    is_excluded = similarity < -2
+    is_excluded = similarity < streamed.EXCLUDED / 2
     # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of others are negative.
     bits = similarity.clamp_(max=1.0).view(torch.int32).clamp_(min=0)
     return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
@@ -125,10 +147,16 @@ def _nearest_of(
 
 
 def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
-    """Stream the similarities of float32; what records gradients must not be written to, and takes the portable way."""
-    if keys.dtype != torch.float32 or (keys.requires_grad and torch.is_grad_enabled()):
+    """Stream the similarities of float32; what records gradients, or is mapped, must not be written to."""
+    # The norm of a key of one entry is that entry, however small its square.
+    if keys.dtype != torch.float32 or keys.shape[-1] == 1 or not _is_plain(keys, importance, valid):
         return _build_graph(keys, importance, valid, **options)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
+
+
+def _is_finite(rows: Array, /) -> Array:
+    """Mark the rows (..., D) without infinity and NaN, by their largest entries: nothing of their size is allocated."""
+    return torch.isfinite(torch.linalg.vector_norm(rows, torch.inf, dim=-1))
 
 
 # Attention probabilities that exist at a time: 8 MB in float32, which a last-level cache holds.
@@ -137,12 +165,14 @@ ATTENTION_SIZE = 1 << 21
 
 def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
     """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
-    if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad):
+    if queries.shape[-1] == 0 or not _is_plain(queries, keys, valid):
         return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
     batch, query_heads, num_queries, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     num_rows, groups = batch * kv_heads, query_heads // kv_heads
     asks = valid[..., num_tokens - num_queries :].reshape(num_rows, 1, num_queries, 1)
+    asks = asks & _is_finite(queries).reshape(num_rows, groups, num_queries, 1)
+    valid = valid & _is_finite(keys)
     # Padding may hold anything, NaN included.
     queries = queries.reshape(num_rows, groups, num_queries, head_size).masked_fill(~asks, 0.0)
     queries.mul_(head_size**-0.5)
@@ -178,6 +208,23 @@ def to_numpy(x: Array) -> Any:
     return x.detach().cpu().numpy()
 
 
+def guard(array: Array, /) -> AbstractContextManager[Any]:
+    """Leave torch.autocast, in which products would be made and given in half precision."""
+    device = array.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def refuse(array: Array, /) -> str:
+    """Name tensors that are not one block of numbers."""
+    if array.layout is not torch.strided:
+        return f"a tensor of layout {array.layout}"
+    if array.is_nested:
+        return "a nested tensor"
+    return "a masked tensor" if type(array).__name__ == "MaskedTensor" else ""
+
+
 BACKEND = Backend(
     name="torch",
     xp=xp,
@@ -187,4 +234,7 @@ BACKEND = Backend(
     segment_sum=segment_sum,
     received_attention=received_attention,
     build_graph=build_graph,
+    guard=guard,
+    detach=torch.Tensor.detach,
+    refuse=refuse,
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any
 
-from .errors import BackendError, BackendUnavailableError
+from .errors import ArgumentTypeError, BackendError, BackendUnavailableError
 
 __all__ = ["Backend", "library_of", "resolve"]
 
@@ -54,6 +54,14 @@ class Backend:
     build_graph, propagate, degree, fuse, pagerank, select : callable, optional
         Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
         `_propagate`, and so on) and must give the same result.
+    guard : callable, optional
+        ``guard(array)`` returns a context that is entered around every call on that array: for a library whose results
+        depend on a state around the call, or that warns about values.
+    detach : callable, optional
+        ``detach(array)`` cuts an array off from the recording of gradients: for state, which would record them forever.
+    refuse : callable, optional
+        ``refuse(array)`` names the kind of an array of the library with which these steps cannot compute, such as
+        ``"a sparse array"``; an empty string for all others.
 
     Notes
     -----
@@ -75,10 +83,17 @@ class Backend:
     fuse: Callable[..., Any] | None = None
     pagerank: Callable[..., Any] | None = None
     select: Callable[..., Any] | None = None
+    guard: Callable[[Any], AbstractContextManager[Any]] | None = None
+    detach: Callable[[Any], Any] | None = None
+    refuse: Callable[[Any], str] | None = None
 
     def __post_init__(self) -> None:
         if not self.library:
             object.__setattr__(self, "library", self.name)
+
+    def guarded(self, array: Any, /) -> AbstractContextManager[Any]:
+        """Enter the `guard`, if there is one."""
+        return nullcontext() if self.guard is None else self.guard(array)
 
     def __copy__(self) -> Backend:
         return self
@@ -122,7 +137,8 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
     BackendUnavailableError
         If the backend's library is not installed, or finds no device.
     """
-    libraries = {name: library_of(array) for name, array in arrays.items() if array is not None}
+    given = {name: array for name, array in arrays.items() if array is not None}
+    libraries = {name: library_of(array) for name, array in given.items()}
     if isinstance(backend, Backend):
         found = backend
     elif backend is None:
@@ -142,12 +158,37 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
             raise BackendError(
                 f"{name} must be an array of {found.library!r} for backend {found.name!r}; got {library!r}"
             )
+    if found.refuse is not None:
+        for name, array in given.items():
+            kind = found.refuse(array)
+            if kind:
+                raise ArgumentTypeError(f"{name} must be a dense array; got {kind}")
     return found
 
 
-@cache
+# The backends that were asked for, by name. A plain table, because a compiler (torch.compile) looks through a function
+# cache and at the import behind it.
+LOADED: dict[str, Backend] = {}
+
+
 def load(name: str) -> Backend:
     """Import the backend of that name: a built-in one, else one that an installed package brings."""
+    _ensure(name)
+    return LOADED[name]
+
+
+def _ensure(name: str) -> None:
+    """See that the backend is in the table."""
+    if name not in LOADED:
+        LOADED[name] = _import(name)
+
+
+# What torch.compiler.assume_constant_result sets, without an import of torch: the import is made while it traces.
+_ensure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _import(name: str) -> Backend:
+    """Import a backend."""
     if name not in BUILT_IN:
         return _load_entry_point(name)
     try:
@@ -215,12 +256,21 @@ def _load_entry_point(name: str) -> Backend:
 def library_of(array: Any) -> str:
     """Name the library of an array: the root module of its type, or of the first known ancestor."""
     kind = type(array)
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+    if not _looks_like_array(array):
         return kind.__module__.partition(".")[0] if kind.__module__ != "builtins" else f"builtins.{kind.__name__}"
-    roots = [ancestor.__module__.partition(".")[0] for ancestor in kind.__mro__]
+    # A mixin of NumPy's gives a class NumPy's operators, and no array of NumPy's.
+    family = [ancestor for ancestor in kind.__mro__ if "Mixin" not in ancestor.__name__]
+    roots = [ancestor.__module__.partition(".")[0] for ancestor in family]
     # The arrays of older releases of jax (0.4.35, say) have no ancestor in jax itself.
     roots = ["jax" if root == "jaxlib" else root for root in roots]
     return next((root for root in roots if root in BUILT_IN), roots[0])
+
+
+def _looks_like_array(array: Any) -> bool:
+    try:
+        return hasattr(array, "shape") and hasattr(array, "dtype")
+    except RuntimeError:
+        return True  # a nested tensor has no single shape, and says so
 
 
 def _only(libraries: dict[str, str]) -> str:

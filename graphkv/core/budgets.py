@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from math import floor
-
-__all__ = ["count_of", "tokens_of"]
+__all__ = ["count_of", "share_of", "tokens_of"]
 
 
 def tokens_of(budget: int | float, num_tokens: int, /) -> int:
@@ -18,7 +15,8 @@ def tokens_of(budget: int | float, num_tokens: int, /) -> int:
     """
     if hasattr(budget, "__index__"):
         return int(budget)
-    return floor(Fraction(repr(float(budget))) * num_tokens + Fraction(1, 2))
+    numerator, denominator = _as_written(budget)
+    return (2 * numerator * num_tokens + denominator) // (2 * denominator)
 
 
 def count_of(amount: int | float, total: int, /) -> int:
@@ -29,4 +27,26 @@ def count_of(amount: int | float, total: int, /) -> int:
     """
     if hasattr(amount, "__index__"):
         return int(amount)
-    return max(1, floor(Fraction(repr(float(amount))) * total)) if amount > 0 else 0
+    return max(1, share_of(amount, total)) if amount > 0 else 0
+
+
+def share_of(share: float, total: int, /) -> int:
+    """Give a share of the total, rounded down from the decimal number that was written.
+
+    >>> share_of(0.29, 100), share_of(1e-3, 999)
+    (29, 0)
+    """
+    numerator, denominator = _as_written(share)
+    return numerator * total // denominator
+
+
+def _as_written(number: float, /) -> tuple[int, int]:
+    """Give the decimal number that was written for a float of at least 0 as a fraction, in plain integers.
+
+    A `fractions.Fraction` would do the same, but torch.compile cannot look into it.
+    """
+    mantissa, _, exponent = repr(float(number)).partition("e")
+    whole, _, decimals = mantissa.partition(".")
+    power = int(exponent or "0") - len(decimals)
+    digits = int(whole + decimals)
+    return (digits * 10**power, 1) if power >= 0 else (digits, 10**-power)

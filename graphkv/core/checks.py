@@ -107,7 +107,7 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
     """A real array with the axes that `axes` describes, like ``(..., N, D)``. Gives the shape."""
     xp = backend.xp
     # torch counts half precision as real floating; the standard knows float32 and float64 only.
-    if not xp.isdtype(array.dtype, ("real floating", "integral")):
+    if not _is_kind(array, ("real floating", "integral"), backend):
         raise ArgumentTypeError(f"{name} must be real; got dtype {array.dtype}")
     # Wider than float64 would have to be narrowed, and no call changes a dtype silently.
     if xp.isdtype(array.dtype, "real floating") and xp.finfo(array.dtype).bits > 64:
@@ -121,13 +121,13 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
 
 def integers(name: str, array: Any, /, *, backend: Backend) -> None:
     """An array of integers."""
-    if not backend.xp.isdtype(array.dtype, "integral"):
+    if not _is_kind(array, "integral", backend):
         raise ArgumentTypeError(f"{name} must be an array of integers; got dtype {array.dtype}")
 
 
 def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: Backend) -> None:
     """A bool array of that shape."""
-    if not backend.xp.isdtype(array.dtype, "bool"):
+    if not _is_kind(array, "bool", backend):
         raise ArgumentTypeError(f"{name} must be bool; got dtype {array.dtype}")
     if tuple(array.shape) != shape:
         raise ArgumentError(f"{name} must have the shape {shape} of {of}; got {tuple(array.shape)}")
@@ -174,6 +174,14 @@ def graph_fields(graph: Any, /) -> None:
     if len(neighbors) != len(sources) + 1 or neighbors[:-1] != sources:
         raise ArgumentError(f"neighbors must have shape (..., K, M) with sources of shape {sources}; got {neighbors}")
     same_leading("weights", weights, neighbors, "neighbors")
+
+
+def _is_kind(array: Any, kind: Any, backend: Backend) -> bool:
+    """Whether a dtype is of that kind; one that the library cannot place is of none."""
+    try:
+        return bool(backend.xp.isdtype(array.dtype, kind))
+    except (TypeError, ValueError):
+        return False
 
 
 def _show(value: Any) -> str:

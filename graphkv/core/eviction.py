@@ -39,7 +39,7 @@ class Eviction:
     head_budgets : array, shape (batch, kv_heads), integer, or None
         Number of kept tokens per head, where heads keep different numbers.
     state : dict of str to array, shape (batch, kv_heads, b, ...), or None
-        The policy's running sums of the kept tokens, for the next call.
+        The policy's running sums of the kept tokens, for the next call. No gradients flow through them.
     """
 
     kept: Array
@@ -172,12 +172,20 @@ def evict(
         tokens_seen=tokens_seen,
         backend=backend,
     )
+    with inputs.backend.guarded(keys):
+        return _evict(policy, inputs)
+
+
+def _evict(policy: Policy, inputs: LayerInputs, /) -> Eviction:
+    """Decide from checked arguments."""
     backend, xp, budget, rows = inputs.backend, inputs.xp, inputs.budget, tuple(inputs.valid.shape)
     kv_heads, num_tokens = rows[1:]
-    if queries is not None or attention is not None:
+    if inputs.queries is not None or inputs.attention is not None:
         inputs = replace(inputs, state=policy.observe(inputs))
     if num_tokens <= budget:
-        everything = xp.broadcast_to(xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(keys)), rows)
+        everything = xp.broadcast_to(
+            xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys)), rows
+        )
         return Eviction(
             kept=xp.asarray(everything, copy=True),
             budget=budget,
@@ -187,7 +195,7 @@ def evict(
             protected=None,
             graph=None,
             backend=backend,
-            state=inputs.state,
+            state=None if inputs.state is None else _detached(inputs),
         )
     found = policy.assess(inputs)
     if found.head_budgets is None:
@@ -208,7 +216,13 @@ def evict(
     )
     if inputs.state is None:
         return decision
-    return replace(decision, state={name: decision.apply(sums) for name, sums in inputs.state.items()})
+    return replace(decision, state={name: decision.apply(sums) for name, sums in _detached(inputs).items()})
+
+
+def _detached(inputs: LayerInputs, /) -> Mapping[str, Array]:
+    """Give the state without the gradients that led to it, which would be kept from step to step, ever more of them."""
+    state, detach = inputs.state or {}, inputs.backend.detach
+    return state if detach is None else {name: detach(sums) for name, sums in state.items()}
 
 
 def preference(
@@ -254,22 +268,22 @@ def preference(
     >>> preference(policy, np.ones((1, 1, 4, 2)), attention=rows).round(4)
     array([0.0452])
     """
-    return policy.preference(
-        _inputs(
-            policy,
-            keys,
-            values=values,
-            queries=queries,
-            attention=attention,
-            layer=layer,
-            num_layers=num_layers,
-            valid=valid,
-            state=None,
-            unrotated_keys=None,
-            tokens_seen=None,
-            backend=backend,
-        )
+    inputs = _inputs(
+        policy,
+        keys,
+        values=values,
+        queries=queries,
+        attention=attention,
+        layer=layer,
+        num_layers=num_layers,
+        valid=valid,
+        state=None,
+        unrotated_keys=None,
+        tokens_seen=None,
+        backend=backend,
     )
+    with inputs.backend.guarded(keys):
+        return policy.preference(inputs)
 
 
 def _inputs(

@@ -79,7 +79,8 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
     step = backend.degree or _degree
-    return step(primitives.widen(keys, xp=xp), valid, backend=backend)
+    with backend.guarded(keys):
+        return step(primitives.widen(keys, xp=xp), valid, backend=backend)
 
 
 def _degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
@@ -178,14 +179,15 @@ def fuse(
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(importance))
     checks.mask("valid", valid, shape, "importance", backend=backend)
     step = backend.fuse or _fuse
-    return step(
-        primitives.widen(importance, xp=xp),
-        primitives.widen(degree, xp=xp),
-        valid,
-        fusion=fusion,
-        exponent=exponent,
-        backend=backend,
-    )
+    with backend.guarded(importance):
+        return step(
+            primitives.widen(importance, xp=xp),
+            primitives.widen(degree, xp=xp),
+            valid,
+            fusion=fusion,
+            exponent=exponent,
+            backend=backend,
+        )
 
 
 def _fuse(importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend) -> Array:

@@ -99,15 +99,16 @@ def build_graph(
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     step = backend.build_graph or _build_graph
-    graph: Graph = step(
-        primitives.widen(keys, xp=xp),
-        primitives.widen(importance, xp=xp),
-        valid,
-        num_sources=num_sources,
-        num_neighbors=num_neighbors,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
+    with backend.guarded(keys):
+        graph: Graph = step(
+            primitives.widen(keys, xp=xp),
+            primitives.widen(importance, xp=xp),
+            valid,
+            num_sources=num_sources,
+            num_neighbors=num_neighbors,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
     return graph
 
 
@@ -138,7 +139,8 @@ def _build_graph(
     for start in range(0, num_tokens, chunk_size):
         stop = min(start + chunk_size, num_tokens)
         tokens = xp.arange(start, stop, dtype=sources.dtype, device=device)
-        is_source = xp.any(sources[..., None] == tokens, axis=-2)
+        # In as many axes as the sources: not every library adds axes by itself (jax_numpy_rank_promotion).
+        is_source = xp.any(sources[..., None] == xp.reshape(tokens, (*(1 for _ in sources.shape), -1)), axis=-2)
         may_be_neighbor = (valid[..., start:stop] & ~is_source)[..., None, :]
 
         similarity = source_directions @ xp.matrix_transpose(directions[..., start:stop, :])
@@ -164,7 +166,9 @@ def clip_weights(similarity: Array, /, *, xp: Namespace) -> Array:
 
 def normalise(keys: Array, /, *, xp: Namespace) -> Array:
     """Scale every key to length one; a key without a direction becomes zero."""
-    length = xp.sqrt(xp.sum(keys * keys, axis=-1, keepdims=True))
-    usable = (length > 0) & xp.isfinite(length)
-    safe = xp.where(usable, length, xp.ones_like(length))
-    return xp.where(usable, keys / safe, xp.zeros_like(keys))
+    square = xp.sum(keys * keys, axis=-1, keepdims=True)
+    # By the square: a compiler makes the root of a single square the number itself, which has another range. And a root
+    # has no slope at 0, so what must not count stands aside before it is taken.
+    usable = (square > 0) & xp.isfinite(square)
+    length = xp.sqrt(xp.where(usable, square, xp.ones_like(square)))
+    return xp.where(usable, keys / length, xp.zeros_like(keys))

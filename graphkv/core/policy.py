@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from . import budgets, checks
 from .backend import Backend
 from .types import Array, Graph, Namespace
+from .values import Value
 
 __all__ = ["Assessment", "LayerInputs", "LayerShape", "Policy", "Requirements", "Wrapper"]
 
@@ -174,7 +175,7 @@ class Requirements:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy(ABC):
+class Policy(Value, ABC):
     """An immutable eviction policy: a budget per layer, and a score per token.
 
     A new policy is a frozen dataclass that defines `score`; the other methods have defaults.

@@ -13,6 +13,7 @@ from .types import Array, Namespace
 
 __all__ = [
     "device_of",
+    "finite_rows",
     "packed_top_k",
     "received_attention",
     "segment_product",
@@ -141,6 +142,12 @@ def take_rows(x: Array, indices: Array, /, *, xp: Namespace) -> Array:
     return xp.take_along_axis(x, xp.broadcast_to(index, (*indices.shape, *rest)), axis=axis)
 
 
+def finite_rows(x: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
+    """Set rows (..., D) that hold an infinity or NaN to zero, and mark the others."""
+    is_finite = xp.all(xp.isfinite(x), axis=-1)
+    return xp.where(is_finite[..., None], x, xp.zeros_like(x)), is_finite
+
+
 def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
     """Softmax attention of the last W positions to all N keys, causal inside the window.
 
@@ -152,24 +159,33 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
         The last W positions.
     keys : array, shape (batch, kv_heads, N, D)
     valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none.
+        Padding receives no attention, and a padded query gives none. So it is with keys and queries that hold an
+        infinity or NaN.
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
         Probabilities.
     """
+    queries, gives = finite_rows(queries, xp=xp)
+    keys, receives = finite_rows(keys, xp=xp)
     batch, query_heads, window, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     groups = query_heads // kv_heads
     rows = xp.reshape(queries, (batch, kv_heads, groups * window, head_size))
-    logits = rows @ xp.matrix_transpose(keys) / sqrt(head_size)
+    logits = rows @ xp.matrix_transpose(keys) / sqrt(max(head_size, 1))
     logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
 
     device = device_of(keys)
     query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
     causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
-    sees = causal & valid[:, :, None, None, :] & valid[:, :, None, num_tokens - window :, None]
+    gives = xp.reshape(gives, (batch, kv_heads, groups, window, 1))
+    sees = (
+        causal[None, None, None, :, :]
+        & (valid & receives)[:, :, None, None, :]
+        & valid[:, :, None, num_tokens - window :, None]
+        & gives
+    )
     lowest = xp.full_like(logits, -xp.inf)
     logits = xp.where(sees, logits, lowest)
     highest = xp.max(logits, axis=-1, keepdims=True)

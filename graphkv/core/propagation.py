@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from . import checks, primitives
 from .backend import Backend, resolve
@@ -109,10 +110,19 @@ def propagate(
     importance = primitives.widen(importance, xp=backend.xp)
     if rounds == 0 or strength == 0 or graph.num_sources == 0 or graph.num_neighbors == 0:
         return importance
+    # Indices of any integer dtype name tokens, and not every library can gather by all of them.
+    graph = replace(graph, neighbors=backend.xp.astype(graph.neighbors, backend.xp.int64))
     step = backend.propagate or _propagate
-    return step(
-        importance, graph, signal=signal, rounds=rounds, accumulation=accumulation, strength=strength, backend=backend
-    )
+    with backend.guarded(importance):
+        return step(
+            importance,
+            graph,
+            signal=signal,
+            rounds=rounds,
+            accumulation=accumulation,
+            strength=strength,
+            backend=backend,
+        )
 
 
 def _propagate(
@@ -191,8 +201,9 @@ def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -
         power = power * factor
     score = xp.astype(importance, power.dtype)
     # 0 and infinity absorb every finite factor. They stand aside, because infinity times a factor that rounds to 0, and
-    # 0 times one that overflows, are NaN (and NumPy would warn).
-    fixed = (score == 0) | xp.isinf(score)
+    # 0 times one that overflows, are NaN (and NumPy would warn). What no edge reaches does so too: a library may take a
+    # subnormal number for 0 when it multiplies.
+    fixed = (score == 0) | xp.isinf(score) | (power == 1)
     number = xp.where(fixed, xp.ones_like(score), score)
     scaled = xp.where(number >= 0, number * power, number - xp.abs(number) * (1 - power))
     return xp.where(fixed, score, scaled)

@@ -70,7 +70,8 @@ def select(
     if valid is not None:
         checks.mask("valid", valid, shape, "scores", backend=backend)
     step = backend.select or _select
-    return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
+    with backend.guarded(scores):
+        return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
 
 
 def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
@@ -101,6 +102,7 @@ def select_per_head(
     xp, top_k = backend.xp, backend.top_k or primitives.top_k
     ranked = top_k(scores, width, _tiers(scores, protected, valid, xp=xp), xp=xp)
     place = xp.arange(width, dtype=ranked.dtype, device=primitives.device_of(scores))
+    place = xp.reshape(place, (*(1 for _ in budgets.shape), -1))
     is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]
     # Dropped places sort behind every position.
     kept = xp.sort(xp.where(is_kept, ranked, xp.full_like(ranked, scores.shape[-1])), axis=-1)

@@ -17,12 +17,13 @@ from .pagerank import DAMPING, ROUNDS, pagerank
 from .policy import LayerShape
 from .propagation import propagate
 from .types import Array, Graph
+from .values import Value
 
 __all__ = ["Bar", "Decay", "Degree", "Enhance", "PageRank", "Signal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signal(ABC):
+class Signal(Value, ABC):
     """How `GraphKV` makes new scores of a base's scores and the keys: an immutable value.
 
     A new signal is a frozen dataclass that defines `rescore`; the other methods have defaults.

@@ -60,7 +60,7 @@ def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full
         layer.keys, layer.values = left.keys, left.values
         places = torch.arange(left.keys.shape[2], device=left.keys.device)
         layer.positions = places.expand(left.keys.shape[:3])
-        layer.queries = None
+        layer.queries = layer.places = None
     return result
 
 

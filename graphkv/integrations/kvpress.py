@@ -257,7 +257,7 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Give the base's scores after propagation; kvpress's wrappers call this.
+        """Compute the base's scores after propagation; kvpress's wrappers call this.
 
         Parameters
         ----------
@@ -286,7 +286,7 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         attentions: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the keys and values that stay; kvpress calls this.
+        """Return the keys and values that stay; kvpress calls this.
 
         Parameters
         ----------
@@ -306,7 +306,7 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
     def _decide(
         self, module: Any, hidden_states: Any, keys: torch.Tensor, values: Any, attentions: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, Eviction]:
-        """Give the base's scores, which tokens it forces (N), and the decision."""
+        """Compute the base's scores, which tokens it forces (N), and the decision."""
         _refuse_hidden_tokens(kwargs)
         scores = self.base_press.score(module, hidden_states, keys, values, attentions, kwargs).detach()
         is_forced = _forced(scores)
@@ -341,7 +341,7 @@ class _PressScores(Policy):
     num_forced: int = field(default=0, repr=False)
 
     def score(self, inputs: LayerInputs, /) -> Any:
-        """Give what the press gave."""
+        """Return what the press gave."""
         return self.importance
 
     def protect(self, inputs: LayerInputs, /) -> Any:
@@ -527,7 +527,7 @@ def _refuse_hidden_tokens(kwargs: dict[str, Any]) -> None:
 
 
 def _evicted_places(decision: Eviction) -> tuple[torch.Tensor, ...]:
-    """Give (row, head, position) of every evicted token, as kvpress wants them."""
+    """Return (row, head, position) of every evicted token, as kvpress wants them."""
     kept, num_tokens = decision.kept, decision.num_tokens
     stays = torch.zeros((*kept.shape[:-1], num_tokens + 1), dtype=torch.bool, device=kept.device)
     # Rows of heads that keep less than the widest are filled up with -1: those go to the place that is cut off.

@@ -23,10 +23,13 @@ or from a test module of your own, with a session-wide fixture that gives your v
 module              what it holds
 ==================  ===================================================================================
 ``suite``           the properties: plain functions with Hypothesis inputs over a ``backend`` fixture
+``examples``        those of fixed inputs, at the sizes of real models; `suite` brings them along
 ``oracle``          the three steps as Python loops, one row and one edge at a time: the truth on values
+``truth``           the same in whole NumPy arrays of float64, for rows too long for loops
 ``strategies``      Hypothesis strategies that draw NumPy arrays
 ``asserts``         comparisons of library, dtype, shape and device before values; the margin rule
-``policies``        a policy whose importance is given
+``policies``        a policy whose importance is given, and one of each that graphkv ships
+``namespace``       every name and keyword that is used of a library
 ``plugin``          the pytest option ``--graphkv-backend``
 ==================  ===================================================================================
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core import primitives
 from ..core.backend import Backend, library_of
 from ..core.types import Array, Graph
 
@@ -26,6 +27,7 @@ __all__ = [
     "close",
     "device_of",
     "equal",
+    "flushes",
     "graph_equal",
     "identical",
     "make",
@@ -49,9 +51,10 @@ def make(backend: Backend, x: NDArray[Any], /, dtype: str | None = None) -> Arra
         Name of the dtype, ``"bfloat16"`` say. Default: that of `x`.
     """
     # A copy, because a library may share memory, and a fault must not reach the oracle's input.
-    x = np.array(x, dtype=dtype if dtype in _NUMPY_NAMES else None, copy=True, order="C")
-    if x.dtype.name in _NARROW and not supports(backend, x.dtype.name):
-        x = x.astype(_NARROW[x.dtype.name])
+    with np.errstate(all="ignore"):
+        x = np.array(x, dtype=dtype if dtype in _NUMPY_NAMES else None, copy=True, order="C")
+        if x.dtype.name in _NARROW and not supports(backend, x.dtype.name):
+            x = x.astype(_NARROW[x.dtype.name])
     array = _from_numpy(backend, x)
     if dtype is not None and dtype not in _NUMPY_NAMES:
         array = backend.xp.astype(array, getattr(backend.xp, dtype))
@@ -85,8 +88,15 @@ def supports(backend: Backend, dtype: str, /) -> bool:
 
 
 def device_of(backend: Backend, /) -> str:
-    """Name the device on which arrays under test are made."""
-    return str(make(backend, np.zeros(1, dtype=np.float32)).device)
+    """Name the device on which arrays under test are made; a library without devices has None."""
+    return str(primitives.device_of(make(backend, np.zeros(1, dtype=np.float32))))
+
+
+@cache
+def flushes(backend: Backend, dtype: str, /) -> bool:
+    """Say whether the library's arithmetic takes subnormal numbers for zero, as compilers for speed let it."""
+    small = make(backend, np.full(3, np.finfo(dtype).tiny), dtype)
+    return not bool(np.all(values(backend, small * 0.5) > 0))
 
 
 def wide(backend: Backend, *dtypes: str) -> str:
@@ -103,8 +113,11 @@ def values(backend: Backend, x: Array, /) -> NDArray[Any]:
 
 
 def tolerance(dtype: Any, /) -> float:
-    """Give how far apart two computations of one number may lie: 4 sqrt(eps), the coarser of two dtypes decides."""
-    return float(4 * np.sqrt(np.finfo(np.float64 if "float64" in str(dtype) else np.float32).eps))
+    """Give how far apart two computations of one number may lie: 1e-5 in float32, 1e-12 in float64.
+
+    That is some tens of roundings of float32, and a fiftieth of what products in TF32 or bfloat16 are off by.
+    """
+    return 1e-12 if "float64" in str(dtype) else 1e-5
 
 
 def equal(actual: Array, expected: Array | NDArray[Any], /, *, backend: Backend, like: Array) -> None:
@@ -220,5 +233,6 @@ def _operands(
     assert actual.dtype == dtype, f"dtype {actual.dtype}, should be {dtype}"
     shape = tuple(actual.shape)
     assert shape == wanted.shape, f"shape {shape}, should be {wanted.shape}"
-    assert actual.device == like.device, f"on device {actual.device}, should be on {like.device}"
+    here, there = primitives.device_of(actual), primitives.device_of(like)
+    assert here == there, f"on device {here}, should be on {there}"
     return values(backend, actual), wanted

@@ -3,6 +3,8 @@
 The fixture must have pytest's ``session`` scope and give a `graphkv.Backend` (or a `graphkv.testing.Subject`). The
 option ``--graphkv-backend`` brings one; see `graphkv.testing` for writing it by hand.
 
+What needs no chance stands in `graphkv.testing.examples`, and runs with this module.
+
 Claims about values are held against `graphkv.testing.oracle`, which is Python loops; the margin rule for inexact
 inputs stands in `graphkv.testing.asserts`.
 """
@@ -30,6 +32,7 @@ from ..core.selection import select
 from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array, Graph
 from . import asserts, oracle, strategies
+from .examples import *  # noqa: F403 - properties of this module too, and the first to run
 from .policies import GivenImportance
 from .strategies import Edges, Layer
 

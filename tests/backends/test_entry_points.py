@@ -18,7 +18,7 @@ SCORES = np.asarray([1.0, 3.0, 2.0])
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Give a function that installs a package with one module and one entry point, as pip would."""
-    core_backend.load.cache_clear()
+    monkeypatch.setattr(core_backend, "LOADED", {})
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name: str, source: str, target: str, package: str = "thirdparty") -> None:
@@ -29,7 +29,6 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[graphkv.backends]\n{name} = {target}\n")
 
     yield write
-    core_backend.load.cache_clear()
     for module in ("thirdparty", "another"):
         sys.modules.pop(module, None)
 

@@ -10,7 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from graphkv import Eviction, Graph, build_graph, evict, propagate, select
+from graphkv import ArgumentTypeError, Eviction, Graph, build_graph, degree, evict, propagate, select
+from graphkv.testing.policies import shipped
 
 from .test_agreement import POLICIES, assert_same_choice, layer
 
@@ -80,3 +81,89 @@ def test_with_64_bits_indices_are_int64_and_float64_stays():
     )
 
     assert done.stdout.split() == ["int64", "[1,", "4]", "float64", "float64"]
+
+
+def test_subnormal_scores_keep_their_order_when_compiled():
+    # Compiled comparisons take subnormal numbers for zero.
+    scores = np.asarray([1e-42, 2e-42, -1e-42, 0.0, 3e-45, np.nan, 1.0, -np.inf, 1e-38], dtype=np.float32)
+    x = jax.numpy.asarray(scores)
+    masks = {"valid": np.arange(9) != 6, "protected": np.arange(9) == 2}
+
+    for budget in range(10):
+        for some in ({}, masks):
+            found = jax.jit(lambda x, some, budget=budget: select(x, budget, **some))(x, some)
+            np.testing.assert_array_equal(found, select(scores, budget, **some))
+
+
+def test_scores_that_no_edge_reaches_keep_every_bit():
+    scores = np.asarray([1e-42, 1.0, -1e-42, 3e-45, 0.0], dtype=np.float32)
+    edge = {"sources": np.asarray([0]), "neighbors": np.asarray([[1]]), "weights": np.asarray([[0.5]], np.float32)}
+    graph = Graph(**{name: jax.numpy.asarray(x) for name, x in edge.items()}, num_tokens=5)
+
+    for signal in ("decay", "enhance", "evict"):
+        found = np.asarray(propagate(jax.numpy.asarray(scores), graph, signal=signal))
+        np.testing.assert_array_equal(np.delete(found, 1), np.delete(scores, 1))
+
+
+def test_no_axis_is_added_silently():
+    random = np.random.default_rng(0)
+    keys = jax.numpy.asarray(random.normal(size=(2, 2, 24, 8)).astype(np.float32))
+    queries = jax.numpy.asarray(random.normal(size=(2, 4, 24, 8)).astype(np.float32))
+    valid = jax.numpy.arange(24)[None] >= jax.numpy.asarray([[0], [3]])
+
+    with jax.numpy_rank_promotion("raise"):
+        for policy in shipped(8).values():
+            unrotated = {"unrotated_keys": keys} if policy.needs().unrotated_keys else {}
+            evict(policy, keys, values=keys, queries=queries, valid=valid, layer=1, num_layers=4, **unrotated)
+
+
+def test_a_zero_key_has_no_gradient_and_spoils_none():
+    keys = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    keys[3] = 0
+
+    def weights(keys):
+        return build_graph(keys, keys[:, 0], num_sources=3, num_neighbors=2).weights.sum()
+
+    for function in (weights, lambda keys: degree(keys).sum()):
+        slope = np.asarray(jax.grad(function)(jax.numpy.asarray(keys)))
+        assert np.isfinite(slope).all()
+        assert np.abs(slope).max() > 0
+        np.testing.assert_array_equal(slope[3], 0)
+
+
+def test_random_keys_are_no_scores():
+    with pytest.raises(ArgumentTypeError, match="scores must be a dense array; got an array of random keys"):
+        select(jax.random.split(jax.random.key(0), 3), 1)
+
+
+SHARDED = """
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from graphkv import H2O, GraphKV, KNorm, SnapKV, degree, evict, fuse
+
+assert len(jax.devices()) == 4
+mesh = Mesh(np.asarray(jax.devices()), ("x",))
+random = np.random.default_rng(0)
+keys = random.normal(size=(4, 4, 21, 8)).astype("float32")
+queries = random.normal(size=(4, 8, 21, 8)).astype("float32")
+snapkv = SnapKV(budget=8, window=4)
+for axes in (("x",), (None, "x"), (None, None, None, "x")):
+    spread = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes))) for x in (keys, queries)]
+    for policy in (snapkv, H2O(budget=8), GraphKV(snapkv), KNorm(budget=40), GraphKV.paper(KNorm(budget=8))):
+        found = evict(policy, spread[0], queries=spread[1])
+        np.testing.assert_array_equal(found.kept, evict(policy, keys, queries=queries).kept)
+    np.testing.assert_allclose(degree(spread[0]), degree(keys), atol=1e-6)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_arrays_that_are_spread_over_devices_are_evicted():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True, check=False
+    )
+
+    assert run.stdout == "done\n", run.stderr[-2000:]

@@ -377,6 +377,7 @@ PLAYED |= {
         "reshape",
         "result_type",
         "roll",
+        "round",
         "searchsorted",
         "squeeze",
         "stack",

@@ -524,12 +524,11 @@ def test_a_model_may_run_under_our_attention_for_good(ids):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_gives_what_it_gives_uncompiled(ids, monkeypatch):
+def test_a_compiled_model_gives_what_it_gives_uncompiled(ids):
     """The model is cut at the cache; a graph without cuts is refused, and says where."""
-    # Beyond its limit torch would run the rest uncompiled: since 5.24 all forwards share the code of one wrapper.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     model = tiny_llama()
-    with observing(model):
+    # Beyond its limit torch would run the rest uncompiled: since 5.24 all forwards share the code of one wrapper.
+    with torch._dynamo.config.patch(recompile_limit=64), observing(model):
         expected_cache, cache = EvictingCache(SNAPKV, every=4), EvictingCache(SNAPKV, every=4)
         calls = [N] + [1] * 10
         expected = read(model, expected_cache, ids[: N + 10], calls)

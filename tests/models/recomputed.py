@@ -42,7 +42,7 @@ class Recomputed:
         layer = self.owners.get(id(key)) if key.shape[2] == query.shape[2] else None
         if layer is not None:
             if layer not in self.left:
-                self.left[layer] = self._replay(module, layer, query, key, value, attention_mask, kwargs["scaling"])
+                self.left[layer] = self._replay(module, layer, query, key, value, attention_mask, kwargs.get("scaling"))
             left = self.left[layer].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             lowest = torch.finfo(query.dtype).min
             narrowed = torch.zeros(left.shape, dtype=query.dtype).masked_fill(~left, lowest)

@@ -47,6 +47,11 @@ def _attention(implementation: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         function: Any = ATTENTION["sdpa"] if implementation == "sdpa" else _eager_function(module)
+        if len(args) == 1 and ("scaling" in kwargs or "scaling" not in inspect.signature(function).parameters):
+            # kvpress wraps every function that it finds registered, and hands on the dropout by place; eager functions
+            # have the scaling there, or nothing.
+            kwargs["dropout"] = args[0]
+            args = ()
 
         def attend_as_before(*tensors: Any, **biases: torch.Tensor) -> Any:
             return function(module, *tensors, *args, **kwargs | biases)

@@ -522,7 +522,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return load_cache(cls, path, model=model, policy=policy, backend=backend, device=device)
 
     def stats(self) -> tuple[LayerStats, ...]:
-        """Say what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.
+        """Return what every layer has seen, kept, dropped, freed and, with ``record=True``, suppressed.
 
         Returns
         -------
@@ -534,7 +534,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
 
     def report(self) -> str:
-        """Put `stats` into plain text: whether anything was dropped, why not if not, totals and a line per layer.
+        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and a line per layer.
 
         Returns
         -------

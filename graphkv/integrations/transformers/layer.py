@@ -525,7 +525,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         )
 
     def _inputs(self, part: Part, order: torch.Tensor | None, backend: Backend) -> dict[str, Any]:
-        """Put together what `evict` and `preference` look at besides the keys."""
+        """Collect what `evict` and `preference` look at besides the keys."""
         num_tokens, valid = self.num_stored - part.first, self._visible_from_now_on()
         wanted = min(part.policy.num_queries(num_tokens), num_tokens)
         if part.num_queries is not None:
@@ -539,7 +539,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         }
 
     def _state(self, part: Part, order: torch.Tensor | None, backend: Backend) -> dict[str, Any] | None:
-        """Put together the running sums of a part."""
+        """Collect the running sums of a part."""
         found = {}
         for name, sums in self.state.items():
             rows = sums[part.rows]
@@ -568,7 +568,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return rotary.turn(self.keys[rows], rotation, None if self.places is None else self.places[rows])
 
     def _visible_from_now_on(self) -> torch.Tensor | None:
-        """Give `valid` without what has left the sliding window."""
+        """Return `valid` without what has left the sliding window."""
         if self.sliding_window is None:
             return self.valid
         in_window = self.true_positions > self.num_seen - self.sliding_window
@@ -678,11 +678,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return surplus
 
     def get_seq_length(self, *args: Any) -> int:
-        """Give the number of tokens seen: what positions and `generate` count by."""
+        """Return the number of tokens seen: what positions and `generate` count by."""
         return self.num_seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Give the stored length with the new tokens, and how many tokens are missing before it."""
+        """Return the stored length with the new tokens, and how many tokens are missing before it."""
         stored = self.num_stored
         return stored + versions.number_of(query_length), self.num_seen - stored
 
@@ -726,7 +726,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return int(self.keys.nbytes + self.values.nbytes) if self.is_initialized else 0
 
     def copy(self) -> EvictingLayer:
-        """Give a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
+        """Return a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
@@ -819,12 +819,12 @@ def _in_line(kept: torch.Tensor, state: Mapping[str, torch.Tensor]) -> tuple[tor
 
 
 def _are_ragged(decisions: Sequence[Eviction]) -> bool:
-    """Say whether heads or rows may keep different numbers of tokens."""
+    """Return whether heads or rows may keep different numbers of tokens."""
     return len(decisions) > 1 or decisions[0].head_budgets is not None
 
 
 def _redundancy(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Give the mean cosine of two different keys, shape (batch, kv_heads), from the length of the mean unit key."""
+    """Compute the mean cosine of two different keys, shape (batch, kv_heads), from the length of the mean unit key."""
     keys = normalize(keys.float(), dim=-1)
     if valid is None:
         valid = keys.new_ones(keys.shape[:-1], dtype=torch.bool)

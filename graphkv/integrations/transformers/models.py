@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -191,10 +192,9 @@ class _Decoder:
             )
         if not any(kind in FULL + WINDOWED for kind in kinds):
             raise ArgumentError(f"model must have layers that cache keys and values; {name} has {sorted(set(kinds))}")
+        no_interface = f"model must use transformers' attention interface; the attention of {inmost.__name__} does not"
         if not inmost._can_set_attn_implementation():
-            raise ArgumentError(
-                f"model must use transformers' attention interface; the attention of {inmost.__name__} does not"
-            )
+            raise ArgumentError(no_interface)
         own_caches = [
             own for own, value in vars(inspect.getmodule(inmost)).items()
             if isinstance(value, type) and own.endswith("Cache") and value.__module__ == inmost.__module__
@@ -204,6 +204,11 @@ class _Decoder:
             raise ArgumentError(
                 f"model must work with transformers' caches; {name} has one of its own, {own_caches[0]}"
             )
+        # Some releases find an interface in files of models that have none.
+        files = {each.__module__ for module in self.modules[-1].modules() for each in type(module).__mro__}
+        names = [name for file in files & set(sys.modules) for name in vars(sys.modules[file])]
+        if implementation == "eager" and not any("eager_attention" in name for name in names):
+            raise ArgumentError(no_interface)
         self.implementation = implementation
 
     @contextmanager

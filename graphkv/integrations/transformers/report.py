@@ -116,7 +116,7 @@ class LayerStats:
 
 
 def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
-    """Take stock of one layer; copies to the host what lies elsewhere."""
+    """Describe one layer in numbers; copies to the host what lies elsewhere."""
     record = layer.record
     if layer.valid is not None:
         num_kept = _host(layer.valid.sum(dim=-1))
@@ -144,7 +144,7 @@ def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
 
 
 def fates(layer: EvictingLayer) -> HostArray:
-    """Say what became of every token that a layer has seen.
+    """Return what became of every token that a layer has seen.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def fates(layer: EvictingLayer) -> HostArray:
 
 
 def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
-    """Give the importance and the scores of the last eviction at true positions.
+    """Return the importance and the scores of the last eviction at true positions.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
 
 
 def describe(cache: EvictingCache) -> str:
-    """Put a cache's totals, what was or was not evicted, and a line per layer into plain text."""
+    """Describe a cache in plain text: totals, what was or was not evicted, and a line per layer."""
     layers = cache.stats()
     lines = [f"EvictingCache with policy {cache.policy}", _verdict(cache)]
     if not any(each.num_seen for each in layers):
@@ -216,7 +216,7 @@ def describe(cache: EvictingCache) -> str:
 
 
 def _verdict(cache: EvictingCache) -> str:
-    """Say in a sentence whether anything was dropped, and why not if not."""
+    """Describe in a sentence whether anything was dropped, and why not if not."""
     seen = cache.num_seen
     layers = [layer for layer in cache.attention_layers if layer.num_seen or not seen]
     ran = [layer for layer in layers if layer.num_evictions]
@@ -264,7 +264,7 @@ def _row(layer: LayerStats, *, with_record: bool) -> tuple[str, ...]:
 
 
 def _parts(record: EvictionRecord) -> Iterator[tuple[Eviction, tuple[slice, slice, slice]]]:
-    """Give every decision with the rows, heads and slots that it is about."""
+    """Yield every decision with the rows, heads and slots that it is about."""
     num_slots, is_whole = record.positions.shape[-1], len(record.decisions) == 1
     for row, decision in enumerate(record.decisions):
         slots = slice(num_slots - decision.num_tokens, None)
@@ -328,7 +328,7 @@ def _suppressions(record: EvictionRecord, suppressed: HostArray) -> Suppressions
 
 
 def _edges(decision: Eviction, suppressed: HostArray, first_row: int, first_slot: int) -> tuple[HostArray, ...]:
-    """Give row, head, slot of token, slot of source and weight, each of shape (S,)."""
+    """Return row, head, slot of token, slot of source and weight, each of shape (S,)."""
     give, graph = decision.backend.to_numpy, decision.graph
     unexplained = suppressed.copy()
     parts: list[tuple[HostArray, ...]] = []

@@ -291,7 +291,7 @@ def _calls(module: Module) -> Iterator[Mapping[str, Any]]:
 
 
 def _place_of(code: CodeType) -> tuple[str, str, int]:
-    """Say where in which file code is written: torch.compile runs a copy of it."""
+    """Return where in which file code is written: torch.compile runs a copy of it."""
     return code.co_name, code.co_filename, code.co_firstlineno
 
 

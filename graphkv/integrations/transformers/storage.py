@@ -323,7 +323,7 @@ def _header(text: str) -> dict[str, Any]:
 
 
 def _fields(given: Any, kinds: Mapping[str, tuple[type, ...]], name: str) -> dict[str, Any]:
-    """Give a mapping of exactly these names, with values of these types; numbers are counts."""
+    """Return a mapping of exactly these names, with values of these types; numbers are counts."""
     if not isinstance(given, dict) or set(given) != set(kinds):
         got = sorted(given) if isinstance(given, dict) else type(given).__name__
         raise ArgumentError(f"its {name} must hold {', '.join(sorted(kinds))}; got {got}")
@@ -364,7 +364,7 @@ def _fill(
     model: torch.nn.Module | None,
     device: torch.device | str | None,
 ) -> None:
-    """Give an empty cache the layers of a file."""
+    """Fill an empty cache with the layers of a file."""
     if header["tensors"] != sorted(tensors):
         different = {str(name) for name in header["tensors"]} ^ set(tensors)
         raise ArgumentError(
@@ -438,7 +438,7 @@ def _fill_linear(
     batch: dict[str, int],
     device: torch.device | str,
 ) -> None:
-    """Give a layer what its linear attention remembers."""
+    """Restore what a layer's linear attention remembers."""
     layer.record_past = given["record_past"]
     for number, each in enumerate(given["states"]):
         for key, value in _fields(each, LINEAR, f"{name}.linear.states").items():
@@ -467,7 +467,7 @@ def _fill_attention(
     batch: dict[str, int],
     device: torch.device | str,
 ) -> None:
-    """Give a layer all but its source."""
+    """Restore all of a layer but its source."""
     kinds: dict[str, tuple[type, ...]] = {
         "values": (dict,),
         "row_budgets": (list, NoneType),
@@ -515,7 +515,7 @@ def _fill_history(
     device: torch.device | str,
     batch: Mapping[str, int],
 ) -> None:
-    """Give a cache the ids that it remembers."""
+    """Restore the ids that a cache remembers."""
     history = cache.history
     history.num_summed = num_summed
     if "history.sums" in tensors:
@@ -592,7 +592,7 @@ def _check_description(description: Mapping[str, Any]) -> None:
 def _source(
     given: Any, number: int, description: Mapping[str, Any] | None, module: torch.nn.Module | None
 ) -> Source | None:
-    """Say again where the keys come from; without a model, what is known of it without running anything."""
+    """Restore where the keys come from; without a model, what is known of it without running anything."""
     if given is None:
         return None
     if description is None:
@@ -644,6 +644,6 @@ def _check_heads(layer: EvictingLayer, name: str, module: torch.nn.Module) -> No
 
 
 def _device_of(module: torch.nn.Module | None) -> torch.device | str:
-    """Say where a layer's keys will come from; the host where that cannot be seen."""
+    """Return where a layer's keys will be; the host where that cannot be seen."""
     parameter = None if module is None else next(module.parameters(), None)
     return "cpu" if parameter is None or parameter.device.type == "meta" else parameter.device

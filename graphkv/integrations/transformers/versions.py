@@ -12,7 +12,6 @@ __all__ = [
     "ATTENTION_CACHE_ARGUMENTS",
     "CACHE_ARGUMENTS",
     "cache_argument",
-    "first_query",
     "is_checkpointed",
     "layer_kinds",
     "makes_other_layers",
@@ -31,14 +30,6 @@ ATTENTION_CACHE_ARGUMENTS = (*CACHE_ARGUMENTS, "past_key_value", "layer_past")
 def number_of(queries: Any) -> int:
     """Read the argument of `get_mask_sizes`: a number of new tokens, or before 5.4 their positions."""
     return queries if isinstance(queries, int) else int(queries.shape[0])
-
-
-def first_query(mask_arguments: dict[str, Any]) -> int:
-    """Read the position of the first new token from the arguments of a mask function."""
-    if "q_offset" in mask_arguments:
-        return int(mask_arguments["q_offset"])
-    # Before 5.4.
-    return int(mask_arguments["cache_position"][0])
 
 
 def number_of_queries(mask_arguments: dict[str, Any]) -> int:
@@ -100,6 +91,9 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         elif getattr(config, "attention_chunk_size", None) is not None:
             only = "chunked_attention"
         kinds = [only] * int(config.num_hidden_layers)
+    if getattr(config, "index_topk", None) is not None:
+        # Their masks are made from what is stored.
+        kinds = ["indexed_attention"] * len(kinds)
     num_shared = getattr(config, "num_kv_shared_layers", None) or 0
     return tuple("dummy" if index >= len(kinds) - num_shared else kind for index, kind in enumerate(kinds))
 
