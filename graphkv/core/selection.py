@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from . import checks, primitives
 from .backend import Backend, resolve
 from .types import Array, Namespace
 
-__all__ = ["select", "select_per_head"]
+__all__ = ["Choice", "select", "select_per_head"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """Who stays.
+
+    Attributes
+    ----------
+    kept : array, shape (batch, kv_heads, b), int64
+        Positions of the kept tokens, ascending. Where rows keep different numbers, b is what the widest may keep and a
+        row ends with -1.
+    counts : array, shape (batch, kv_heads), integer, or None
+        Number of kept tokens per row, where they differ.
+    levels : array, shape (batch, kv_heads, b), integer, or None
+        How far each kept token is demoted: 0 as it is, 1 and more in fewer bits. None: all as they are.
+    """
+
+    kept: Array
+    counts: Array | None = None
+    levels: Array | None = None
 
 
 def select(
