@@ -13,7 +13,7 @@ from typing import Any
 from marked import renew
 
 import graphkv
-from graphkv.core import LayerShape, Policy, Wrapper
+from graphkv.core import Cost, LayerShape, Policy, Wrapper
 
 PAGE = Path(__file__).parent / "policies.md"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
@@ -26,11 +26,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def policies() -> list[Policy]:
-    """Give one value of every public policy; a wrapper stands on SnapKV."""
+    """Return one value of every public policy but `Given`; wrappers are over SnapKV."""
     found = []
     for name in graphkv.__all__:
         kind = getattr(graphkv, name)
-        if not (isinstance(kind, type) and issubclass(kind, Policy)) or inspect.isabstract(kind) or kind is Wrapper:
+        if (
+            not (isinstance(kind, type) and issubclass(kind, Policy))
+            or inspect.isabstract(kind)
+            or kind in (Wrapper, graphkv.Given)
+        ):
             continue
         options = OPTIONS.get(name, {})
         make: Any = kind
@@ -42,21 +46,21 @@ def policies() -> list[Policy]:
 def table() -> str:
     """Render the table in Markdown."""
     lines = [
-        "| policy | values | queries | running state | couples | fused attention | extra MFLOP | largest temporary |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| policy | values | queries | memory | couples | extra MFLOP | largest temporary |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for policy in policies():
         name, own = type(policy).__name__, policy.requirements
         over = isinstance(policy, Wrapper)
+        cost, base = policy.cost(SHAPE), policy.base.cost(SHAPE) if over else Cost()
         # A wrapper's row shows what it adds to its base.
-        flops, size = own.flops(policy, SHAPE), own.bytes(policy, SHAPE)
+        flops, size = cost.flops - base.flops, cost.bytes if cost.bytes > base.bytes else 0
         cells = [
             f"{{py:class}}`graphkv.{name}`" + (" (adds)" if over else ""),
             "yes" if own.values else "-",
             own.queries if own.queries != "none" else "-",
             "yes" if own.state else "-",
-            "heads" if own.couples_heads else "layers" if own.preferences else "-",
-            "yes" if own.fused_attention else "no",
+            "heads" if own.couples_heads else "layers" if own.wants else "-",
             f"{flops / 1e6:.1f}" if flops else "-",
             f"{size / 2**20:.1f} MiB" if size else "-",
         ]

@@ -4,6 +4,7 @@ from .adakv import AdaKV
 from .cake import CAKE
 from .caote import CAOTE
 from .expected_attention import ExpectedAttention
+from .given import Given
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
@@ -24,6 +25,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "ExpectedAttention",
+    "Given",
     "KNorm",
     "KeyDiff",
     "LayerBudgets",

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from ..core import budgets, checks
 from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, Requirements
+from ..core.layer import Layer, Memory
+from ..core.policy import Requirements
 from ..core.types import Array, Namespace
 from . import attention
 from .protection import WindowPolicy
@@ -41,7 +42,7 @@ def indicators(rows: Array, /, *, kernel_size: int, gamma: float, xp: Namespace)
 
 
 def preference(rows: Array, /, *, tau1: float = 1.0, tau2: float = 1.0, xp: Namespace) -> Array:
-    """Say how much a layer wants: entropy of its attention to the past, times its variance over the window.
+    """Return how much a layer wants: entropy of its attention to the past, times its variance over the window.
 
     Parameters
     ----------
@@ -208,7 +209,7 @@ def _past(rows: Array, /) -> Array:
 
 
 def _variance(past: Array, /, *, xp: Namespace) -> Array:
-    """Give the unbiased variance over the window's queries; 0 for a single one."""
+    """Return the unbiased variance over the window's queries; 0 for a single one."""
     deviation = past - xp.mean(past, axis=-2, keepdims=True)
     return xp.sum(deviation * deviation, axis=-2) / max(1, past.shape[-2] - 1)
 
@@ -223,7 +224,7 @@ class CAKE(WindowPolicy):
 
     A layer's preference is :math:`H^{1/\tau_1} V^{1/\tau_2}`, with the entropy :math:`H` of its attention to the past
     and the sum :math:`V` of its variance over the window. This policy alone gives every layer the same budget. With the
-    preferences of all layers at hand, `layer_budgets` shares the budgets out, and `LayerBudgets` applies them.
+    preferences of all layers at hand, `share_out` makes every layer's budget, which `evict` takes.
 
     Parameters
     ----------
@@ -240,7 +241,7 @@ class CAKE(WindowPolicy):
     tau1, tau2 : float
         Temperatures of entropy and variance in the preference, above 0. The paper tunes them per model and budget.
     schedule : str
-        ``"exact"`` or ``"code"``, see `layer_budgets`.
+        ``"exact"`` or ``"code"``, see `share_out`.
 
     Raises
     ------
@@ -280,7 +281,7 @@ class CAKE(WindowPolicy):
     array([[[0, 2, 3]]])
     """
 
-    requirements: ClassVar[Requirements] = replace(WindowPolicy.requirements, preferences=True)
+    requirements: ClassVar[Requirements] = replace(WindowPolicy.requirements, wants=True)
 
     kernel_size: int = 5
     gamma: float = 200.0
@@ -298,7 +299,7 @@ class CAKE(WindowPolicy):
 
     @classmethod
     def official(cls, budget: int | float, /, *, tau1: float = 1.0, tau2: float = 1.0) -> CAKE:
-        """Give the choices of the official code: its integer budgets, a window of 32 and an average over 5 tokens.
+        """Return the choices of the official code: its integer budgets, a window of 32 and an average over 5 tokens.
 
         Scores in half precision, preferences summed over the batch and the eviction layer by layer are not expressed.
 
@@ -315,42 +316,31 @@ class CAKE(WindowPolicy):
         """
         return cls(budget=budget, window=32, kernel_size=5, gamma=200.0, tau1=tau1, tau2=tau2, schedule="code")
 
-    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
+    def score_past(self, layer: Layer, window: int, /) -> Array:
         """Weigh mean and variance."""
-        rows = attention.last_rows(inputs, window, name=type(self).__name__)
-        return indicators(rows, kernel_size=self.kernel_size, gamma=self.gamma, xp=inputs.xp)
+        rows = attention.last_rows(layer, window)
+        return indicators(rows, kernel_size=self.kernel_size, gamma=self.gamma, xp=layer.xp)
 
-    def preference(self, inputs: LayerInputs, /) -> Array:
-        """Say how much a layer wants.
+    def wants(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return the layer's preference, one number per row of the batch; see `share_out`."""
+        rows = attention.last_rows(layer, self.num_queries(layer.num_tokens))
+        return preference(rows, tau1=self.tau1, tau2=self.tau2, xp=layer.xp)
 
-        Parameters
-        ----------
-        inputs : LayerInputs
-            One layer, with the window's queries or attention.
-
-        Returns
-        -------
-        array, shape (batch,)
-            See `layer_budgets`, which takes one row's numbers of all layers.
-        """
-        rows = attention.last_rows(inputs, self.num_queries(inputs.num_tokens), name=type(self).__name__)
-        return preference(rows, tau1=self.tau1, tau2=self.tau2, xp=inputs.xp)
-
-    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
+    def share_out(self, wants: Sequence[float], num_tokens: int, /) -> list[int]:
         """Share the budgets of all layers out by their preferences.
 
         Parameters
         ----------
-        preferences : sequence of float
-            One per layer.
+        wants : sequence of float
+            One preference per layer.
         num_tokens : int
             N, tokens in the cache.
 
         Returns
         -------
         list of int
-            Window and sinks included, for `LayerBudgets`. In the exact schedule they add up to exactly layers x budget.
-            A budget that covers the prompt, or does not cover window and sinks, is the same for every layer.
+            Window and sinks included. In the exact schedule they add up to exactly layers x budget. A budget that
+            covers the prompt, or does not cover window and sinks, is the same for every layer.
 
         Raises
         ------
@@ -361,13 +351,13 @@ class CAKE(WindowPolicy):
 
         Examples
         --------
-        >>> CAKE(budget=10, window=4).layer_budgets([6.0, 3.0, 0.0], 100)
+        >>> CAKE(budget=10, window=4).share_out([6.0, 3.0, 0.0], 100)
         [16, 10, 4]
         """
-        num_layers = len(preferences)
+        num_layers = len(wants)
         average = budgets.tokens_of(self.budget, checks.count("num_tokens", num_tokens))
-        least = self.num_protected(average)
-        shares = [checks.finite_weight(f"preferences[{layer}]", value) for layer, value in enumerate(preferences)]
+        least = self.protection(average).count
+        shares = [checks.finite_weight(f"wants[{layer}]", value) for layer, value in enumerate(wants)]
         if not least < average < num_tokens:
             return [average] * num_layers
         total, most = num_layers * (average - least), num_tokens - least

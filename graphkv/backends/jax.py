@@ -15,6 +15,7 @@ that changes from run to run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -26,9 +27,11 @@ from ..core.backend import Backend
 from ..core.eviction import Eviction
 from ..core.fusion import _degree, _fuse
 from ..core.graph import _build_graph
+from ..core.layer import Memory
+from ..core.merging import Merge
 from ..core.pagerank import _pagerank
 from ..core.propagation import _propagate
-from ..core.selection import _select
+from ..core.selection import Choice, _select
 from ..core.types import Array, Graph, Namespace
 
 __all__ = ["BACKEND"]
@@ -135,11 +138,9 @@ def _graph_of(num_tokens: int, arrays: tuple[Any, ...]) -> Graph:
 
 
 jax.tree_util.register_pytree_node(Graph, lambda g: ((g.sources, g.neighbors, g.weights), g.num_tokens), _graph_of)
-jax.tree_util.register_dataclass(
-    Eviction,
-    data_fields=["kept", "importance", "scores", "protected", "graph", "head_budgets", "state"],
-    meta_fields=["budget", "num_tokens", "backend"],
-)
+for kind, static in ((Choice, ()), (Merge, ()), (Memory, ()), (Eviction, ("budget", "num_tokens", "backend"))):
+    names = [each.name for each in fields(kind) if each.name not in static]
+    jax.tree_util.register_dataclass(kind, data_fields=names, meta_fields=list(static))
 
 # One compiled function per step and shape: a call for each operation would be ten times slower.
 build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))

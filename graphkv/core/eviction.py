@@ -294,9 +294,7 @@ def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -
             backend=layer.backend,
         )
     importance, protected = policy.score(layer, memory), policy.protection(budget).mask(layer, memory)
-    found = policy.rescore(
-        Assessment(importance=importance, scores=importance, protected=protected), layer, budget
-    )
+    found = policy.rescore(Assessment(importance=importance, scores=importance, protected=protected), layer, budget)
     choice = policy.choose(found, layer, budget)
     decision = Eviction(
         choice=choice,
@@ -326,7 +324,9 @@ def _observed(policy: Policy, layer: Layer, state: Memory | None, /) -> Memory |
     """Return what the policy remembers now, without the gradients that led to it, or they would pile up."""
     # A prompt that fits may come without queries; nothing is known of it then, and the next call needs them all.
     is_seen = policy.needs().state and (state is not None or _has_rows(layer))
-    memory = policy.observe(layer, state) if is_seen else None
+    if not is_seen:
+        return None
+    memory = state if state is not None and not layer.num_new else policy.observe(layer, state)
     detach = layer.backend.detach
     if memory is None or detach is None:
         return memory
@@ -349,7 +349,9 @@ def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_see
     if budget is None:
         return checks.count("the layer's budget", policy.layer_budget(seen, layer.layer, layer.num_layers))
     if policy.needs().settled:
-        raise ArgumentError(f"budget must be None for {_name(policy)}, which settles every layer's budget; got {budget}")
+        raise ArgumentError(
+            f"budget must be None for {_name(policy)}, which settles every layer's budget; got {budget}"
+        )
     return budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
 
 
@@ -385,7 +387,9 @@ def _check_state(policy: Policy, state: Memory | None, layer: Layer, /) -> None:
     for name, x in state.layer.items():
         resolve(layer.backend, **{f"state.layer[{name!r}]": x})
         if tuple(x.shape[:1]) != rows[:1]:
-            raise ArgumentError(f"state.layer[{name!r}] must have shape (batch, ...) = {rows[:1]} + ...; got {tuple(x.shape)}")
+            raise ArgumentError(
+                f"state.layer[{name!r}] must have shape (batch, ...) = {rows[:1]} + ...; got {tuple(x.shape)}"
+            )
 
 
 def _check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:

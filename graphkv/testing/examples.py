@@ -962,14 +962,15 @@ def _same_eviction(ours: Eviction, theirs: Eviction, backend: Backend) -> None:
             wanted = getattr(theirs, name)
             size = np.max(np.abs(np.where(np.isfinite(wanted), wanted, 0)), axis=-1, keepdims=True, initial=0)
             asserts.close(x, wanted, backend=backend, like=ours.kept, scale=np.broadcast_to(size, wanted.shape))
-    for name in ("protected", "head_budgets"):
+    for name in ("protected", "counts"):
         x = getattr(ours, name)
         assert (x is None) == (getattr(theirs, name) is None)
         if x is not None:
             asserts.equal(x, getattr(theirs, name), backend=backend, like=ours.kept)
     assert (ours.state is None) == (theirs.state is None)
-    for key, x in (ours.state or {}).items():
-        asserts.close(x, (theirs.state or {})[key], backend=backend, like=ours.kept, scale=1.0)
+    if ours.state is not None and theirs.state is not None:
+        for key, x in ours.state.tokens.items():
+            asserts.close(x, theirs.state.tokens[key], backend=backend, like=ours.kept, scale=1.0)
     # The inputs are always the same, and no two scores at a cut are closer than the tolerance.
     asserts.equal(ours.kept, theirs.kept, backend=backend, like=ours.kept)
 

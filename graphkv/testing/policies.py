@@ -1,50 +1,16 @@
-"""Policies for tests: one whose importance is handed in, and one value of each that graphkv ships."""
+"""One value of every policy that graphkv ships, for tests."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from ..core.graphkv import GraphKV
-from ..core.policy import LayerInputs, Policy, Wrapper
+from ..core.policy import Policy, Wrapper
 from ..core.signals import Degree
-from ..core.types import Array
 
-__all__ = ["GivenImportance", "shipped"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GivenImportance(Policy):
-    """Rank by an importance that is known beforehand, so that a test can say what must come out.
-
-    Parameters
-    ----------
-    budget : int or float
-        Tokens to keep per row.
-    importance : array, shape (batch, kv_heads, N)
-        What `score` gives.
-    protected : array, shape (batch, kv_heads, N), bool, optional
-        What `protect` gives.
-    protected_count : int
-        What `num_protected` gives.
-    """
-
-    importance: Array
-    protected: Array | None = None
-    protected_count: int = 0
-
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the importance."""
-        return self.importance
-
-    def protect(self, inputs: LayerInputs, /) -> Array | None:
-        """Give the mask."""
-        return self.protected
-
-    def num_protected(self, budget: int, /) -> int:
-        """Give the count."""
-        return self.protected_count
+__all__ = ["shipped"]
 
 
 # For prompts of some tens of tokens and four layers. A field that no policy of the table has stays at its default.
@@ -74,7 +40,9 @@ def shipped(budget: int, /) -> dict[str, Policy]:
 
     public = {name: getattr(graphkv, name) for name in graphkv.__all__}
     kinds = {name: kind for name, kind in public.items() if inspect.isclass(kind) and issubclass(kind, Policy)}
-    concrete = {name: kind for name, kind in kinds.items() if not inspect.isabstract(kind) and kind is not Wrapper}
+    # `Given` holds arrays, which are of one library and of one layer.
+    abstract = {"Given", *(name for name, kind in kinds.items() if inspect.isabstract(kind) or kind is Wrapper)}
+    concrete = {name: kind for name, kind in kinds.items() if name not in abstract}
     bases = {
         name: kind(budget=budget, **_small(kind), **NEEDED.get(name, {}))
         for name, kind in concrete.items()

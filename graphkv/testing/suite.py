@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+import graphkv
+
 from ..core import primitives
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
@@ -33,7 +35,6 @@ from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array, Graph
 from . import asserts, oracle, strategies
 from .examples import *  # noqa: F403 - properties of this module too, and the first to run
-from .policies import GivenImportance
 from .strategies import Edges, Layer
 
 # A library may compile at its first call.
@@ -1433,11 +1434,11 @@ def _three_steps(
 def _evicted(backend: Backend, layer: Layer, num_protected: int, signal: Signal) -> tuple[Array, Eviction]:
     keys = asserts.make(backend, layer.keys, "float32")
     # A budget of 0 is none: a policy keeps something, or the caller does not evict.
-    base = GivenImportance(
+    base = graphkv.Given(
         budget=layer.budget,
         importance=asserts.make(backend, layer.importance, "float32"),
         protected=_mask(backend, layer.protected),
-        protected_count=num_protected,
+        num_protected=num_protected,
     )
     return keys, evict(GraphKV(base, signal), keys, valid=_mask(backend, layer.valid), backend=backend)
 
