@@ -409,7 +409,8 @@ def _check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
     if needs.state:
         wanted = max(layer.num_new, wanted if scores and needs.queries != "new" else 0)
     if given < wanted:
-        what = f"all {wanted} new positions" if needs.state else f"the last {wanted} positions"
+        last = "the last position" if wanted == 1 else f"the last {wanted} positions"
+        what = f"all {wanted} new positions" if needs.state else last
         raise ArgumentError(f"{argument} must hold {what} for {_name(policy)}; got {given if given else 'none'}")
 
 

@@ -172,7 +172,7 @@ class Memory:
     @property
     def num_tokens(self) -> int:
         """S, the number of tokens that are remembered; 0 without an array per token."""
-        return next((int(x.shape[2]) for x in self.tokens.values()), 0)
+        return next((int(x.shape[2]) for x in self.tokens.values() if len(x.shape) > 2), 0)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ import pytest
 
 from graphkv import CAKE, ArgumentError, ArgumentTypeError, GraphKV, LayerBudgets, evict
 from graphkv.adapters.cake import adjust, allocate, cascade
-from graphkv.core import LayerInputs
-from tests.arrays import BACKENDS, NUMPY, each_backend, make
+from graphkv.core import Layer
+from tests.arrays import BACKENDS, each_backend, make
 
 RNG = np.random.default_rng(12)
 KEYS = RNG.normal(size=(2, 2, 17, 4))
@@ -66,17 +66,7 @@ def preference_by_loops(keys, queries, window, tau1, tau2):
 def inputs_of(backend, keys, queries, valid=None):
     keys = make(backend, keys, np.float64)
     valid = np.ones(keys.shape[:3], dtype=bool) if valid is None else valid
-    return LayerInputs(
-        keys=keys,
-        values=None,
-        queries=make(backend, queries, np.float64),
-        attention=None,
-        valid=make(backend, valid, bool),
-        budget=9,
-        layer=0,
-        num_layers=1,
-        backend=backend,
-    )
+    return Layer(keys, queries=make(backend, queries, np.float64), valid=make(backend, valid, bool), backend=backend)
 
 
 @each_backend
@@ -100,7 +90,7 @@ def test_importance_is_mean_and_variance_of_the_window(backend, window, kernel_s
 def test_a_preference_is_entropy_times_variance_row_by_row(backend, tau1, tau2):
     policy = CAKE(budget=9, window=4, tau1=tau1, tau2=tau2)
 
-    found = backend.to_numpy(policy.preference(inputs_of(backend, KEYS, QUERIES)))
+    found = backend.to_numpy(policy.wants(inputs_of(backend, KEYS, QUERIES), None))
 
     expected = [preference_by_loops(KEYS[row].tolist(), QUERIES[row].tolist(), 4, tau1, tau2) for row in range(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -111,8 +101,8 @@ def test_a_padded_row_has_the_preference_that_it_has_alone(backend):
     policy, valid = CAKE(budget=9, window=4), np.ones((2, 2, 17), dtype=bool)
     valid[1, :, :6] = False
 
-    together = backend.to_numpy(policy.preference(inputs_of(backend, KEYS, QUERIES, valid)))
-    alone = backend.to_numpy(policy.preference(inputs_of(backend, KEYS[1:, :, 6:], QUERIES[1:])))
+    together = backend.to_numpy(policy.wants(inputs_of(backend, KEYS, QUERIES, valid), None))
+    alone = backend.to_numpy(policy.wants(inputs_of(backend, KEYS[1:, :, 6:], QUERIES[1:]), None))
 
     np.testing.assert_allclose(together[1:], alone, rtol=1e-10)
 
@@ -122,11 +112,9 @@ def test_a_layer_that_looks_at_one_token_or_has_no_past_prefers_nothing():
     one[..., 0] = 1.0
     for keys, window in ((np.ones((1, 1, 6, 2)), 2), (np.ones((1, 1, 2, 2)), 8)):
         rows = one[..., : keys.shape[2]]
-        inputs = inputs_of(NUMPY, keys, np.ones((1, 2, 2, 2)))
         for tau1 in (1.0, 1.6):
-            found = CAKE(budget=1, window=window, tau1=tau1).preference(
-                LayerInputs(**{**vars(inputs), "queries": None, "attention": rows})
-            )
+            policy = CAKE(budget=1, window=window, tau1=tau1)
+            found = policy.wants(Layer(keys, attention=rows), None)
             assert found.tolist() == [0.0]
 
 
@@ -226,14 +214,14 @@ def test_the_cascade_of_the_public_code_asks_evicted_tokens_back():
 
 def test_layer_budgets_add_up_and_are_applied():
     policy = CAKE(budget=10, window=4, kernel_size=3)
-    budgets = policy.layer_budgets([6.0, 3.0, 0.0], 17)
+    budgets = policy.share_out([6.0, 3.0, 0.0], 17)
 
     # 18 tokens to choose, at most 13 in a layer: 12, 6 and none.
     assert budgets == [16, 10, 4]
     for wrapped in (LayerBudgets(policy, budgets=budgets), GraphKV(LayerBudgets(policy, budgets=budgets))):
         sizes = [evict(wrapped, KEYS, queries=QUERIES, layer=layer, num_layers=3).kept.shape[-1] for layer in range(3)]
         assert sizes == [16, 10, 4]
-    assert CAKE(budget=10, window=4, num_sinks=2).layer_budgets([6.0, 3.0, 0.0], 17) == [14, 10, 6]
+    assert CAKE(budget=10, window=4, num_sinks=2).share_out([6.0, 3.0, 0.0], 17) == [14, 10, 6]
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [(20, 17), (17, 17), (4, 17), (3, 17), (0, 17), (5, 0)])
@@ -241,7 +229,7 @@ def test_layer_budgets_add_up_and_are_applied():
 def test_layer_budgets_are_equal_where_nothing_is_to_choose(budget, tokens, schedule):
     policy = CAKE(budget=budget, window=4, schedule=schedule)
 
-    assert policy.layer_budgets([6.0, 3.0, 0.0], tokens) == [budget] * 3
+    assert policy.share_out([6.0, 3.0, 0.0], tokens) == [budget] * 3
 
 
 def test_official_and_default_differ_in_the_rounding_of_layer_budgets():
@@ -250,12 +238,12 @@ def test_official_and_default_differ_in_the_rounding_of_layer_budgets():
 
     official, default = CAKE(budget=14, window=4, schedule="code"), CAKE(budget=14, window=4)
     # 40 tokens to choose, in the ratio of the claims, and 18 at most.
-    assert default.layer_budgets([60.0, 18.0, 2.0, 0.0], 22) == [22, 22, 8, 4]
-    assert official.layer_budgets([60.0, 18.0, 2.0, 0.0], 22) == [22, 17, 9, 8]
-    assert sum(official.layer_budgets([1.0, 0.0], 15)) <= 28 == sum(default.layer_budgets([1.0, 0.0], 15))
+    assert default.share_out([60.0, 18.0, 2.0, 0.0], 22) == [22, 22, 8, 4]
+    assert official.share_out([60.0, 18.0, 2.0, 0.0], 22) == [22, 17, 9, 8]
+    assert sum(official.share_out([1.0, 0.0], 15)) <= 28 == sum(default.share_out([1.0, 0.0], 15))
     # The last 17 and 3 of 38, 16 and 3 get 9 each of the 18 that are clipped at 20: 25 is 5 more than there are.
-    assert CAKE(budget=23, window=4, schedule="code").layer_budgets([38.0, 16.0, 3.0], 24) == [24, 24, 16]
-    assert default.layer_budgets([38.0, 16.0, 3.0], 15) == [15, 15, 12]
+    assert CAKE(budget=23, window=4, schedule="code").share_out([38.0, 16.0, 3.0], 24) == [24, 24, 16]
+    assert default.share_out([38.0, 16.0, 3.0], 15) == [15, 15, 12]
     assert CAKE.official(64).schedule == "code"
     assert CAKE(budget=64).schedule == "exact"
     assert CAKE.official(64, tau1=1.6, tau2=0.6).tau2 == 0.6
@@ -293,8 +281,8 @@ def test_options_are_checked(options, error):
 def test_allocations_are_checked():
     with pytest.raises(ArgumentError, match=r"preferences\[1\] must be finite"):
         allocate([1.0, float("nan")], 3, 5)
-    with pytest.raises(ArgumentError, match=r"preferences\[0\]"):
-        CAKE(budget=9, window=4).layer_budgets([-1.0], 20)
+    with pytest.raises(ArgumentError, match=r"wants\[0\]"):
+        CAKE(budget=9, window=4).share_out([-1.0], 20)
     with pytest.raises(ArgumentError, match="least must be at most most=2"):
         allocate([1.0], 3, 2, 3)
     with pytest.raises(ArgumentTypeError, match="total"):

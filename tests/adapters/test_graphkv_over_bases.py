@@ -68,7 +68,7 @@ def test_exactly_the_budget_is_kept_in_ascending_order(backend, base, wrap, budg
 def test_the_protected_are_counted_and_kept(base):
     decision = run(base, NUMPY)
 
-    assert base.num_protected(12) == PROTECTED[base]
+    assert base.protection(12).count == PROTECTED[base]
     protected = np.zeros((2, 2, 40), bool) if decision.protected is None else decision.protected
     assert (protected.sum(axis=-1) == PROTECTED[base]).all()
     assert np.take_along_axis(protected, decision.kept, -1).sum() == protected.sum()
@@ -79,7 +79,7 @@ def test_a_budget_below_the_protected_is_filled_from_them(base):
     smaller = with_budget(base, 1)
     decision = run(smaller, NUMPY)
 
-    if smaller.num_protected(1) > 0:
+    if smaller.protection(1).count > 0:
         assert np.take_along_axis(decision.protected, decision.kept, -1).all()
     else:
         assert isinstance(base, (H2O, CAOTE))
@@ -119,7 +119,7 @@ def test_a_graph_lowers_scores_after_the_prompt_and_at_every_step(backend, base)
     for decision, stored in steps:
         importance, scores = backend.to_numpy(decision.importance), backend.to_numpy(decision.scores)
         assert stored.shape == (2, 2, 12)
-        assert decision.graph.num_sources == max(1, int(0.3 * (12 - base.num_protected(12))))
+        assert decision.graph.num_sources == max(1, int(0.3 * (12 - base.protection(12).count)))
         assert (scores <= importance).all()
         assert (scores < importance).any()
     alone = decode(base, KEYS, QUERIES, 30, backend, values=VALUES)
@@ -166,7 +166,7 @@ def test_a_prompt_that_fits_is_kept_whole(backend, base, wrap, num_tokens):
     assert backend.to_numpy(decision.kept).tolist() == [[list(range(num_tokens))] * 2] * 2
     assert decision.scores is None
     if base.needs().state:
-        assert {sums.shape[2] for sums in decision.state.values()} == {num_tokens}
+        assert {sums.shape[2] for sums in decision.state.tokens.values()} == {num_tokens}
     else:
         assert decision.state is None
 
@@ -208,7 +208,7 @@ def test_half_precision_is_widened_and_nothing_is_written_to(base):
     half = evict(base, keys, values=values, queries=queries)
 
     assert half.scores.dtype == np.float32
-    assert all(sums.dtype == np.float32 for sums in (half.state or {}).values())
+    assert all(sums.dtype == np.float32 for sums in (half.state.tokens if half.state else {}).values())
     wide = evict(base, keys.astype("f4"), values=values.astype("f4"), queries=queries.astype("f4"))
     np.testing.assert_array_equal(half.scores, wide.scores)
 
@@ -216,11 +216,11 @@ def test_half_precision_is_widened_and_nothing_is_written_to(base):
 @each_base
 def test_declared_costs_grow_as_the_method_says(base):
     short, long = (LayerShape(num_tokens=n, query_heads=6, kv_heads=2, head_size=8, budget=12) for n in (4096, 8192))
-    ratio = base.flops(long) / base.flops(short)
+    ratio = base.cost(long).flops / base.cost(short).flops
     quadratic = base.needs().state
     assert ratio == pytest.approx(4 if quadratic else 2, rel=1e-3)
     # Never a square of N in memory.
-    assert base.bytes(long) == 2 * base.bytes(short)
+    assert base.cost(long).bytes == 2 * base.cost(short).bytes
 
 
 @each_base

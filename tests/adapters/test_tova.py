@@ -76,7 +76,7 @@ def test_under_a_graph_the_heads_may_part():
 
 
 def test_missing_queries_and_wrong_options_are_named():
-    with pytest.raises(ArgumentError, match="queries must be given for TOVA"):
+    with pytest.raises(ArgumentError, match="queries must hold the last position for TOVA; got none"):
         evict(TOVA(budget=3), KEYS)
     with pytest.raises(ArgumentTypeError, match="protect_newest"):
         TOVA(budget=3, protect_newest=1)

@@ -94,7 +94,7 @@ def test_what_holds_for_every_policy(library, name, layer, budget):
 
     done = run(library, policy, layer)
     kept = library.host(done.kept)
-    heads = None if done.head_budgets is None else library.host(done.head_budgets)
+    heads = None if done.counts is None else library.host(done.counts)
 
     budget = policy.layer_budget(num_tokens, 1, 4)
     assert done.budget == budget

@@ -193,7 +193,7 @@ def test_state_records_no_gradients(policy):
     found = evict(policy, x["keys"], queries=x["queries"])
 
     assert found.importance is None or found.importance.requires_grad
-    assert all(sums.grad_fn is None and not sums.requires_grad for sums in found.state.values())
+    assert all(sums.grad_fn is None and not sums.requires_grad for sums in found.state.tokens.values())
 
 
 # --------------------------------------------------------------------------------------------------------- odd tensors

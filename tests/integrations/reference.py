@@ -98,7 +98,7 @@ class SlowReference:
     def settle_budgets(self):
         """After a first run over the prompt alone, fix the layers' budgets."""
         wants = [self.wants[layer] for layer in sorted(self.wants)]
-        self.layer_budgets = tuple(self.policy.layer_budgets(wants, self.calls[0]))
+        self.layer_budgets = tuple(self.policy.share_out(wants, self.calls[0]))
 
     def _valid(self, kv_heads, positions):
         rows = [positions] * kv_heads if not positions or isinstance(positions[0], int) else positions
@@ -147,7 +147,7 @@ class SlowReference:
                 tokens_seen=seen,
             )
             evicted, since = True, 0
-            protected = policy.num_protected(decision.budget)
+            protected = policy.protection(decision.budget).count
             carried = protected if protected <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
             if decision.state is not None:

@@ -201,7 +201,7 @@ def test_heads_keep_what_they_were_given(model, ids, base, implementation):
     for layer in cache.layers:
         (decision,) = layer.record.decisions
         counts = (layer.positions >= 0).sum(-1)
-        assert counts.tolist() == decision.head_budgets.tolist()
+        assert counts.tolist() == decision.counts.tolist()
         assert int(counts.sum()) == 2 * base.budget
         assert layer.num_stored == int(counts.max())
         assert torch.equal(layer.valid, layer.positions >= 0)

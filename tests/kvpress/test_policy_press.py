@@ -71,7 +71,7 @@ def test_head_budgets_are_the_only_ones_left_out():
 def is_headwise(policy):
     keys = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
     queries = keys.repeat_interleave(3, dim=1)
-    return evict(policy, keys, values=keys, queries=queries, num_layers=4).head_budgets is not None
+    return evict(policy, keys, values=keys, queries=queries, num_layers=4).counts is not None
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))

@@ -64,7 +64,7 @@ def test_no_policy_waits(policy, form):
     found.apply(keys)
 
     assert standin.SYNCS == []
-    width = policy.widest_head(found.budget, 30, 2) if found.head_budgets is not None else found.budget
+    width = policy.widest_head(found.budget, 30, 2) if found.counts is not None else found.budget
     assert found.kept.shape[-1] == min(width, 30)
 
 
