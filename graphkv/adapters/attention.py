@@ -94,8 +94,8 @@ def received(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
     xp = inputs.xp
     if inputs.attention is not None:
         return xp.sum(last_rows(inputs, window, name=name), axis=-2)
-    receive = inputs.backend.received_attention or primitives.received_attention
-    return receive(_last(inputs, window, name=name), inputs.keys, inputs.valid, block_size=window, xp=xp)
+    rows = _last(inputs, window, name=name)
+    return primitives.received_attention(rows, inputs.keys, inputs.valid, block_size=window, backend=inputs.backend)
 
 
 def _last(inputs: LayerInputs, window: int, /, *, name: str) -> Array:

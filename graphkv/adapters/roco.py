@@ -163,12 +163,11 @@ class RoCo(Policy):
         number = min(self.num_protected(inputs.budget), inputs.num_tokens)
         always = attention.first_tokens(inputs.valid, self.num_sinks, xp=xp)
         always = always | running.newest_tokens(inputs.valid, self.num_recent, xp=xp)
-        top_k, segment_sum = backend.top_k or primitives.top_k, backend.segment_sum or primitives.segment_sum
         tiers = xp.astype(~always, xp.int32) + xp.astype(~inputs.valid, xp.int32)
         spread = deviation(*self._moments(inputs), xp=xp)
-        chosen = top_k(spread, number, tiers, xp=xp)
+        chosen = primitives.top_k(spread, number, tiers, backend=backend)
         ones = xp.ones(chosen.shape, dtype=spread.dtype, device=primitives.device_of(spread))
-        return inputs.valid & (segment_sum(ones, chosen, inputs.num_tokens, xp=xp) > 0)
+        return inputs.valid & (primitives.segment_sum(ones, chosen, inputs.num_tokens, backend=backend) > 0)
 
     def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array]:
         """Add what the new positions give to every token, and its square."""

@@ -83,8 +83,9 @@ def newly_received(inputs: LayerInputs, block_size: int, /, *, name: str) -> Arr
     """
     xp, rows = inputs.xp, _new_positions(inputs, name=name)
     if inputs.attention is None:
-        receive = inputs.backend.received_attention or primitives.received_attention
-        return receive(rows, inputs.keys, inputs.valid, block_size=block_size, xp=xp)
+        return primitives.received_attention(
+            rows, inputs.keys, inputs.valid, block_size=block_size, backend=inputs.backend
+        )
     batch, kv_heads, num_tokens = inputs.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))

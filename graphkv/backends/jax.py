@@ -64,9 +64,9 @@ class _Namespace:
         return jax.dtypes.canonicalize_dtype(np.int64)
 
 
-def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
+def top_k(scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array:
     """Rank tier by tier with lax.top_k, which takes the lower index among equals and is far faster than a sort."""
-    num_tokens = scores.shape[-1]
+    xp, num_tokens = backend.xp, scores.shape[-1]
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32 if scores.dtype == jnp.float32 else jnp.int64)
     if num_tokens >= 2**23:  # the places of `_top_k_by_value` would not be exact in float32
         return _top_k_by_bits(bits, k, tiers, xp=xp)

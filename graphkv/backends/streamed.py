@@ -70,11 +70,11 @@ def build_graph(
             chunk_size=chunk_size,
             backend=backend,
         )
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     keys = xp.reshape(keys, (num_rows, num_tokens, head_size))
     is_padding = xp.reshape(~valid, (num_rows, num_tokens))
-    sources = top_k(xp.reshape(importance, (num_rows, num_tokens)), num_sources, is_padding, xp=xp)
-    sources = xp.sort(sources, axis=-1)
+    importance = xp.reshape(importance, (num_rows, num_tokens))
+    sources = xp.sort(primitives.top_k(importance, num_sources, is_padding, backend=backend), axis=-1)
 
     # What a token needs: its similarities, and its direction.
     per_token = max(num_sources, head_size + 1)

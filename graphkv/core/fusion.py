@@ -229,8 +229,8 @@ FUSIONS: dict[str, Callable[..., Array]] = {"power": power, "max_rank": max_rank
 
 def _rank(values: Array, valid: Array, backend: Backend, /) -> Array:
     """Rank the valid tokens of every row from 1, the worst, upwards."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    place = xp.argsort(top_k(values, values.shape[-1], ~valid, xp=xp), axis=-1)
+    xp = backend.xp
+    place = xp.argsort(primitives.top_k(values, values.shape[-1], ~valid, backend=backend), axis=-1)
     num_valid = xp.sum(xp.astype(valid, place.dtype), axis=-1, keepdims=True)
     return xp.astype(num_valid - place, values.dtype)
 

@@ -124,10 +124,10 @@ def _build_graph(
     backend: Backend,
 ) -> Graph:
     """The specification of `build_graph`: arguments checked, widened and clipped."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     num_tokens, device = keys.shape[-2], primitives.device_of(keys)
 
-    sources = xp.sort(top_k(importance, num_sources, ~valid, xp=xp), axis=-1)
+    sources = xp.sort(primitives.top_k(importance, num_sources, ~valid, backend=backend), axis=-1)
     directions = normalise(keys, xp=xp)
     source_directions = primitives.take_rows(directions, sources, xp=xp)
     is_valid_source = xp.take_along_axis(valid, sources, axis=-1)[..., None]
@@ -151,7 +151,7 @@ def _build_graph(
         neighbors = xp.concat([neighbors, xp.broadcast_to(tokens, edge.shape)], axis=-1)
         weights = xp.concat([weights, edge], axis=-1)
         excluded = xp.concat([excluded, xp.broadcast_to(~may_be_neighbor, edge.shape)], axis=-1)
-        best = top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, xp=xp)
+        best = primitives.top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, backend=backend)
         neighbors = xp.take_along_axis(neighbors, best, axis=-1)
         weights = xp.take_along_axis(weights, best, axis=-1)
         excluded = xp.take_along_axis(excluded, best, axis=-1)

@@ -187,11 +187,8 @@ def _accumulate(values: Array, graph: Graph, how: str, backend: Backend) -> Arra
     """Multiply or add the values (..., K, M) of all edges that reach each token: (..., N)."""
     xp = backend.xp
     edges = (*graph.sources.shape[:-1], graph.num_sources * graph.num_neighbors)
-    reduce = {
-        "product": backend.segment_product or primitives.segment_product,
-        "sum": backend.segment_sum or primitives.segment_sum,
-    }[how]
-    return reduce(xp.reshape(values, edges), xp.reshape(graph.neighbors, edges), graph.num_tokens, xp=xp)
+    reduce = primitives.segment_product if how == "product" else primitives.segment_sum
+    return reduce(xp.reshape(values, edges), xp.reshape(graph.neighbors, edges), graph.num_tokens, backend=backend)
 
 
 def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -> Array:

@@ -76,8 +76,8 @@ def select(
 
 def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
     """The specification of `select`: arguments checked and widened."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    return xp.sort(top_k(scores, budget, _tiers(scores, protected, valid, xp=xp), xp=xp), axis=-1)
+    tiers = _tiers(scores, protected, valid, xp=backend.xp)
+    return backend.xp.sort(primitives.top_k(scores, budget, tiers, backend=backend), axis=-1)
 
 
 def select_per_head(
@@ -99,8 +99,8 @@ def select_per_head(
     array, shape (..., width), int64
         In each row its budget of positions, ascending, then -1.
     """
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    ranked = top_k(scores, width, _tiers(scores, protected, valid, xp=xp), xp=xp)
+    xp = backend.xp
+    ranked = primitives.top_k(scores, width, _tiers(scores, protected, valid, xp=xp), backend=backend)
     place = xp.arange(width, dtype=ranked.dtype, device=primitives.device_of(scores))
     place = xp.reshape(place, (*(1 for _ in budgets.shape), -1))
     is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]
