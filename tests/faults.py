@@ -19,9 +19,9 @@ import numpy as np
 from graphkv import Backend, Graph
 from graphkv.core import primitives
 from graphkv.core.backend import load
-from graphkv.core.fusion import _degree, _fuse
-from graphkv.core.propagation import _propagate
-from graphkv.core.selection import _select
+from graphkv.core.fusion import portable_degree, portable_fuse
+from graphkv.core.propagation import portable_propagate
+from graphkv.core.selection import portable_select
 from graphkv.testing import Subject
 from graphkv.testing.subject import OPTIONAL
 from tests import strict
@@ -405,10 +405,10 @@ RIGHT: dict[str, Callable[..., Any]] = {
     "segment_sum": NUMPY.segment_sum,
     "received_attention": primitives.portable_received_attention,
     "build_graph": NUMPY.build_graph,
-    "propagate": _propagate,
-    "degree": _degree,
-    "fuse": _fuse,
-    "select": _select,
+    "propagate": portable_propagate,
+    "degree": portable_degree,
+    "fuse": portable_fuse,
+    "select": portable_select,
 }
 
 

@@ -24,11 +24,11 @@ import numpy as np
 
 from ..core.backend import Backend
 from ..core.eviction import Eviction
-from ..core.fusion import _degree, _fuse
-from ..core.graph import _build_graph
-from ..core.pagerank import _pagerank
-from ..core.propagation import _propagate
-from ..core.selection import _select
+from ..core.fusion import portable_degree, portable_fuse
+from ..core.graph import portable_build_graph
+from ..core.pagerank import portable_pagerank
+from ..core.propagation import portable_propagate
+from ..core.selection import portable_select
 from ..core.types import Array, Graph, Namespace
 
 __all__ = ["BACKEND"]
@@ -142,13 +142,13 @@ jax.tree_util.register_dataclass(
 )
 
 # One compiled function per step and shape: a call for each operation would be ten times slower.
-build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
-propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
-degree = jax.jit(_degree, static_argnames="backend")
-fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
+build_graph = jax.jit(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
+propagate = jax.jit(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+degree = jax.jit(portable_degree, static_argnames="backend")
+fuse = jax.jit(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
 # A tracer for the damping, which is only arithmetic: a search over it compiles once.
-pagerank = jax.jit(_pagerank, static_argnames=("rounds", "backend"))
-select = jax.jit(_select, static_argnums=1, static_argnames="backend")
+pagerank = jax.jit(portable_pagerank, static_argnames=("rounds", "backend"))
+select = jax.jit(portable_select, static_argnums=1, static_argnames="backend")
 
 
 def refuse(array: Array, /) -> str:

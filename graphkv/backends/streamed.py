@@ -15,7 +15,7 @@ from math import prod
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.graph import _build_graph, clip_weights
+from ..core.graph import clip_weights, portable_build_graph
 from ..core.types import Array, Graph
 
 __all__ = ["EXCLUDED", "build_graph"]
@@ -61,7 +61,7 @@ def build_graph(
     *leading, num_tokens, head_size = keys.shape
     num_rows = prod(leading)
     if num_rows * num_sources * num_neighbors * head_size == 0:
-        return _build_graph(
+        return portable_build_graph(
             keys,
             importance,
             valid,

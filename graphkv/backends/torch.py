@@ -12,7 +12,7 @@ import torch
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.graph import _build_graph
+from ..core.graph import portable_build_graph
 from ..core.types import Array, Graph
 from . import streamed
 
@@ -150,7 +150,7 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     """Stream the similarities of float32; what records gradients, or is mapped, must not be written to."""
     # The norm of a key of one entry is that entry, however small its square.
     if keys.dtype != torch.float32 or keys.shape[-1] == 1 or not _is_plain(keys, importance, valid):
-        return _build_graph(keys, importance, valid, **options)
+        return portable_build_graph(keys, importance, valid, **options)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
 
 

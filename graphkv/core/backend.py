@@ -52,8 +52,8 @@ class Backend:
         ``received_attention(queries, keys, valid, *, block_size, backend)``, see
         `graphkv.core.primitives.received_attention`.
     build_graph, propagate, degree, fuse, pagerank, select : callable, optional
-        Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
-        `_propagate`, and so on) and must give the same result.
+        Replacements of a whole step, for speed. Each is called like the portable body of the step, such as
+        `graphkv.core.graph.portable_build_graph`, and must give the same result.
     guard : callable, optional
         ``guard(array)`` returns a context that is entered around every call on that array: for a library whose results
         depend on a state around the call, or that warns about values.

@@ -6,7 +6,7 @@ from . import checks, primitives
 from .backend import Backend, resolve
 from .types import Array, Namespace
 
-__all__ = ["select", "select_per_head"]
+__all__ = ["portable_select", "select", "select_per_head"]
 
 
 def select(
@@ -69,13 +69,15 @@ def select(
         checks.mask("protected", protected, shape, "scores", backend=backend)
     if valid is not None:
         checks.mask("valid", valid, shape, "scores", backend=backend)
-    step = backend.select or _select
+    step = backend.select or portable_select
     with backend.guarded(scores):
         return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
 
 
-def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
-    """The specification of `select`: arguments checked and widened."""
+def portable_select(
+    scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
+) -> Array:
+    """Rank and sort: the specification of `select`, with arguments checked and widened, and at most N to keep."""
     tiers = _tiers(scores, protected, valid, xp=backend.xp)
     return backend.xp.sort(primitives.top_k(scores, budget, tiers, backend=backend), axis=-1)
 
