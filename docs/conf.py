@@ -117,7 +117,7 @@ class NameRole(_Link):
         """Link to what api.md documents."""
         if self.text in graphkv.__all__:
             return "obj", f"graphkv.{self.text}"
-        return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
+        return ("obj", self.text) if self.text.startswith("graphkv.core.") else None
 
 
 class TestedRole(SphinxRole):

@@ -19,9 +19,9 @@ import numpy as np
 from graphkv import Backend, Graph
 from graphkv.core import primitives
 from graphkv.core.backend import load
-from graphkv.core.fusion import _degree, _fuse
-from graphkv.core.propagation import _propagate
-from graphkv.core.selection import _select
+from graphkv.core.fusion import portable_degree, portable_fuse
+from graphkv.core.propagation import portable_propagate
+from graphkv.core.selection import portable_select
 from graphkv.testing import Subject
 from graphkv.testing.subject import OPTIONAL
 from tests import strict
@@ -44,7 +44,7 @@ class Fault:
 # ---------------------------------------------------------------------------------------------------------- primitives
 
 
-def top_k(scores, k, tiers=None, /, *, xp, fault=""):
+def top_k(scores, k, tiers, /, *, backend, fault=""):
     score = np.where(np.isnan(scores), 0, scores)
     is_nan = np.isnan(scores).astype(int)
     index = np.broadcast_to(np.arange(scores.shape[-1]), scores.shape)
@@ -67,7 +67,7 @@ def top_k(scores, k, tiers=None, /, *, xp, fault=""):
     return order.astype(np.int32 if fault == "32-bit indices" else np.int64)
 
 
-def segment(values, index, num_segments, /, *, xp, ufunc, fault=""):
+def segment(values, index, num_segments, /, *, backend, ufunc, fault=""):
     identity = {np.multiply: 1, np.add: 0}[ufunc]
     if fault == "empty segments are 0":
         identity = 0
@@ -82,7 +82,7 @@ def segment(values, index, num_segments, /, *, xp, ufunc, fault=""):
     return result
 
 
-def received_attention(queries, keys, valid, /, *, block_size, xp, fault=""):
+def received_attention(queries, keys, valid, /, *, block_size, backend, fault=""):
     groups = queries.shape[1] // keys.shape[1]
     total = np.zeros((*keys.shape[:2], groups, keys.shape[2]), keys.dtype)
     valid_queries, valid = valid, valid & np.all(np.isfinite(keys), axis=-1)
@@ -115,7 +115,7 @@ def build_graph(  # noqa: PLR0912 - a branch per fault
     keys, importance, valid, /, *, num_sources, num_neighbors, chunk_size, backend, fault=""
 ):
     tier = np.zeros(valid.shape, int) if fault == "padding is a source" else (~valid).astype(int)
-    sources = top_k(importance, num_sources, tier, xp=np)
+    sources = top_k(importance, num_sources, tier, backend=backend)
     if fault != "sources unsorted":
         sources = np.sort(sources, axis=-1)
     length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
@@ -235,7 +235,8 @@ def degree(keys, valid, /, *, backend, fault=""):
 
 
 def rank(values, valid, fault):
-    order = top_k(values, values.shape[-1], ~valid if fault != "padding ranked" else np.zeros(valid.shape, int), xp=np)
+    tiers = ~valid if fault != "padding ranked" else np.zeros(valid.shape, int)
+    order = top_k(values, values.shape[-1], tiers, backend=NUMPY)
     place = np.argsort(order, axis=-1)
     if fault == "later of equals first":
         place = np.argsort(np.lexsort((-np.arange(values.shape[-1]) + 0 * place, -values, ~valid), axis=-1), axis=-1)
@@ -333,7 +334,7 @@ def select(scores, budget, protected, valid, /, *, backend, fault=""):
     tier = np.where(valid | (protected & (fault == "padding protected")), tier, 2)
     if fault == "one too few":
         budget = max(budget - 1, 0)
-    order = top_k(scores, scores.shape[-1], tier, xp=np)
+    order = top_k(scores, scores.shape[-1], tier, backend=backend)
     kept = order[..., :budget]
     if fault == ">= at the cut" and 0 < budget <= scores.shape[-1]:
         # A threshold, then the first that reach it: a tie at the cut displaces a better token behind it.
@@ -352,14 +353,14 @@ def synchronising(scores, budget, protected, valid, /, *, backend):
     highest = float(scores.max()) if scores.numel() else 0.0
     if protected is not None:
         scores = scores.masked_fill(protected, highest + 1)
-    return backend.xp.sort(primitives.top_k(scores, budget, xp=backend.xp), axis=-1)
+    return backend.xp.sort(primitives.portable_top_k(scores, budget, None, backend=backend), axis=-1)
 
 
 def without_device(scores, budget, protected, valid, /, *, backend):
     """Makes its tiers wherever the library makes arrays by default."""
     xp = backend.xp
     tiers = xp.ones(scores.shape, dtype=xp.int32)
-    return xp.sort(primitives.top_k(scores, budget, tiers, xp=xp), axis=-1)
+    return xp.sort(primitives.portable_top_k(scores, budget, tiers, backend=backend), axis=-1)
 
 
 def elsewhere(importance, graph, /, *, signal, rounds, accumulation, strength, backend):
@@ -378,7 +379,7 @@ def by_numpy(scores, budget, protected, valid, /, *, backend):
     )
 
 
-def unordered_top_k(scores, k, tiers=None, /, *, xp):
+def unordered_top_k(scores, k, tiers, /, *, backend):
     """torch.topk as it is: any order among equal scores."""
     finite = TORCH.xp.nan_to_num(scores, nan=-3.0e38)
     return finite.topk(k).indices
@@ -402,12 +403,12 @@ RIGHT: dict[str, Callable[..., Any]] = {
     "top_k": NUMPY.top_k,
     "segment_product": NUMPY.segment_product,
     "segment_sum": NUMPY.segment_sum,
-    "received_attention": primitives.received_attention,
+    "received_attention": primitives.portable_received_attention,
     "build_graph": NUMPY.build_graph,
-    "propagate": _propagate,
-    "degree": _degree,
-    "fuse": _fuse,
-    "select": _select,
+    "propagate": portable_propagate,
+    "degree": portable_degree,
+    "fuse": portable_fuse,
+    "select": portable_select,
 }
 
 
@@ -591,9 +592,9 @@ def nan_as(value):
 def negative_nan_first(step):
     """Ranks by bits, in which a NaN of negative sign is the least, or the first of all."""
 
-    def wrong(scores, k, tiers=None, /, *, xp):
+    def wrong(scores, k, tiers, /, *, backend):
         odd = np.isnan(scores) & np.signbit(scores)
-        return step(np.where(odd, np.asarray(np.inf, scores.dtype), scores), k, tiers, xp=xp)
+        return step(np.where(odd, np.asarray(np.inf, scores.dtype), scores), k, tiers, backend=backend)
 
     return wrong
 
@@ -601,33 +602,33 @@ def negative_nan_first(step):
 def padded_by_minus_infinity(step):
     """Fills rows up to a multiple of 8 with minus infinity, and finds the filling before NaN."""
 
-    def wrong(scores, k, tiers=None, /, *, xp):
+    def wrong(scores, k, tiers, /, *, backend):
         num = -scores.shape[-1] % 8
         wider = [(0, 0)] * (scores.ndim - 1) + [(0, num)]
         padded = np.pad(scores, wider, constant_values=-np.inf)
         more = None if tiers is None else np.pad(tiers, wider, constant_values=tiers.dtype.type(1))
-        return step(padded, k, more, xp=xp)
+        return step(padded, k, more, backend=backend)
 
     return wrong
 
 
 def nan_index_out_of_range(step):
-    def wrong(scores, k, tiers=None, /, *, xp):
-        found = step(scores, k, tiers, xp=xp)
+    def wrong(scores, k, tiers, /, *, backend):
+        found = step(scores, k, tiers, backend=backend)
         return np.where(np.isnan(np.take_along_axis(scores, found, axis=-1)), found + scores.shape[-1], found)
 
     return wrong
 
 
 def tiers_of_two_bits_as_one(step):
-    return lambda scores, k, tiers=None, /, *, xp: step(scores, k, None if tiers is None else tiers > 0, xp=xp)
+    return lambda scores, k, tiers, /, **options: step(scores, k, None if tiers is None else tiers > 0, **options)
 
 
 def segments_of(most):
     """Room for so many values a segment."""
 
     def spoil(step):
-        def wrong(values, index, num_segments, /, *, xp):
+        def wrong(values, index, num_segments, /, *, backend):
             order = np.argsort(index, axis=-1, kind="stable")
             ordered = np.take_along_axis(index, order, axis=-1)
             place = np.broadcast_to(np.arange(index.shape[-1]), index.shape)
@@ -637,7 +638,7 @@ def segments_of(most):
             np.put_along_axis(before, order, place - first, axis=-1)
             neutral = 1 if step is RIGHT["segment_product"] else 0
             some = np.where(before < most, values, np.asarray(neutral, values.dtype))
-            return step(some, index, num_segments, xp=xp)
+            return step(some, index, num_segments, backend=backend)
 
         return wrong
 
@@ -646,17 +647,17 @@ def segments_of(most):
 
 def edges_up_to(most):
     """So many values in all; the others are lost."""
-    return lambda step: lambda values, index, n, /, *, xp: step(values[..., :most], index[..., :most], n, xp=xp)
+    return lambda step: lambda values, index, n, /, **options: step(values[..., :most], index[..., :most], n, **options)
 
 
 def logarithms(step):
     """A product as the exponential of a sum of logarithms."""
 
-    def wrong(values, index, num_segments, /, *, xp):
+    def wrong(values, index, num_segments, /, *, backend):
         with np.errstate(all="ignore"):
             logs = np.log(np.abs(values)).astype(values.dtype)
-        result = np.exp(RIGHT["segment_sum"](logs, index, num_segments, xp=xp))
-        odd = RIGHT["segment_sum"]((values < 0).astype(values.dtype), index, num_segments, xp=xp) % 2
+        result = np.exp(RIGHT["segment_sum"](logs, index, num_segments, backend=backend))
+        odd = RIGHT["segment_sum"]((values < 0).astype(values.dtype), index, num_segments, backend=backend) % 2
         return np.where(odd == 1, -result, result).astype(values.dtype)
 
     return wrong
@@ -665,10 +666,10 @@ def logarithms(step):
 def index_as_int64(step):
     """Reads the memory of an index as 64 bits, whatever its dtype."""
 
-    def wrong(values, index, num_segments, /, *, xp):
+    def wrong(values, index, num_segments, /, *, backend):
         if index.dtype != np.int64 and index.shape[-1] % 2 == 0 and index.flags.c_contiguous:
             index = np.repeat(index.view(np.int64) % num_segments, 2, axis=-1)
-        return step(values, index, num_segments, xp=xp)
+        return step(values, index, num_segments, backend=backend)
 
     return wrong
 
@@ -676,7 +677,7 @@ def index_as_int64(step):
 def attention(fault):
     """The received attention at once, with a mistake."""
 
-    def wrong(queries, keys, valid, /, *, block_size, xp):
+    def wrong(queries, keys, valid, /, *, block_size, backend):
         batch, query_heads, num_queries, head_size = queries.shape
         kv_heads, num_tokens = keys.shape[1:3]
         groups = query_heads // kv_heads
@@ -781,7 +782,7 @@ def far_from_the_end(step):
     """Excludes sources and padding by a number of -4 in place of a mask: short keys reach above it."""
 
     def wrong(keys, importance, valid, /, *, num_sources, num_neighbors, chunk_size, backend):
-        sources = np.sort(NUMPY.top_k(importance, num_sources, ~valid, xp=NUMPY.xp), axis=-1)
+        sources = np.sort(NUMPY.top_k(importance, num_sources, ~valid, backend=NUMPY), axis=-1)
         with np.errstate(all="ignore"):
             length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
             usable = (length > 0) & np.isfinite(length)

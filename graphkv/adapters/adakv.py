@@ -37,12 +37,12 @@ def head_budgets(
     array, shape (batch, kv_heads), int64
         The sum over the heads is exactly kv_heads x budget.
     """
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     num_tokens = scores.shape[-1]
     # 0 protected, 1 others, 2 padding: who comes first in a head.
     tiers = xp.astype(~protected, xp.int32) + xp.astype(~valid, xp.int32)
     tiers = xp.where(valid, tiers, xp.full_like(tiers, 2))
-    place = xp.argsort(top_k(scores, num_tokens, tiers, xp=xp), axis=-1)
+    place = xp.argsort(primitives.top_k(scores, num_tokens, tiers, backend=backend), axis=-1)
     forced = place < xp.astype(least, place.dtype)[..., None]
     # Over all heads: 0 forced, 1 others; 2 and 3 the same among padding, so that filling up spreads over the heads.
     tiers = xp.astype(~forced, xp.int32) + 2 * xp.astype(~valid, xp.int32)
@@ -73,10 +73,10 @@ def code_head_budgets(
 
 def _count_best(scores: Array, budget: int, tiers: Array, /, *, backend: Backend) -> Array:
     """Count, for every head, its tokens among the best budget x kv_heads of the layer: ties by head, then by index."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     batch, kv_heads, num_tokens = scores.shape
     flat = (batch, kv_heads * num_tokens)
-    best = top_k(xp.reshape(scores, flat), kv_heads * budget, xp.reshape(tiers, flat), xp=xp)
+    best = primitives.top_k(xp.reshape(scores, flat), kv_heads * budget, xp.reshape(tiers, flat), backend=backend)
     head = best // num_tokens
     return xp.stack([xp.sum(xp.astype(head == h, xp.int64), axis=-1) for h in range(kv_heads)], axis=-1)
 

@@ -64,8 +64,8 @@ def received(layer: Layer, window: int, /) -> Array:
     xp = layer.xp
     if layer.attention is not None:
         return xp.sum(last_rows(layer, window), axis=-2)
-    receive = layer.backend.received_attention or primitives.received_attention
-    return receive(_last(layer, window), layer.keys, layer.valid, block_size=window, xp=xp)
+    rows = _last(layer, window)
+    return primitives.received_attention(rows, layer.keys, layer.valid, block_size=window, backend=layer.backend)
 
 
 def _last(layer: Layer, window: int, /) -> Array:

@@ -58,15 +58,15 @@ class Varying(Protection):
 
     def mask(self, layer: Layer, memory: Memory | None = None, /) -> Array:
         """Mark sinks and recents, then the highest deviations."""
-        xp, backend = layer.xp, layer.backend
+        xp = layer.xp
         always = super().mask(layer, memory)
         always = xp.zeros_like(layer.valid) if always is None else always
-        top_k, segment_sum = backend.top_k or primitives.top_k, backend.segment_sum or primitives.segment_sum
         tiers = xp.astype(~always, xp.int32) + xp.astype(~layer.valid, xp.int32)
         spread = deviation(*moments(memory, xp=xp), xp=xp)
-        chosen = top_k(spread, min(self.count, layer.num_tokens), tiers, xp=xp)
+        chosen = primitives.top_k(spread, min(self.count, layer.num_tokens), tiers, backend=layer.backend)
         ones = xp.ones(chosen.shape, dtype=spread.dtype, device=primitives.device_of(spread))
-        return layer.valid & (segment_sum(ones, chosen, layer.num_tokens, xp=xp) > 0)
+        marks = primitives.segment_sum(ones, chosen, layer.num_tokens, backend=layer.backend)
+        return layer.valid & (marks > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

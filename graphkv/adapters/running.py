@@ -71,8 +71,9 @@ def newly_received(layer: Layer, block_size: int, /) -> Array:
     """
     xp, rows = layer.xp, _new_positions(layer)
     if layer.attention is None:
-        receive = layer.backend.received_attention or primitives.received_attention
-        return receive(rows, layer.keys, layer.valid, block_size=block_size, xp=xp)
+        return primitives.received_attention(
+            rows, layer.keys, layer.valid, block_size=block_size, backend=layer.backend
+        )
     batch, kv_heads, num_tokens = layer.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))

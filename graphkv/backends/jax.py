@@ -25,13 +25,13 @@ import numpy as np
 
 from ..core.backend import Backend
 from ..core.eviction import Eviction
-from ..core.fusion import _degree, _fuse
-from ..core.graph import _build_graph
+from ..core.fusion import portable_degree, portable_fuse
+from ..core.graph import portable_build_graph
 from ..core.layer import Memory
 from ..core.merging import Merge
-from ..core.pagerank import _pagerank
-from ..core.propagation import _propagate
-from ..core.selection import Choice, _select
+from ..core.pagerank import portable_pagerank
+from ..core.propagation import portable_propagate
+from ..core.selection import Choice, portable_select
 from ..core.types import Array, Graph, Namespace
 
 __all__ = ["BACKEND"]
@@ -67,9 +67,9 @@ class _Namespace:
         return jax.dtypes.canonicalize_dtype(np.int64)
 
 
-def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
+def top_k(scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array:
     """Rank tier by tier with lax.top_k, which takes the lower index among equals and is far faster than a sort."""
-    num_tokens = scores.shape[-1]
+    xp, num_tokens = backend.xp, scores.shape[-1]
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32 if scores.dtype == jnp.float32 else jnp.int64)
     if num_tokens >= 2**23:  # the places of `_top_k_by_value` would not be exact in float32
         return _top_k_by_bits(bits, k, tiers, xp=xp)
@@ -143,13 +143,13 @@ for kind, static in ((Choice, ()), (Merge, ()), (Memory, ()), (Eviction, ("budge
     jax.tree_util.register_dataclass(kind, data_fields=names, meta_fields=list(static))
 
 # One compiled function per step and shape: a call for each operation would be ten times slower.
-build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
-propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
-degree = jax.jit(_degree, static_argnames="backend")
-fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
+build_graph = jax.jit(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
+propagate = jax.jit(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+degree = jax.jit(portable_degree, static_argnames="backend")
+fuse = jax.jit(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
 # A tracer for the damping, which is only arithmetic: a search over it compiles once.
-pagerank = jax.jit(_pagerank, static_argnames=("rounds", "backend"))
-select = jax.jit(_select, static_argnums=1, static_argnames="backend")
+pagerank = jax.jit(portable_pagerank, static_argnames=("rounds", "backend"))
+select = jax.jit(portable_select, static_argnums=1, static_argnames="backend")
 
 
 def refuse(array: Array, /) -> str:

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from ..core import primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
-from ..core.types import Array, Graph, Namespace
+from ..core.types import Array, Graph
 from . import streamed
 
 __all__ = ["BACKEND", "SPARSE", "to_csr"]
@@ -159,12 +159,12 @@ def _chunks(num_tokens: int, width: int, block: int, /) -> Iterator[tuple[int, i
 build_graph = partial(streamed.build_graph, nearest=_nearest, block_size=16)
 
 
-def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Multiply in order of the edges."""
     return _segment_reduce(np.multiply, 1, values, index, num_segments)
 
 
-def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Add in order of the edges."""
     return _segment_reduce(np.add, 0, values, index, num_segments)
 
@@ -218,7 +218,7 @@ def to_csr(graph: Graph, /, row: tuple[int, ...] = ()) -> Any:
 
 
 def _sparse_reduce(
-    ufunc: np.ufunc, identity: int, values: Array, index: Array, num_segments: int, /, *, xp: Namespace
+    ufunc: np.ufunc, identity: int, values: Array, index: Array, num_segments: int, /, *, backend: Backend
 ) -> Array:
     """Combine by column: one sparse row per row of the leading axes, turned into compressed columns."""
     result = np.full((*values.shape[:-1], num_segments), identity, dtype=values.dtype)

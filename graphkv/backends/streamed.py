@@ -15,7 +15,7 @@ from math import prod
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.graph import _build_graph, clip_weights
+from ..core.graph import clip_weights, portable_build_graph
 from ..core.types import Array, Graph
 
 __all__ = ["EXCLUDED", "build_graph"]
@@ -61,7 +61,7 @@ def build_graph(
     *leading, num_tokens, head_size = keys.shape
     num_rows = prod(leading)
     if num_rows * num_sources * num_neighbors * head_size == 0:
-        return _build_graph(
+        return portable_build_graph(
             keys,
             importance,
             valid,
@@ -70,11 +70,11 @@ def build_graph(
             chunk_size=chunk_size,
             backend=backend,
         )
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     keys = xp.reshape(keys, (num_rows, num_tokens, head_size))
     is_padding = xp.reshape(~valid, (num_rows, num_tokens))
-    sources = top_k(xp.reshape(importance, (num_rows, num_tokens)), num_sources, is_padding, xp=xp)
-    sources = xp.sort(sources, axis=-1)
+    importance = xp.reshape(importance, (num_rows, num_tokens))
+    sources = xp.sort(primitives.top_k(importance, num_sources, is_padding, backend=backend), axis=-1)
 
     # What a token needs: its similarities, and its direction.
     per_token = max(num_sources, head_size + 1)

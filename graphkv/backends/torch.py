@@ -12,8 +12,8 @@ import torch
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.graph import _build_graph
-from ..core.types import Array, Graph, Namespace
+from ..core.graph import portable_build_graph
+from ..core.types import Array, Graph
 from . import streamed
 
 __all__ = ["BACKEND"]
@@ -48,18 +48,18 @@ def _smallest(keys: Array, k: int, /) -> Array:
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.resolve_neg().view(torch.int32), smallest=_smallest)
 
 
-def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Multiply by torch's own scatter where it has one order: on a GPU that changes from run to run."""
     if values.device.type != "cpu" or _is_dual(values):
-        return primitives.segment_product(values, index, num_segments, xp=xp)
+        return primitives.portable_segment_product(values, index, num_segments, backend=backend)
     result = torch.ones((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
     return result.scatter_reduce(-1, index, values, "prod")
 
 
-def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Add by torch's own scatter where it has one order: on a GPU that changes from run to run."""
     if values.device.type != "cpu":
-        return primitives.segment_sum(values, index, num_segments, xp=xp)
+        return primitives.portable_segment_sum(values, index, num_segments, backend=backend)
     result = torch.zeros((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
     return result.scatter_add(-1, index, values)
 
@@ -150,7 +150,7 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     """Stream the similarities of float32; what records gradients, or is mapped, must not be written to."""
     # The norm of a key of one entry is that entry, however small its square.
     if keys.dtype != torch.float32 or keys.shape[-1] == 1 or not _is_plain(keys, importance, valid):
-        return _build_graph(keys, importance, valid, **options)
+        return portable_build_graph(keys, importance, valid, **options)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
 
 
@@ -163,10 +163,10 @@ def _is_finite(rows: Array, /) -> Array:
 ATTENTION_SIZE = 1 << 21
 
 
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
     """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
     if queries.shape[-1] == 0 or not _is_plain(queries, keys, valid):
-        return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
+        return primitives.portable_received_attention(queries, keys, valid, block_size=block_size, backend=backend)
     batch, query_heads, num_queries, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     num_rows, groups = batch * kv_heads, query_heads // kv_heads

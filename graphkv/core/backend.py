@@ -43,17 +43,17 @@ class Backend:
     library : str, optional
         Root module of the array type. Default: `name`.
     top_k : callable, optional
-        ``top_k(scores, k, tiers=None, *, xp)``, see `graphkv.core.primitives.top_k`.
+        ``top_k(scores, k, tiers, *, backend)``, see `graphkv.core.primitives.top_k`.
     segment_product : callable, optional
-        ``segment_product(values, index, num_segments, *, xp)``, see `graphkv.core.primitives.segment_product`.
+        ``segment_product(values, index, num_segments, *, backend)``, see `graphkv.core.primitives.segment_product`.
     segment_sum : callable, optional
         As `segment_product`, with sums.
     received_attention : callable, optional
-        ``received_attention(queries, keys, valid, *, block_size, xp)``, see
+        ``received_attention(queries, keys, valid, *, block_size, backend)``, see
         `graphkv.core.primitives.received_attention`.
     build_graph, propagate, degree, fuse, pagerank, select : callable, optional
-        Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
-        `_propagate`, and so on) and must give the same result.
+        Replacements of a whole step, for speed. Each is called like the portable body of the step, such as
+        `graphkv.core.graph.portable_build_graph`, and must give the same result.
     guard : callable, optional
         ``guard(array)`` returns a context that is entered around every call on that array: for a library whose results
         depend on a state around the call, or that warns about values.

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from . import checks, primitives
 from .backend import Backend, resolve
-from .graph import normalise
+from .graph import normalize
 from .types import Array, Namespace
 
-__all__ = ["EXPONENT", "FUSIONS", "degree", "fuse"]
+__all__ = ["EXPONENT", "FUSIONS", "degree", "fuse", "portable_degree", "portable_fuse"]
 
 # No power is smaller, so duplicates of everything else keep their places by importance; none is larger, so 0 stays 0.
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
@@ -78,15 +78,15 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
-    step = backend.degree or _degree
+    step = backend.degree or portable_degree
     with backend.guarded(keys):
         return step(primitives.widen(keys, xp=xp), valid, backend=backend)
 
 
-def _degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
-    """The specification of `degree`: arguments checked and widened."""
+def portable_degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
+    """Compare keys with their mean: the specification of `degree`, with arguments checked and widened."""
     xp = backend.xp
-    directions = normalise(keys, xp=xp)
+    directions = normalize(keys, xp=xp)
     directions = xp.where(valid[..., None], directions, xp.zeros_like(directions))
     num_valid = xp.sum(xp.astype(valid, keys.dtype), axis=-1, keepdims=True)
     mean = xp.sum(directions, axis=-2) / xp.maximum(num_valid, xp.ones_like(num_valid))
@@ -178,7 +178,7 @@ def fuse(
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(importance))
     checks.mask("valid", valid, shape, "importance", backend=backend)
-    step = backend.fuse or _fuse
+    step = backend.fuse or portable_fuse
     with backend.guarded(importance):
         return step(
             primitives.widen(importance, xp=xp),
@@ -190,8 +190,10 @@ def fuse(
         )
 
 
-def _fuse(importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend) -> Array:
-    """The specification of `fuse`: arguments checked and widened."""
+def portable_fuse(
+    importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
+) -> Array:
+    """Fuse importance and degree: the specification of `fuse`, with arguments checked and widened."""
     xp = backend.xp
     dtype = xp.result_type(importance.dtype, degree.dtype)
     importance, degree = xp.astype(importance, dtype), xp.astype(degree, dtype)
@@ -229,8 +231,8 @@ FUSIONS: dict[str, Callable[..., Array]] = {"power": power, "max_rank": max_rank
 
 def _rank(values: Array, valid: Array, backend: Backend, /) -> Array:
     """Rank the valid tokens of every row from 1, the worst, upwards."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    place = xp.argsort(top_k(values, values.shape[-1], ~valid, xp=xp), axis=-1)
+    xp = backend.xp
+    place = xp.argsort(primitives.top_k(values, values.shape[-1], ~valid, backend=backend), axis=-1)
     num_valid = xp.sum(xp.astype(valid, place.dtype), axis=-1, keepdims=True)
     return xp.astype(num_valid - place, values.dtype)
 

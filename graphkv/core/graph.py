@@ -6,7 +6,7 @@ from . import checks, primitives
 from .backend import Backend, resolve
 from .types import Array, Graph, Namespace
 
-__all__ = ["build_graph", "clip_weights", "normalise"]
+__all__ = ["build_graph", "clip_weights", "normalize", "portable_build_graph"]
 
 # Similarities are computed for this many tokens at a time unless the caller says otherwise.
 CHUNK_SIZE = 4096
@@ -98,7 +98,7 @@ def build_graph(
     xp = backend.xp
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
-    step = backend.build_graph or _build_graph
+    step = backend.build_graph or portable_build_graph
     with backend.guarded(keys):
         graph: Graph = step(
             primitives.widen(keys, xp=xp),
@@ -112,7 +112,7 @@ def build_graph(
     return graph
 
 
-def _build_graph(
+def portable_build_graph(
     keys: Array,
     importance: Array,
     valid: Array,
@@ -123,12 +123,12 @@ def _build_graph(
     chunk_size: int,
     backend: Backend,
 ) -> Graph:
-    """The specification of `build_graph`: arguments checked, widened and clipped."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    """Link tokens chunk by chunk: the specification of `build_graph`, with arguments checked, widened and clipped."""
+    xp = backend.xp
     num_tokens, device = keys.shape[-2], primitives.device_of(keys)
 
-    sources = xp.sort(top_k(importance, num_sources, ~valid, xp=xp), axis=-1)
-    directions = normalise(keys, xp=xp)
+    sources = xp.sort(primitives.top_k(importance, num_sources, ~valid, backend=backend), axis=-1)
+    directions = normalize(keys, xp=xp)
     source_directions = primitives.take_rows(directions, sources, xp=xp)
     is_valid_source = xp.take_along_axis(valid, sources, axis=-1)[..., None]
 
@@ -151,7 +151,7 @@ def _build_graph(
         neighbors = xp.concat([neighbors, xp.broadcast_to(tokens, edge.shape)], axis=-1)
         weights = xp.concat([weights, edge], axis=-1)
         excluded = xp.concat([excluded, xp.broadcast_to(~may_be_neighbor, edge.shape)], axis=-1)
-        best = top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, xp=xp)
+        best = primitives.top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, backend=backend)
         neighbors = xp.take_along_axis(neighbors, best, axis=-1)
         weights = xp.take_along_axis(weights, best, axis=-1)
         excluded = xp.take_along_axis(excluded, best, axis=-1)
@@ -164,7 +164,7 @@ def clip_weights(similarity: Array, /, *, xp: Namespace) -> Array:
     return xp.where(similarity > 0, xp.minimum(similarity, one), zero)
 
 
-def normalise(keys: Array, /, *, xp: Namespace) -> Array:
+def normalize(keys: Array, /, *, xp: Namespace) -> Array:
     """Scale every key to length one; a key without a direction becomes zero."""
     square = xp.sum(keys * keys, axis=-1, keepdims=True)
     # By the square: a compiler makes the root of a single square the number itself, which has another range. And a root

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from . import checks, primitives
 from .backend import Backend, resolve
-from .graph import normalise
+from .graph import normalize
 from .types import Array
 
-__all__ = ["DAMPING", "ROUNDS", "pagerank"]
+__all__ = ["DAMPING", "ROUNDS", "pagerank", "portable_pagerank"]
 
 DAMPING = 0.15
 # Each round divides the error by about 1 / DAMPING: ten are enough for float32.
@@ -99,17 +99,17 @@ def pagerank(
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
         return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
-    step = backend.pagerank or _pagerank
+    step = backend.pagerank or portable_pagerank
     return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
 
 
-def _pagerank(
+def portable_pagerank(
     importance: Array, keys: Array, valid: Array, /, *, damping: float, rounds: int, backend: Backend
 ) -> Array:
-    """The specification of `pagerank`: arguments checked and widened, at least one round."""
+    """Let importance flow: the specification of `pagerank`, with arguments checked and at least one round."""
     xp = backend.xp
     dtype = xp.result_type(importance.dtype, keys.dtype)
-    importance, directions = xp.astype(importance, dtype), normalise(xp.astype(keys, dtype), xp=xp)
+    importance, directions = xp.astype(importance, dtype), normalize(xp.astype(keys, dtype), xp=xp)
     takes_part = valid & xp.isfinite(importance)
     mask = xp.astype(takes_part, dtype)
     directions = xp.where(takes_part[..., None], directions, xp.zeros_like(directions))

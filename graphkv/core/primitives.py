@@ -1,6 +1,7 @@
-"""What the array API standard lacks, written in the standard.
+"""Operations that the array API standard lacks, written in the standard.
 
-A backend may bring a faster form of each; the result must be the same.
+`top_k`, `segment_product`, `segment_sum` and `received_attention` are doors: they call the backend's own form where it
+brings one, else the portable one. A backend's form is called like the portable one and must give the same results.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
+from .backend import Backend
 from .types import Array, Namespace
 
 __all__ = [
     "device_of",
     "finite_rows",
     "packed_top_k",
+    "portable_received_attention",
+    "portable_segment_product",
+    "portable_segment_sum",
+    "portable_top_k",
     "received_attention",
     "segment_product",
     "segment_sum",
@@ -31,7 +37,7 @@ INDEX_MASK = (1 << INDEX_BITS) - 1
 
 
 def widen(x: Array, /, *, xp: Namespace) -> Array:
-    """Give float32 and float64 as they are, everything else (half precision, integers) as float32.
+    """Return float32 and float64 as they are, everything else (half precision, integers) as float32.
 
     Parameters
     ----------
@@ -46,28 +52,36 @@ def widen(x: Array, /, *, xp: Namespace) -> Array:
 
 
 def device_of(x: Array, /) -> Any:
-    """Give the device of an array, or None for one that has no place yet: under ``jax.jit`` there are no devices."""
+    """Return the device of an array, or None for a traced array without a device, as under ``jax.jit``."""
     return getattr(x, "device", None)
 
 
-def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
-    """Rank along the last axis and give the first k indices, best first.
+def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, backend: Backend) -> Array:
+    """Rank along the last axis and return the first k indices, best first.
 
-    The order is total, so every library gives the same indices: lower tier first; then higher score; then lower index.
-    NaN comes after every number of its tier, and -0.0 equals 0.0.
+    The order is total, so every library returns the same indices: lower tier first; then higher score; then lower
+    index. NaN comes after every number of its tier, and -0.0 equals 0.0.
 
     Parameters
     ----------
     scores : array, shape (..., N), float32 or float64
     k : int
         At most N.
-    tiers : array, shape (..., N), integer, optional
+    tiers : array, shape (..., N), integer or bool, optional
         0, 1, 2 or 3. Default: all in one tier.
+    backend : Backend
 
     Returns
     -------
     array, shape (..., k), int64
     """
+    step = backend.top_k or portable_top_k
+    return step(scores, k, tiers, backend=backend)
+
+
+def portable_top_k(scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array:
+    """Rank by two stable sorts: the specification of `top_k`."""
+    xp = backend.xp
     is_nan = xp.isnan(scores)
     # A NaN would sort first on some libraries and last on others.
     order = xp.argsort(xp.where(is_nan, xp.zeros_like(scores), scores), axis=-1, descending=True, stable=True)
@@ -81,38 +95,38 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace
 def packed_top_k(
     scores: Array,
     k: int,
+    tiers: Array | None,
     /,
-    tiers: Array | None = None,
     *,
     bits: Callable[[Array], Array],
     smallest: Callable[[Array, int], Array],
-    xp: Namespace,
+    backend: Backend,
 ) -> Array:
-    """`top_k` by a library's own partial selection, which need not be stable: all keys are different.
+    """Compute `top_k` by a library's own partial selection, which need not be stable: all keys are different.
 
-    Where the scores are not float32, or there are too many tokens for a key, this is `top_k` itself.
+    Where the scores are not float32, or there are too many tokens for a key, the portable form is called.
 
     Parameters
     ----------
-    scores, k, tiers
-        As in `top_k`.
+    scores, k, tiers, backend
+        As for `top_k`.
     bits : callable
         Reads a float32 array as int32 without changing a bit, which the standard cannot.
     smallest : callable
-        ``smallest(keys, k)`` gives the k smallest of int64 keys along the last axis, ascending; 0 < k <= N.
+        ``smallest(keys, k)`` returns the k smallest of int64 keys along the last axis, ascending; 0 < k <= N.
 
     Returns
     -------
     array, shape (..., k), int64
     """
-    if scores.dtype != xp.float32 or k == 0 or scores.shape[-1] > INDEX_MASK:
-        return top_k(scores, k, tiers, xp=xp)
-    return smallest(_packed_keys(bits(scores), tiers, xp=xp), k) & INDEX_MASK
+    if scores.dtype != backend.xp.float32 or k == 0 or scores.shape[-1] > INDEX_MASK:
+        return portable_top_k(scores, k, tiers, backend=backend)
+    return smallest(_packed_keys(bits(scores), tiers, xp=backend.xp), k) & INDEX_MASK
 
 
 def _packed_keys(bits: Array, tiers: Array | None, /, *, xp: Namespace) -> Array:
     """Pack tier, score and token index of every token into one int64, ascending from the best token."""
-    # On the integers alone: compilers for GPUs may flush a subnormal float to zero, and so tie what is no tie.
+    # On the integers alone: compilers for GPUs may flush a subnormal float to zero, which would tie different scores.
     lowest = -(2**31)
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     bits = xp.where(bits == lowest, xp.zeros_like(bits), bits)  # -0.0 equals 0.0
@@ -149,7 +163,7 @@ def finite_rows(x: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
 
 
 def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
-    """Softmax attention of the last W positions to all N keys, causal inside the window.
+    """Compute the softmax attention of the last W positions to all N keys, causal inside the window.
 
     Query heads are folded into the rows of one product per KV head, so no key is repeated.
 
@@ -159,8 +173,8 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
         The last W positions.
     keys : array, shape (batch, kv_heads, N, D)
     valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none. So it is with keys and queries that hold an
-        infinity or NaN.
+        Padding receives no attention, and a padded query gives none. Keys and queries that hold an infinity or NaN
+        count as padding.
 
     Returns
     -------
@@ -196,10 +210,8 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     return weight / xp.where(total > 0, total, xp.ones_like(total))
 
 
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
-    """Sum what each token gets from the last Q positions: the columns of `window_attention`, but never all its rows.
-
-    A row needs the keys up to its own position only, and all of them are at hand, so its softmax needs no second pass.
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
+    """Sum the attention that each token receives from the last Q positions: the columns of `window_attention`.
 
     Parameters
     ----------
@@ -207,14 +219,27 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
         The last Q positions.
     keys : array, shape (batch, kv_heads, N, D)
     valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none.
+        As for `window_attention`.
     block_size : int
-        At most so many queries of a head have their rows in memory at a time. It changes nothing but rounding.
+        Queries per head processed at once. Affects rounding only.
+    backend : Backend
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, N)
     """
+    step = backend.received_attention or portable_received_attention
+    return step(queries, keys, valid, block_size=block_size, backend=backend)
+
+
+def portable_received_attention(
+    queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend
+) -> Array:
+    """Sum block by block, so that the rows never exist all at once: the specification of `received_attention`.
+
+    A row needs only the keys up to its own position, and all of them are given, so its softmax needs no second pass.
+    """
+    xp = backend.xp
     batch, query_heads, num_queries, _ = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     shape = (batch, kv_heads, query_heads // kv_heads, num_tokens)
@@ -227,7 +252,7 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     return total
 
 
-def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Multiply, row by row of the leading axes, the values that share an index; 1 where there are none.
 
     Parameters
@@ -235,17 +260,23 @@ def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Na
     values : array, shape (..., E), float32 or float64
     index : array, shape (..., E), integer in [0, num_segments)
     num_segments : int
-    xp : namespace
+    backend : Backend
 
     Returns
     -------
     array, shape (..., num_segments), dtype of `values`
         Entry t is the product of the values[..., e] with index[..., e] == t.
     """
-    return _segment_reduce(values, index, num_segments, xp.multiply, 1, xp=xp)
+    step = backend.segment_product or portable_segment_product
+    return step(values, index, num_segments, backend=backend)
 
 
-def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def portable_segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
+    """Multiply by a sort: the specification of `segment_product`."""
+    return _segment_reduce(values, index, num_segments, backend.xp.multiply, 1, xp=backend.xp)
+
+
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Add, row by row of the leading axes, the values that share an index; 0 where there are none.
 
     Parameters
@@ -253,14 +284,20 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     values : array, shape (..., E), float32 or float64
     index : array, shape (..., E), integer in [0, num_segments)
     num_segments : int
-    xp : namespace
+    backend : Backend
 
     Returns
     -------
     array, shape (..., num_segments), dtype of `values`
         Entry t is the sum of the values[..., e] with index[..., e] == t.
     """
-    return _segment_reduce(values, index, num_segments, xp.add, 0, xp=xp)
+    step = backend.segment_sum or portable_segment_sum
+    return step(values, index, num_segments, backend=backend)
+
+
+def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
+    """Add by a sort: the specification of `segment_sum`."""
+    return _segment_reduce(values, index, num_segments, backend.xp.add, 0, xp=backend.xp)
 
 
 def _segment_reduce(

@@ -10,7 +10,7 @@ from .backend import Backend, resolve
 from .graph import clip_weights
 from .types import Array, Graph, Namespace
 
-__all__ = ["SIGNALS", "propagate"]
+__all__ = ["SIGNALS", "portable_propagate", "propagate"]
 
 # No factor of a decay product is smaller, so an exact duplicate keeps a positive score and its place among duplicates.
 SMALLEST_FACTOR = 1e-6
@@ -112,7 +112,7 @@ def propagate(
         return importance
     # Indices of any integer dtype name tokens, and not every library can gather by all of them.
     graph = replace(graph, neighbors=backend.xp.astype(graph.neighbors, backend.xp.int64))
-    step = backend.propagate or _propagate
+    step = backend.propagate or portable_propagate
     with backend.guarded(importance):
         return step(
             importance,
@@ -125,7 +125,7 @@ def propagate(
         )
 
 
-def _propagate(
+def portable_propagate(
     importance: Array,
     graph: Graph,
     /,
@@ -136,7 +136,7 @@ def _propagate(
     strength: float,
     backend: Backend,
 ) -> Array:
-    """The specification of `propagate`: arguments checked, at least one edge and one round."""
+    """Send a signal: the specification of `propagate`, with arguments checked, and at least one edge and one round."""
     xp = backend.xp
     # The arithmetic of the factors is as wide as the wider of the two inputs.
     dtype = xp.result_type(importance.dtype, primitives.widen(graph.weights, xp=xp).dtype)
@@ -187,11 +187,8 @@ def _accumulate(values: Array, graph: Graph, how: str, backend: Backend) -> Arra
     """Multiply or add the values (..., K, M) of all edges that reach each token: (..., N)."""
     xp = backend.xp
     edges = (*graph.sources.shape[:-1], graph.num_sources * graph.num_neighbors)
-    reduce = {
-        "product": backend.segment_product or primitives.segment_product,
-        "sum": backend.segment_sum or primitives.segment_sum,
-    }[how]
-    return reduce(xp.reshape(values, edges), xp.reshape(graph.neighbors, edges), graph.num_tokens, xp=xp)
+    reduce = primitives.segment_product if how == "product" else primitives.segment_sum
+    return reduce(xp.reshape(values, edges), xp.reshape(graph.neighbors, edges), graph.num_tokens, backend=backend)
 
 
 def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -> Array:

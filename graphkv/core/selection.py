@@ -91,15 +91,17 @@ def select(
         checks.mask("protected", protected, shape, "scores", backend=backend)
     if valid is not None:
         checks.mask("valid", valid, shape, "scores", backend=backend)
-    step = backend.select or _select
+    step = backend.select or portable_select
     with backend.guarded(scores):
         return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
 
 
-def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
-    """The specification of `select`: arguments checked and widened."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    return xp.sort(top_k(scores, budget, _tiers(scores, protected, valid, xp=xp), xp=xp), axis=-1)
+def portable_select(
+    scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
+) -> Array:
+    """Rank and sort: the specification of `select`, with arguments checked and widened, and at most N to keep."""
+    tiers = _tiers(scores, protected, valid, xp=backend.xp)
+    return backend.xp.sort(primitives.top_k(scores, budget, tiers, backend=backend), axis=-1)
 
 
 def select_per_head(
@@ -121,8 +123,8 @@ def select_per_head(
     array, shape (..., width), int64
         In each row its budget of positions, ascending, then -1.
     """
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    ranked = top_k(scores, width, _tiers(scores, protected, valid, xp=xp), xp=xp)
+    xp = backend.xp
+    ranked = primitives.top_k(scores, width, _tiers(scores, protected, valid, xp=xp), backend=backend)
     place = xp.arange(width, dtype=ranked.dtype, device=primitives.device_of(scores))
     place = xp.reshape(place, (*(1 for _ in budgets.shape), -1))
     is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_long_rows_are_ranked(backend: Backend) -> None:
             x = asserts.make(backend, scores, dtype)
             # Two tiers come as a mask at times.
             for some in (None, tiers, tiers > 1):
-                found = _top_k(backend)(x, k, None if some is None else asserts.make(backend, some), xp=backend.xp)
+                found = primitives.top_k(x, k, None if some is None else asserts.make(backend, some), backend=backend)
                 asserts.equal(found, truth.top_k(scores, k, some), backend=backend, like=x)
 
 
@@ -90,7 +91,7 @@ def test_scores_one_bit_apart_keep_their_order(backend: Backend) -> None:
             x = asserts.make(backend, scores, dtype)
 
             order = truth.top_k(scores, 600)
-            asserts.equal(_top_k(backend)(x, 600, xp=backend.xp), order, backend=backend, like=x)
+            asserts.equal(primitives.top_k(x, 600, backend=backend), order, backend=backend, like=x)
             kept = select(x, 300, backend=backend)
             asserts.equal(kept, np.sort(order[:300]), backend=backend, like=x)
             for keys_dtype in _dtypes(backend):
@@ -120,7 +121,7 @@ def test_special_scores_have_their_places(backend: Backend) -> None:
             for tiers in (None, np.arange(num_tokens, dtype=np.int32) % 3):
                 made = None if tiers is None else asserts.make(backend, tiers)
                 for k in (num_tokens, 2):
-                    found = _top_k(backend)(x, k, made, xp=backend.xp)
+                    found = primitives.top_k(x, k, made, backend=backend)
                     asserts.equal(found, truth.top_k(scores, k, tiers), backend=backend, like=x)
             masks = {"valid": np.arange(num_tokens) % 3 > 0, "protected": np.arange(num_tokens) % 4 == 1}
             for budget in (num_tokens, num_tokens - 1, 1):
@@ -178,7 +179,6 @@ def test_segments_of_many_values(backend: Backend) -> None:
 
 def test_attention_received_in_real_shapes(backend: Backend) -> None:
     """Batches of one, many groups, heads of 64 and 128, hundreds of tokens, odd blocks, and logits of a thousand."""
-    receive = backend.received_attention or primitives.received_attention
     for batch, kv_heads, groups, num_tokens, num_queries, head_size, block, factor in (
         (1, 1, 1, 1, 1, 1, 1, 1),
         (1, 2, 4, 100, 30, 8, 20, 1),
@@ -203,8 +203,8 @@ def test_attention_received_in_real_shapes(backend: Backend) -> None:
             q, k = q.astype(dtype), k.astype(dtype)
             x = asserts.make(backend, np.where(valid[..., None], k, np.nan), dtype)
 
-            found = receive(
-                asserts.make(backend, q, dtype), x, asserts.make(backend, valid), block_size=block, xp=backend.xp
+            found = primitives.received_attention(
+                asserts.make(backend, q, dtype), x, asserts.make(backend, valid), block_size=block, backend=backend
             )
 
             wanted = truth.received(q, k, valid).astype(dtype)
@@ -213,7 +213,6 @@ def test_attention_received_in_real_shapes(backend: Backend) -> None:
 
 def test_attention_leaves_out_what_is_not_finite(backend: Backend) -> None:
     """A key with an infinity or NaN receives nothing and spoils nothing, a query with one gives nothing."""
-    receive = backend.received_attention or primitives.received_attention
     random = np.random.default_rng(40)
     queries, keys = random.normal(size=(1, 4, 20, 4)), random.normal(size=(1, 2, 40, 4))
     keys[0, 0, 5, 1], keys[0, 0, 30, 0], keys[0, 1, 7] = np.inf, -np.inf, np.nan
@@ -222,8 +221,8 @@ def test_attention_leaves_out_what_is_not_finite(backend: Backend) -> None:
     for dtype in _dtypes(backend):
         x = asserts.make(backend, keys, dtype)
 
-        found = receive(
-            asserts.make(backend, queries, dtype), x, asserts.make(backend, valid), block_size=16, xp=backend.xp
+        found = primitives.received_attention(
+            asserts.make(backend, queries, dtype), x, asserts.make(backend, valid), block_size=16, backend=backend
         )
 
         wanted = truth.received(queries.astype(dtype), keys.astype(dtype), valid).astype(dtype)
@@ -691,14 +690,9 @@ def _holds(backend: Backend, dtype: str) -> bool:
     return asserts.supports(backend, dtype) and hasattr(backend.xp, dtype)
 
 
-def _top_k(backend: Backend) -> Any:
-    return backend.top_k or primitives.top_k
-
-
 def _segment(backend: Backend, kind: str) -> Callable[[Array, Array, int], Array]:
-    own = {"product": backend.segment_product, "sum": backend.segment_sum}[kind]
-    reduce = own or {"product": primitives.segment_product, "sum": primitives.segment_sum}[kind]
-    return lambda values, index, num_segments: reduce(values, index, num_segments, xp=backend.xp)
+    reduce = {"product": primitives.segment_product, "sum": primitives.segment_sum}[kind]
+    return partial(reduce, backend=backend)
 
 
 def _segments(kind: str, values: NDArray[Any], index: NDArray[Any], num_segments: int) -> NDArray[np.float64]:
@@ -873,14 +867,15 @@ class _Steps:
             valid=x["valid"],
             backend=backend,
         )
-        found["order"] = _top_k(backend)(x["importance"], num_tokens, x["valid"], xp=xp)
+        found["order"] = primitives.top_k(x["importance"], num_tokens, x["valid"], backend=backend)
         edges = (*x["sources"].shape[:-1], self.num_sources * self.num_neighbors)
         values, index = xp.reshape(x["weights"], edges), xp.reshape(x["neighbors"], edges)
         for kind in ("product", "sum"):
             found[f"segment {kind}"] = _segment(backend, kind)(values, index, num_tokens)
         if x["keys"].ndim == 4 and x["keys"].shape[1]:
-            receive = backend.received_attention or primitives.received_attention
-            found["received"] = receive(x["keys"], x["keys"], x["valid"], block_size=7, xp=xp)
+            found["received"] = primitives.received_attention(
+                x["keys"], x["keys"], x["valid"], block_size=7, backend=backend
+            )
         return found
 
 
