@@ -264,7 +264,7 @@ def test_eager_attention_allows_one_budget_only():
 
 
 class Broken(Policy):
-    def score(self, inputs):
+    def score(self, layer, memory):
         raise RuntimeError("broken policy")
 
 
