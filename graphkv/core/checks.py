@@ -6,10 +6,10 @@ import operator
 from collections.abc import Collection
 from math import isfinite, isnan
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
-from .backend import Backend, library_of
 from .errors import ArgumentError, ArgumentTypeError, BackendError
+from .libraries import library_of
 
 __all__ = [
     "choice",
@@ -28,6 +28,14 @@ __all__ = [
     "single_round",
     "unused",
 ]
+
+
+class HasNamespace(Protocol):
+    """All that a check needs of a `Backend`, whose own module comes after this one."""
+
+    @property
+    def xp(self) -> Any:
+        """Return the array API namespace."""
 
 
 def count(name: str, value: Any, /, *, minimum: int = 0) -> int:
@@ -103,7 +111,7 @@ def unused(name: str, value: Any, default: Any, choice: str, chosen: str, /) -> 
         raise ArgumentError(f"{name} must be left out with {choice} {chosen!r}; got {_show(value)}")
 
 
-def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, backend: Backend) -> tuple[int, ...]:
+def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, backend: HasNamespace) -> tuple[int, ...]:
     """A real array with the axes that `axes` describes, like ``(..., N, D)``. Gives the shape."""
     xp = backend.xp
     # torch counts half precision as real floating; the standard knows float32 and float64 only.
@@ -119,13 +127,13 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
     return shape
 
 
-def integers(name: str, array: Any, /, *, backend: Backend) -> None:
+def integers(name: str, array: Any, /, *, backend: HasNamespace) -> None:
     """An array of integers."""
     if not _is_kind(array, "integral", backend):
         raise ArgumentTypeError(f"{name} must be an array of integers; got dtype {array.dtype}")
 
 
-def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: Backend) -> None:
+def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: HasNamespace) -> None:
     """A bool array of that shape."""
     if not _is_kind(array, "bool", backend):
         raise ArgumentTypeError(f"{name} must be bool; got dtype {array.dtype}")
@@ -176,7 +184,7 @@ def graph_fields(graph: Any, /) -> None:
     same_leading("weights", weights, neighbors, "neighbors")
 
 
-def _is_kind(array: Any, kind: Any, backend: Backend) -> bool:
+def _is_kind(array: Any, kind: Any, backend: HasNamespace) -> bool:
     """Whether a dtype is of that kind; one that the library cannot place is of none."""
     try:
         return bool(backend.xp.isdtype(array.dtype, kind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, DegreeStep, FuseStep, resolve
 from .graph import normalize
 from .types import Array, Namespace
 
@@ -78,7 +78,7 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
-    step = backend.degree or portable_degree
+    step: DegreeStep = backend.degree or portable_degree
     with backend.guarded(keys):
         return step(primitives.widen(keys, xp=xp), valid, backend=backend)
 
@@ -178,7 +178,7 @@ def fuse(
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(importance))
     checks.mask("valid", valid, shape, "importance", backend=backend)
-    step = backend.fuse or portable_fuse
+    step: FuseStep = backend.fuse or portable_fuse
     with backend.guarded(importance):
         return step(
             primitives.widen(importance, xp=xp),

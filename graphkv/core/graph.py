@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, BuildGraphStep, resolve
 from .types import Array, Graph, Namespace
 
 __all__ = ["build_graph", "clip_weights", "normalize", "portable_build_graph"]
@@ -98,9 +98,9 @@ def build_graph(
     xp = backend.xp
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
-    step = backend.build_graph or portable_build_graph
+    step: BuildGraphStep = backend.build_graph or portable_build_graph
     with backend.guarded(keys):
-        graph: Graph = step(
+        return step(
             primitives.widen(keys, xp=xp),
             primitives.widen(importance, xp=xp),
             valid,
@@ -109,7 +109,6 @@ def build_graph(
             chunk_size=chunk_size,
             backend=backend,
         )
-    return graph
 
 
 def portable_build_graph(

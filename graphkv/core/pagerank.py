@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, PageRankStep, resolve
 from .graph import normalize
 from .types import Array
 
@@ -99,7 +99,7 @@ def pagerank(
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
         return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
-    step = backend.pagerank or portable_pagerank
+    step: PageRankStep = backend.pagerank or portable_pagerank
     return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
 
 

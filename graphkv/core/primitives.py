@@ -10,7 +10,7 @@ from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
-from .backend import Backend
+from .backend import Backend, ReceivedAttention, SegmentReduce, TopK
 from .types import Array, Namespace
 
 __all__ = [
@@ -75,7 +75,7 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, backend: Back
     -------
     array, shape (..., k), int64
     """
-    step = backend.top_k or portable_top_k
+    step: TopK = backend.top_k or portable_top_k
     return step(scores, k, tiers, backend=backend)
 
 
@@ -228,7 +228,7 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, N)
     """
-    step = backend.received_attention or portable_received_attention
+    step: ReceivedAttention = backend.received_attention or portable_received_attention
     return step(queries, keys, valid, block_size=block_size, backend=backend)
 
 
@@ -267,7 +267,7 @@ def segment_product(values: Array, index: Array, num_segments: int, /, *, backen
     array, shape (..., num_segments), dtype of `values`
         Entry t is the product of the values[..., e] with index[..., e] == t.
     """
-    step = backend.segment_product or portable_segment_product
+    step: SegmentReduce = backend.segment_product or portable_segment_product
     return step(values, index, num_segments, backend=backend)
 
 
@@ -291,7 +291,7 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: B
     array, shape (..., num_segments), dtype of `values`
         Entry t is the sum of the values[..., e] with index[..., e] == t.
     """
-    step = backend.segment_sum or portable_segment_sum
+    step: SegmentReduce = backend.segment_sum or portable_segment_sum
     return step(values, index, num_segments, backend=backend)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, PropagateStep, resolve
 from .graph import clip_weights
 from .types import Array, Graph, Namespace
 
@@ -112,7 +112,7 @@ def propagate(
         return importance
     # Indices of any integer dtype name tokens, and not every library can gather by all of them.
     graph = replace(graph, neighbors=backend.xp.astype(graph.neighbors, backend.xp.int64))
-    step = backend.propagate or portable_propagate
+    step: PropagateStep = backend.propagate or portable_propagate
     with backend.guarded(importance):
         return step(
             importance,

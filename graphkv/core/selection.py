@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, SelectStep, resolve
 from .types import Array, Namespace
 
 __all__ = ["portable_select", "select", "select_per_head"]
@@ -69,7 +69,7 @@ def select(
         checks.mask("protected", protected, shape, "scores", backend=backend)
     if valid is not None:
         checks.mask("valid", valid, shape, "scores", backend=backend)
-    step = backend.select or portable_select
+    step: SelectStep = backend.select or portable_select
     with backend.guarded(scores):
         return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
 
