@@ -12,7 +12,6 @@ from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
 from ..core.types import Array
-from .cake import allocate
 
 __all__ = ["LayerBudgets", "LayerShares", "PerLayer"]
 
@@ -138,7 +137,7 @@ _budget_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=64)
 def _allocated(shares: tuple[float, ...], total: int, most: int, least: int, /) -> list[int]:
     """Work the budgets of all layers out once, not once per layer."""
-    return allocate(shares, total, most, least)
+    return core_budgets.allocate(shares, total, most, least)
 
 
 @dataclass(frozen=True)

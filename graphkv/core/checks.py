@@ -21,6 +21,7 @@ __all__ = [
     "grouped_rows",
     "instance",
     "integers",
+    "is_whole",
     "mask",
     "numeric",
     "ratio_or_count",
@@ -51,6 +52,11 @@ def count(name: str, value: Any, /, *, minimum: int = 0) -> int:
     return number
 
 
+def is_whole(value: Any, /) -> bool:
+    """Return whether a number is an integer, of any library: a count; others are shares."""
+    return hasattr(value, "__index__")
+
+
 def fraction(name: str, value: Any, /) -> float:
     """A real number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -73,7 +79,7 @@ def finite_weight(name: str, value: Any, /) -> float:
 
 def ratio_or_count(name: str, value: Any, /, *, zero: bool = True) -> int | float:
     """A count as an integer, or a share of something as a float up to 1."""
-    if isinstance(value, Real) and not isinstance(value, bool) and not hasattr(value, "__index__"):
+    if isinstance(value, Real) and not isinstance(value, bool) and not is_whole(value):
         number = fraction(name, value)
         if number == 0 and not zero:
             raise ArgumentError(f"{name} as a share must lie in (0, 1]; got {number}")
