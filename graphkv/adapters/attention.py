@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..core import primitives
+from ..core.attention import received_attention, window_attention
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, LayerShape
-from ..core.primitives import window_attention
 from ..core.types import Array, Namespace
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "pool",
     "received",
     "token_rank",
-    "window_attention",
     "window_bytes",
     "window_flops",
 ]
@@ -95,7 +94,7 @@ def received(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
     if inputs.attention is not None:
         return xp.sum(last_rows(inputs, window, name=name), axis=-2)
     rows = _last(inputs, window, name=name)
-    return primitives.received_attention(rows, inputs.keys, inputs.valid, block_size=window, backend=inputs.backend)
+    return received_attention(rows, inputs.keys, inputs.valid, block_size=window, backend=inputs.backend)
 
 
 def _last(inputs: LayerInputs, window: int, /, *, name: str) -> Array:

@@ -10,7 +10,7 @@ from ..core import checks
 from ..core.policy import LayerInputs, LayerShape, Requirements
 from ..core.types import Array
 from . import attention, running
-from .protection import SinkPolicy
+from .protection import SinkPolicy, newest_tokens
 
 __all__ = ["H2O"]
 
@@ -153,7 +153,7 @@ class H2O(SinkPolicy):
 
     def protect(self, inputs: LayerInputs, /) -> Array:
         """Protect recents and sinks."""
-        recents = running.newest_tokens(inputs.valid, self._recents(inputs.budget), xp=inputs.xp)
+        recents = newest_tokens(inputs.valid, self._recents(inputs.budget), xp=inputs.xp)
         return recents | super().protect(inputs)
 
     def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array]:

@@ -1,4 +1,4 @@
-"""What several policies protect in the same way: the first tokens, and an observation window."""
+"""Protection that several policies share: the first tokens, the newest ones, and an observation window."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import ClassVar
 from ..core import checks, primitives
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, Policy, Requirements
-from ..core.types import Array
+from ..core.types import Array, Namespace
 from . import attention
 
-__all__ = ["SinkPolicy", "WindowPolicy"]
+__all__ = ["SinkPolicy", "WindowPolicy", "newest_tokens"]
+
+
+def newest_tokens(valid: Array, num_recent: int, /, *, xp: Namespace) -> Array:
+    """Mark the last `num_recent` tokens of each row that are not padding."""
+    number = xp.sum(xp.astype(valid, xp.int64), axis=-1, keepdims=True)
+    return valid & (attention.token_rank(valid, xp=xp) >= number - num_recent)
 
 
 @dataclass(frozen=True, kw_only=True)

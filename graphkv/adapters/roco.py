@@ -10,6 +10,7 @@ from ..core import budgets, checks, primitives
 from ..core.policy import LayerInputs, LayerShape, Policy, Requirements
 from ..core.types import Array
 from . import attention, running
+from .protection import newest_tokens
 
 __all__ = ["RoCo", "deviation"]
 
@@ -162,7 +163,7 @@ class RoCo(Policy):
         xp, backend = inputs.xp, inputs.backend
         number = min(self.num_protected(inputs.budget), inputs.num_tokens)
         always = attention.first_tokens(inputs.valid, self.num_sinks, xp=xp)
-        always = always | running.newest_tokens(inputs.valid, self.num_recent, xp=xp)
+        always = always | newest_tokens(inputs.valid, self.num_recent, xp=xp)
         tiers = xp.astype(~always, xp.int32) + xp.astype(~inputs.valid, xp.int32)
         spread = deviation(*self._moments(inputs), xp=xp)
         chosen = primitives.top_k(spread, number, tiers, backend=backend)

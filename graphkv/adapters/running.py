@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..core import primitives
+from ..core.attention import received_attention, window_attention
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs
 from ..core.types import Array, Namespace
-from . import attention
 
-__all__ = ["accumulate", "new_rows", "newest_tokens", "newly_received", "state_of", "state_or_zeros", "visible_queries"]
+__all__ = ["accumulate", "new_rows", "newly_received", "state_of", "state_or_zeros", "visible_queries"]
 
 
 def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
@@ -64,7 +64,7 @@ def new_rows(inputs: LayerInputs, block_size: int, /, *, name: str) -> Iterator[
         end = inputs.num_seen + stop
         block, valid = rows[:, :, start:stop, :], inputs.valid[:, :, :end]
         if inputs.attention is None:
-            yield attention.window_attention(block, inputs.keys[:, :, :end, :], valid, xp=xp)
+            yield window_attention(block, inputs.keys[:, :, :end, :], valid, xp=xp)
         else:
             yield _given_rows(block[..., :end], valid, xp=xp)
 
@@ -83,9 +83,7 @@ def newly_received(inputs: LayerInputs, block_size: int, /, *, name: str) -> Arr
     """
     xp, rows = inputs.xp, _new_positions(inputs, name=name)
     if inputs.attention is None:
-        return primitives.received_attention(
-            rows, inputs.keys, inputs.valid, block_size=block_size, backend=inputs.backend
-        )
+        return received_attention(rows, inputs.keys, inputs.valid, block_size=block_size, backend=inputs.backend)
     batch, kv_heads, num_tokens = inputs.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))
@@ -136,12 +134,6 @@ def state_or_zeros(
     groups = 1 if given is None else given.shape[1] // rows[1]
     like = {"dtype": inputs.keys.dtype, "device": primitives.device_of(inputs.keys)}
     return {each: inputs.xp.zeros((*rows, groups) if each in per_query_head else rows, **like) for each in names}
-
-
-def newest_tokens(valid: Array, num_recent: int, /, *, xp: Namespace) -> Array:
-    """Mark the last `num_recent` tokens of each row that are not padding."""
-    number = xp.sum(xp.astype(valid, xp.int64), axis=-1, keepdims=True)
-    return valid & (attention.token_rank(valid, xp=xp) >= number - num_recent)
 
 
 def _new_positions(inputs: LayerInputs, /, *, name: str) -> Array:

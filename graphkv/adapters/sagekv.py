@@ -10,7 +10,8 @@ from ..core import checks
 from ..core.errors import ArgumentError
 from ..core.policy import LayerInputs, LayerShape, Policy, Requirements
 from ..core.types import Array, Namespace
-from . import attention, running
+from . import attention
+from .protection import newest_tokens
 
 __all__ = ["SAGEKV", "summed_logits"]
 
@@ -141,7 +142,7 @@ class SAGEKV(Policy):
     def protect(self, inputs: LayerInputs, /) -> Array:
         """Protect sinks and recents."""
         xp = inputs.xp
-        recents = running.newest_tokens(inputs.valid, self._recents(inputs.budget), xp=xp)
+        recents = newest_tokens(inputs.valid, self._recents(inputs.budget), xp=xp)
         return recents | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp)
 
     def score(self, inputs: LayerInputs, /) -> Array:

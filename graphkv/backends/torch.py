@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..core import primitives
+from ..core.attention import portable_received_attention
 from ..core.backend import Backend
 from ..core.graph import portable_build_graph
 from ..core.types import Array, Graph
@@ -166,7 +167,7 @@ ATTENTION_SIZE = 1 << 21
 def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
     """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
     if queries.shape[-1] == 0 or not _is_plain(queries, keys, valid):
-        return primitives.portable_received_attention(queries, keys, valid, block_size=block_size, backend=backend)
+        return portable_received_attention(queries, keys, valid, block_size=block_size, backend=backend)
     batch, query_heads, num_queries, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     num_rows, groups = batch * kv_heads, query_heads // kv_heads

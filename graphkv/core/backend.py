@@ -50,7 +50,7 @@ class SegmentReduce(Protocol):
 
 
 class ReceivedAttention(Protocol):
-    """The form of `graphkv.core.primitives.portable_received_attention`."""
+    """The form of `graphkv.core.attention.portable_received_attention`."""
 
     def __call__(self, queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array: ...
 

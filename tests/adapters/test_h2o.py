@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graphkv import H2O, ArgumentError, ArgumentTypeError, evict
-from graphkv.adapters.attention import window_attention
+from graphkv.core.attention import window_attention
 from tests.adapters.decoding import decode
 from tests.adapters.loops import REDUCE, best, simulate
 from tests.arrays import NUMPY, each_library, make
