@@ -202,7 +202,7 @@ class Backend:
                     return _load_variable, (module, variable)
         raise BackendError(
             f"backend {self.name!r} can be pickled only where it is found again: built in, an entry point of the group "
-            f"{ENTRY_POINTS!r}, or a variable of an imported module; this value is none of them"
+            f"{ENTRY_POINTS!r}, or a variable of an imported module; this value is not"
         )
 
 

@@ -15,7 +15,7 @@ __all__ = ["adjust", "allocate", "cascade", "count_of", "share_of", "tokens_of"]
 def tokens_of(budget: int | float, num_tokens: int, /) -> int:
     """Return a budget in tokens.
 
-    A float is a share of the tokens, rounded half up from the decimal number that was written: 0.9 of 100 is 90.
+    A float is a share of the tokens, rounded half up from the decimal number as written: 0.9 of 100 is 90.
 
     >>> tokens_of(0.9, 100), tokens_of(0.145, 100), tokens_of(64, 100)
     (90, 15, 64)
@@ -38,7 +38,7 @@ def count_of(amount: int | float, total: int, /) -> int:
 
 
 def share_of(share: float, total: int, /) -> int:
-    """Return a share of the total, rounded down from the decimal number that was written.
+    """Return a share of the total, rounded down from the decimal number as written.
 
     >>> share_of(0.29, 100), share_of(1e-3, 999)
     (29, 0)
@@ -112,7 +112,7 @@ def allocate(preferences: Sequence[float], total: int, most: int, least: int = 0
 def cascade(preferences: Sequence[float], total: int, most: int, least: int = 0, /) -> list[list[int]]:
     """Return the shares after each layer: entry m holds those of the layers 0 to m.
 
-    After layer m exactly min(total, (m + 1) most) tokens are shared out, no layer's share ever grows, and the last
+    After layer m exactly min(total, (m + 1) most) tokens are shared out. No layer's share ever grows, and the last
     entry is ``allocate(preferences, total, most, least)``.
 
     Returns
@@ -130,9 +130,9 @@ def cascade(preferences: Sequence[float], total: int, most: int, least: int = 0,
 def adjust(shares: Sequence[float], total: int, most: int, /) -> list[int]:
     """Round and clip shares as the official code of CAKE does, in one pass and not always to the total.
 
-    Shares are cut to integers and clipped; what was clipped goes evenly to the layers below the limit, the first ones
-    taking the remainder; then a lack goes evenly to the layers below the limit, which may exceed it, and an excess
-    comes evenly from the layers above 1.
+    Shares are cut to integers and clipped; what was clipped goes evenly to the layers below the limit, the remainder to
+    the first of them; then a deficit goes evenly to the layers below the limit, which may exceed it, and a surplus is
+    taken evenly from the layers above 1.
 
     Examples
     --------
@@ -151,7 +151,7 @@ def adjust(shares: Sequence[float], total: int, most: int, /) -> list[int]:
 
 
 def _as_written(number: float, /) -> tuple[int, int]:
-    """Return the decimal number that was written for a float of at least 0 as a fraction, in plain integers.
+    """Return a float >= 0, as the decimal number that was written, as a fraction in plain integers.
 
     A `fractions.Fraction` would do the same, but torch.compile cannot trace it.
     """
@@ -163,7 +163,7 @@ def _as_written(number: float, /) -> tuple[int, int]:
 
 
 def _spread(amounts: list[int], extra: int, layers: list[int], /) -> list[int]:
-    """Add to some layers evenly, one more to the first of them."""
+    """Add to some layers evenly, the remainder to the first of them."""
     result = list(amounts)
     each, more = divmod(extra, max(1, len(layers)))
     for place, layer in enumerate(layers):
@@ -172,7 +172,7 @@ def _spread(amounts: list[int], extra: int, layers: list[int], /) -> list[int]:
 
 
 def _by_claims(shares: list[float], total: int, most: int, least: int, /) -> list[int]:
-    """Serve the highest claims p / (2 s - 1): all above a common level, then one by one at the level."""
+    """Serve the highest claims p / (2 s - 1): all above a common level, then one by one at that level."""
     if not shares:
         return []
     exact = [Fraction(share) / Fraction(max(shares)) for share in shares]

@@ -122,7 +122,7 @@ def packed_top_k(
 
 def _packed_keys(bits: Array, tiers: Array | None, /, *, xp: Namespace) -> Array:
     """Pack tier, score and token index of every token into one int64, ascending from the best token."""
-    # On the integers alone: compilers for GPUs may flush a subnormal float to zero, which would tie different scores.
+    # Only on the integers: compilers for GPUs may flush a subnormal float to zero, which would tie different scores.
     lowest = -(2**31)
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     bits = xp.where(bits == lowest, xp.zeros_like(bits), bits)  # -0.0 equals 0.0
@@ -209,7 +209,7 @@ def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, b
 def _segment_reduce(
     values: Array, index: Array, num_segments: int, combine: Callable[..., Array], identity: int, /, *, xp: Namespace
 ) -> Array:
-    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds it all."""
+    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds all."""
     *leading, num_values = values.shape
     num_rows = 1
     for size in leading:
@@ -227,7 +227,7 @@ def _segment_reduce(
     position = xp.arange(segment.shape[0], dtype=xp.int64, device=device)
     neutral = xp.full(result.shape, identity, dtype=result.dtype, device=device)
     step = 1
-    # A segment has at most one value per slot of its own row, so no run is longer than num_values.
+    # A segment has at most all values of its own row, so no run is longer than num_values.
     while step < num_values:
         back = xp.where(position >= step, position - step, xp.zeros_like(position))
         same = (position >= step) & (xp.take(segment, back) == segment)
