@@ -18,6 +18,7 @@ import numpy as np
 
 from graphkv import Backend, Graph
 from graphkv.core import primitives
+from graphkv.core.attention import portable_received_attention
 from graphkv.core.backend import load
 from graphkv.core.fusion import portable_degree, portable_fuse
 from graphkv.core.propagation import portable_propagate
@@ -403,7 +404,7 @@ RIGHT: dict[str, Callable[..., Any]] = {
     "top_k": NUMPY.top_k,
     "segment_product": NUMPY.segment_product,
     "segment_sum": NUMPY.segment_sum,
-    "received_attention": primitives.portable_received_attention,
+    "received_attention": portable_received_attention,
     "build_graph": NUMPY.build_graph,
     "propagate": portable_propagate,
     "degree": portable_degree,

@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import inspect
 import sys
+from dataclasses import fields
 from math import inf, nan
 from pathlib import Path
 
@@ -16,9 +17,21 @@ import pytest
 from hypothesis import Phase, given, settings
 
 import graphkv
-from graphkv import Graph, propagate, select
+from graphkv import Backend, Graph, propagate, select
 from graphkv.core.backend import load
-from graphkv.testing import Subject, asserts, describe, examples, namespace, oracle, policies, strategies, suite, truth
+from graphkv.testing import (
+    Subject,
+    asserts,
+    describe,
+    examples,
+    namespace,
+    oracle,
+    policies,
+    strategies,
+    suite,
+    truth,
+    variants,
+)
 from tests import strict
 from tests.faults import FAULTS, namespace_of, replaced
 from tests.subjects import fields_of
@@ -61,6 +74,14 @@ CONTROLS = {(tuple(vars(fault.right).items()), fault.caught_by): fault for fault
 @pytest.mark.parametrize("fault", CONTROLS, ids=lambda fault: f"{fault.name.partition(':')[0]}: {fault.caught_by}")
 def test_the_kit_passes_the_same_without_the_fault(properties, fault):
     getattr(properties, fault.caught_by)(backend=fault.right)
+
+
+def test_the_portable_variant_brings_no_form_of_its_own():
+    _, portable = variants(load("torch"))
+
+    brought = {field.name for field in fields(Backend) if getattr(portable, field.name) is not None}
+
+    assert brought == {"name", "xp", "to_numpy", "library", "guard", "detach", "refuse"}
 
 
 # Of the faults that a drawn example finds: which of the fixed ones find them too.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..core import primitives
+from ..core.attention import received_attention, window_attention
 from ..core.layer import Cost, Layer, LayerShape
-from ..core.primitives import window_attention
 from ..core.types import Array, Namespace
 
-__all__ = ["group_heads", "last_rows", "pool", "received", "window_attention", "window_cost"]
+__all__ = ["group_heads", "last_rows", "pool", "received", "window_cost"]
 
 
 def group_heads(x: Array, reduction: str, /, *, xp: Namespace) -> Array:
@@ -65,7 +65,7 @@ def received(layer: Layer, window: int, /) -> Array:
     if layer.attention is not None:
         return xp.sum(last_rows(layer, window), axis=-2)
     rows = _last(layer, window)
-    return primitives.received_attention(rows, layer.keys, layer.valid, block_size=window, backend=layer.backend)
+    return received_attention(rows, layer.keys, layer.valid, block_size=window, backend=layer.backend)
 
 
 def _last(layer: Layer, window: int, /) -> Array:

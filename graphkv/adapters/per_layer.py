@@ -13,7 +13,6 @@ from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.layer import Cost, Layer, LayerShape, Memory
 from ..core.policy import Policy, Requirements, Wrapper
 from ..core.types import Array
-from .cake import allocate
 
 __all__ = ["LayerBudgets", "LayerShares", "PerLayer"]
 
@@ -139,7 +138,7 @@ _budget_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache(maxsize=64)
 def _allocated(shares: tuple[float, ...], total: int, most: int, least: int, /) -> list[int]:
     """Work the budgets of all layers out once, not once per layer."""
-    return allocate(shares, total, most, least)
+    return core_budgets.allocate(shares, total, most, least)
 
 
 @dataclass(frozen=True)

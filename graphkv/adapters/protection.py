@@ -1,4 +1,4 @@
-"""What several policies protect in the same way: the first tokens, and an observation window."""
+"""Protection that several policies share: the first tokens, the newest ones, and an observation window."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..core import primitives
+from ..core.attention import received_attention, window_attention
 from ..core.layer import Layer, Memory
 from ..core.types import Array, Namespace
-from . import attention
 
 __all__ = ["accumulate", "grown", "new_rows", "newly_received", "sums_of", "visible_queries"]
 
@@ -57,7 +57,7 @@ def new_rows(layer: Layer, block_size: int, /) -> Iterator[Array]:
         end = layer.num_tokens - num_new + stop
         block, valid = rows[:, :, start:stop, :], layer.valid[:, :, :end]
         if layer.attention is None:
-            yield attention.window_attention(block, layer.keys[:, :, :end, :], valid, xp=xp)
+            yield window_attention(block, layer.keys[:, :, :end, :], valid, xp=xp)
         else:
             yield _given_rows(block[..., :end], valid, xp=xp)
 
@@ -71,9 +71,7 @@ def newly_received(layer: Layer, block_size: int, /) -> Array:
     """
     xp, rows = layer.xp, _new_positions(layer)
     if layer.attention is None:
-        return primitives.received_attention(
-            rows, layer.keys, layer.valid, block_size=block_size, backend=layer.backend
-        )
+        return received_attention(rows, layer.keys, layer.valid, block_size=block_size, backend=layer.backend)
     batch, kv_heads, num_tokens = layer.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))

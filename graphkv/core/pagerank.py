@@ -1,9 +1,9 @@
-"""Personalized PageRank: importance that flows between the tokens whose keys resemble each other."""
+"""Personalized PageRank: importance that flows between tokens whose keys resemble each other."""
 
 from __future__ import annotations
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, PageRankStep, resolve
 from .graph import normalize
 from .types import Array
 
@@ -31,7 +31,7 @@ def pagerank(
 
     .. math:: c \leftarrow d\, \frac{A c}{\sum_i (A c)_i} + (1 - d)\, p
 
-    from :math:`c = p`, as often as there are rounds. As :math:`A c` is
+    starting at :math:`c = p`, once per round. As :math:`A c` is
     :math:`\frac{1}{2}(\sum_i c_i + \hat k_j \cdot \sum_i c_i \hat k_i)` with :math:`\hat k = k / \lVert k \rVert`, a
     round costs what it takes to read the keys: no pair is ever stored.
 
@@ -39,7 +39,7 @@ def pagerank(
     ----------
     importance : array, shape (..., N)
         Score per token, higher = keep. Half precision and integers are widened to float32. Infinite and NaN scores stay
-        as they are, and their tokens take no part.
+        as they are, and their tokens are excluded.
     keys : array, shape (..., N, D)
         Cached keys. A key whose length is zero, infinite or NaN in the arithmetic of the call has no direction: its
         cosine with any key is 0.
@@ -48,7 +48,7 @@ def pagerank(
     rounds : int
         The number of rounds. 0 returns the importance.
     valid : array, shape (..., N), bool, optional
-        False for padding, which takes no part and keeps its importance. Default: all True.
+        False for padding, which is excluded and keeps its importance. Default: all True.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -78,7 +78,7 @@ def pagerank(
 
     Examples
     --------
-    The two tokens on the right support each other; the one above stands alone and loses:
+    The two keys that point right support each other; the one that points up is alone and loses:
 
     >>> import numpy as np
     >>> from graphkv import pagerank
@@ -99,7 +99,7 @@ def pagerank(
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
         return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
-    step = backend.pagerank or portable_pagerank
+    step: PageRankStep = backend.pagerank or portable_pagerank
     return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
 
 
@@ -130,7 +130,7 @@ def portable_pagerank(
         if left > 1:
             likeness = (directions @ xp.matrix_transpose(anchor))[..., 0]
         else:
-            # Not a matrix product at last: equal tokens must come out equal, wherever they stand.
+            # No matrix product in the last round: equal tokens must come out equal, whatever their position.
             likeness = xp.sum(directions * anchor, axis=-1)
         near = xp.sum(central, axis=-1, keepdims=True) + likeness
         near = xp.maximum(near, xp.zeros_like(near)) * mask
@@ -140,5 +140,5 @@ def portable_pagerank(
 
 
 def _or_one(divisor: Array, backend: Backend, /) -> Array:
-    """Replace 0 by 1, to divide by."""
+    """Replace 0 by 1 in a divisor."""
     return backend.xp.where(divisor > 0, divisor, backend.xp.ones_like(divisor))

@@ -1,33 +1,29 @@
 """Operations that the array API standard lacks, written in the standard.
 
-`top_k`, `segment_product`, `segment_sum` and `received_attention` are doors: they call the backend's own form where it
-brings one, else the portable one. A backend's form is called like the portable one and must give the same results.
+`top_k`, `segment_product` and `segment_sum` are doors: they call the backend's own form where it brings one, else the
+portable one. A backend's form is called like the portable one and must give the same results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import sqrt
 from typing import Any
 
-from .backend import Backend
+from .backend import Backend, SegmentReduce, TopK
 from .types import Array, Namespace
 
 __all__ = [
     "device_of",
     "finite_rows",
     "packed_top_k",
-    "portable_received_attention",
     "portable_segment_product",
     "portable_segment_sum",
     "portable_top_k",
-    "received_attention",
     "segment_product",
     "segment_sum",
     "take_rows",
     "top_k",
     "widen",
-    "window_attention",
 ]
 
 # A packed key holds, from high to low bits: tier (2), score (32), token index (29).
@@ -75,7 +71,7 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, backend: Back
     -------
     array, shape (..., k), int64
     """
-    step = backend.top_k or portable_top_k
+    step: TopK = backend.top_k or portable_top_k
     return step(scores, k, tiers, backend=backend)
 
 
@@ -126,7 +122,7 @@ def packed_top_k(
 
 def _packed_keys(bits: Array, tiers: Array | None, /, *, xp: Namespace) -> Array:
     """Pack tier, score and token index of every token into one int64, ascending from the best token."""
-    # On the integers alone: compilers for GPUs may flush a subnormal float to zero, which would tie different scores.
+    # Only on the integers: compilers for GPUs may flush a subnormal float to zero, which would tie different scores.
     lowest = -(2**31)
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     bits = xp.where(bits == lowest, xp.zeros_like(bits), bits)  # -0.0 equals 0.0
@@ -162,96 +158,6 @@ def finite_rows(x: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
     return xp.where(is_finite[..., None], x, xp.zeros_like(x)), is_finite
 
 
-def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
-    """Compute the softmax attention of the last W positions to all N keys, causal inside the window.
-
-    Query heads are folded into the rows of one product per KV head, so no key is repeated.
-
-    Parameters
-    ----------
-    queries : array, shape (batch, query_heads, W, D)
-        The last W positions.
-    keys : array, shape (batch, kv_heads, N, D)
-    valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none. Keys and queries that hold an infinity or NaN
-        count as padding.
-
-    Returns
-    -------
-    array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
-        Probabilities.
-    """
-    queries, gives = finite_rows(queries, xp=xp)
-    keys, receives = finite_rows(keys, xp=xp)
-    batch, query_heads, window, head_size = queries.shape
-    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
-    groups = query_heads // kv_heads
-    rows = xp.reshape(queries, (batch, kv_heads, groups * window, head_size))
-    logits = rows @ xp.matrix_transpose(keys) / sqrt(max(head_size, 1))
-    logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
-
-    device = device_of(keys)
-    query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
-    causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
-    gives = xp.reshape(gives, (batch, kv_heads, groups, window, 1))
-    sees = (
-        causal[None, None, None, :, :]
-        & (valid & receives)[:, :, None, None, :]
-        & valid[:, :, None, num_tokens - window :, None]
-        & gives
-    )
-    lowest = xp.full_like(logits, -xp.inf)
-    logits = xp.where(sees, logits, lowest)
-    highest = xp.max(logits, axis=-1, keepdims=True)
-    # A padded query sees nothing: its row is all minus infinity, and stays all zero.
-    highest = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
-    weight = xp.exp(logits - highest)
-    total = xp.sum(weight, axis=-1, keepdims=True)
-    return weight / xp.where(total > 0, total, xp.ones_like(total))
-
-
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
-    """Sum the attention that each token receives from the last Q positions: the columns of `window_attention`.
-
-    Parameters
-    ----------
-    queries : array, shape (batch, query_heads, Q, D)
-        The last Q positions.
-    keys : array, shape (batch, kv_heads, N, D)
-    valid : array, shape (batch, kv_heads, N), bool
-        As for `window_attention`.
-    block_size : int
-        Queries per head processed at once. Affects rounding only.
-    backend : Backend
-
-    Returns
-    -------
-    array, shape (batch, kv_heads, query_heads / kv_heads, N)
-    """
-    step = backend.received_attention or portable_received_attention
-    return step(queries, keys, valid, block_size=block_size, backend=backend)
-
-
-def portable_received_attention(
-    queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend
-) -> Array:
-    """Sum block by block, so that the rows never exist all at once: the specification of `received_attention`.
-
-    A row needs only the keys up to its own position, and all of them are given, so its softmax needs no second pass.
-    """
-    xp = backend.xp
-    batch, query_heads, num_queries, _ = queries.shape
-    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
-    shape = (batch, kv_heads, query_heads // kv_heads, num_tokens)
-    total = xp.zeros(shape, dtype=keys.dtype, device=device_of(keys))
-    for start in range(0, num_queries, block_size):
-        stop = min(start + block_size, num_queries)
-        end = num_tokens - num_queries + stop
-        rows = window_attention(queries[:, :, start:stop, :], keys[:, :, :end, :], valid[:, :, :end], xp=xp)
-        total = xp.concat([total[..., :end] + xp.sum(rows, axis=-2), total[..., end:]], axis=-1)
-    return total
-
-
 def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Multiply, row by row of the leading axes, the values that share an index; 1 where there are none.
 
@@ -267,7 +173,7 @@ def segment_product(values: Array, index: Array, num_segments: int, /, *, backen
     array, shape (..., num_segments), dtype of `values`
         Entry t is the product of the values[..., e] with index[..., e] == t.
     """
-    step = backend.segment_product or portable_segment_product
+    step: SegmentReduce = backend.segment_product or portable_segment_product
     return step(values, index, num_segments, backend=backend)
 
 
@@ -291,7 +197,7 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: B
     array, shape (..., num_segments), dtype of `values`
         Entry t is the sum of the values[..., e] with index[..., e] == t.
     """
-    step = backend.segment_sum or portable_segment_sum
+    step: SegmentReduce = backend.segment_sum or portable_segment_sum
     return step(values, index, num_segments, backend=backend)
 
 
@@ -303,7 +209,7 @@ def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, b
 def _segment_reduce(
     values: Array, index: Array, num_segments: int, combine: Callable[..., Array], identity: int, /, *, xp: Namespace
 ) -> Array:
-    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds it all."""
+    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds all."""
     *leading, num_values = values.shape
     num_rows = 1
     for size in leading:
@@ -321,7 +227,7 @@ def _segment_reduce(
     position = xp.arange(segment.shape[0], dtype=xp.int64, device=device)
     neutral = xp.full(result.shape, identity, dtype=result.dtype, device=device)
     step = 1
-    # A segment has at most one value per slot of its own row, so no run is longer than num_values.
+    # A segment has at most all values of its own row, so no run is longer than num_values.
     while step < num_values:
         back = xp.where(position >= step, position - step, xp.zeros_like(position))
         same = (position >= step) & (xp.take(segment, back) == segment)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.attention import window_attention
+from ..core.attention import window_attention
 from ..core.backend import load
 from ..integrations.transformers import EvictingCache, EvictingLayer
 

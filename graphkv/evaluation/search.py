@@ -14,8 +14,8 @@ from math import log
 import cma
 import numpy as np
 
-from ..adapters.cake import allocate
 from ..core import checks
+from ..core.budgets import allocate
 from ..core.fusion import EXPONENT
 from ..core.pagerank import DAMPING
 from .presets import Preset

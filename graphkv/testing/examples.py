@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import primitives
+from ..core.attention import received_attention
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
 from ..core.fusion import degree, fuse
@@ -203,7 +204,7 @@ def test_attention_received_in_real_shapes(backend: Backend) -> None:
             q, k = q.astype(dtype), k.astype(dtype)
             x = asserts.make(backend, np.where(valid[..., None], k, np.nan), dtype)
 
-            found = primitives.received_attention(
+            found = received_attention(
                 asserts.make(backend, q, dtype), x, asserts.make(backend, valid), block_size=block, backend=backend
             )
 
@@ -221,7 +222,7 @@ def test_attention_leaves_out_what_is_not_finite(backend: Backend) -> None:
     for dtype in _dtypes(backend):
         x = asserts.make(backend, keys, dtype)
 
-        found = primitives.received_attention(
+        found = received_attention(
             asserts.make(backend, queries, dtype), x, asserts.make(backend, valid), block_size=16, backend=backend
         )
 
@@ -873,9 +874,7 @@ class _Steps:
         for kind in ("product", "sum"):
             found[f"segment {kind}"] = _segment(backend, kind)(values, index, num_tokens)
         if x["keys"].ndim == 4 and x["keys"].shape[1]:
-            found["received"] = primitives.received_attention(
-                x["keys"], x["keys"], x["valid"], block_size=7, backend=backend
-            )
+            found["received"] = received_attention(x["keys"], x["keys"], x["valid"], block_size=7, backend=backend)
         return found
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 import graphkv
 
 from ..core import primitives
+from ..core.attention import received_attention
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
 from ..core.fusion import degree, fuse
@@ -140,7 +141,7 @@ def test_received_attention_agrees_with_the_oracle(
     valid = data.draw(arrays(np.bool_, (batch, kv_heads, num_tokens), fill=st.nothing()))
     x = asserts.make(backend, np.where(valid[..., None], keys, np.nan), dtype)
 
-    found = primitives.received_attention(
+    found = received_attention(
         asserts.make(backend, queries, dtype),
         x,
         asserts.make(backend, valid),
