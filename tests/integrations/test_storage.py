@@ -39,8 +39,9 @@ from graphkv import (
 )
 from graphkv.backends.numpy import SPARSE
 from graphkv.integrations.transformers import EvictingCache, EvictingLayer, observing, storage
-from graphkv.integrations.transformers.layer import Settings, Source
 from graphkv.integrations.transformers.rotary import Rotation
+from graphkv.integrations.transformers.settings import Settings
+from graphkv.integrations.transformers.source import Source
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.tiny import FAMILIES, SIZES, tiny, tiny_gemma3, tiny_llama
 

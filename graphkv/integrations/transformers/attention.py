@@ -19,8 +19,8 @@ from ...core.errors import ArgumentError
 from . import versions
 from .cache import not_compiled, refuse_hidden_keys
 from .handout import Handout, handed_out
-from .layer import Source
 from .masks import Mask, columns, layer_mask, mask_maker, new_tokens_shown
+from .source import Source
 
 __all__ = ["IMPLEMENTATIONS", "PREFIX", "WITHOUT_CACHE"]
 
@@ -88,7 +88,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
         ) -> Any:
             if handout.is_open:
                 shown = new_tokens_shown(mask, query.shape[2])
-                handout.admit(mask.padding if isinstance(mask, Mask) else shown)
+                handout.note_padding(mask.padding if isinstance(mask, Mask) else shown)
             mask = layer_mask(mask, handout, query, is_causal=is_causal, as_numbers=implementation == "eager")
             biases = {
                 name: each if handout.is_whole else columns(each, handout, query) for name, each in biases.items()
@@ -96,7 +96,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
             result = attend_as_before(query, key, value, mask, **biases)
             if handout.is_open:
                 source = _source_of(module, handout, query, key)
-                handout.observe(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
+                handout.after_attention(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
             return result
 
         num_guessed = handout.num_guessed

@@ -21,8 +21,10 @@ from . import versions
 from .handout import Handout
 from .history import History
 from .hybrid import HybridEvictingLayer
-from .layer import FULL, WINDOWED, EvictingLayer, Settings
+from .layer import EvictingLayer
 from .report import LayerStats, describe, layer_stats
+from .settings import Settings
+from .source import FULL, WINDOWED
 from .storage import load_cache, save_cache
 
 __all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
@@ -201,7 +203,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             return False
         if layer.num_seen == self.num_seen:
             # Every layer is through: these are tokens that none has seen.
-            self._check_finished()
+            self.check_finished()
             # What no crop has taken back by now stays.
             self._evict_due(self.attention_layers)
             self.num_seen += num_new
@@ -248,7 +250,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
                 "back what has changed with crop(), or start a new cache"
             )
 
-    def _check_finished(self) -> None:
+    def check_finished(self) -> None:
         """Refuse to go on from a forward pass that broke off in the middle."""
         layers = [layer for layer in self.attention_layers if layer.num_seen]
         if any(layer.awaits_queries or layer.num_seen != self.num_seen for layer in layers):
@@ -291,7 +293,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if not due or policy is None:
             return
         # What came while an eviction waited is not taken in.
-        tails = [layer.part_with(num_later) if num_later else None for layer, num_later in due]
+        tails = [layer.split_off(num_later) if num_later else None for layer, num_later in due]
         _evict([layer for layer, _ in due], policy, None)
         for (layer, _), tail in zip(due, tails, strict=True):
             if tail is not None:
@@ -334,7 +336,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         backend = load(backend) if isinstance(backend, str) else backend
         if not self.num_seen:
             raise ArgumentError("the cache must hold a prompt before it is evicted; it is empty")
-        self._check_finished()
+        self.check_finished()
         # Decide on a copy first, so that an error half-way leaves the cache as it was.
         twin = self.copy()
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
@@ -354,7 +356,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If an eviction has happened since those tokens came: what it dropped cannot be restored. After
             `activate_past_recording`, evictions wait for the crop.
         """
-        self._check_finished()
+        self.check_finished()
         surplus = min(versions.tokens_to_remove(tokens_to_remove, self.num_seen), self.num_seen)
         # On a copy first, so that an error half-way leaves the cache as it was.
         twin = self.copy()
@@ -369,7 +371,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             if surplus or getattr(layer, "record_past", False):
                 layer.crop(-surplus)
         for layer in twin.attention_layers:
-            layer.settle()
+            layer.trim_window()
         twin._evict_due(twin.attention_layers)
         self.layers = twin.layers
         self.num_seen -= surplus
@@ -541,7 +543,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         str
             In lines without a newline at the end.
         """
-        return describe(self)
+        layers = self.attention_layers
+        return describe(self.policy, layers, self.stats(), num_seen=self.num_seen, nbytes=self.nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -568,7 +571,7 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
     """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
     if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
-        wants = [layer.preference(policy, backend=backend) for layer in layers]
+        wants = [layer.wants(policy, backend=backend) for layer in layers]
         seen = layers[0].seen_by_row
         shares = [policy.layer_budgets(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):

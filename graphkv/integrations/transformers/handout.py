@@ -11,7 +11,8 @@ import torch
 from ...core.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from .layer import EvictingLayer, Source
+    from .layer import EvictingLayer
+    from .source import Source
 
 __all__ = ["Handout", "handed_out"]
 
@@ -46,7 +47,7 @@ class Handout:
         if cache is not None:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
-            self.positions, self.valid = layer.positions, layer.valid
+            self.positions, self.valid = layer.slots.positions, layer.slots.valid
 
     def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
         """Forget the cache."""
@@ -80,7 +81,7 @@ class Handout:
         """Take the guesses out of the layer; return what it hands out then."""
         num_guessed = self.num_guessed
         self.is_open = False
-        self.layer.part_with(num_guessed)
+        self.layer.split_off(num_guessed)
         return Handout(self.cache, self.index, self.num_new - num_guessed)
 
     def with_guesses(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Handout, torch.Tensor, torch.Tensor]:
@@ -89,18 +90,18 @@ class Handout:
         keys, values = self.layer.update(key, value)
         return Handout(self.cache, self.index, key.shape[2]), keys, values
 
-    def admit(self, padding: torch.Tensor | None) -> None:
-        """Take note of which tokens are padding, see `EvictingLayer.admit`."""
-        self.layer.admit(padding, self.num_new)
-        self.valid = self.layer.valid
+    def note_padding(self, padding: torch.Tensor | None) -> None:
+        """Take note of which tokens are padding, see `EvictingLayer.note_padding`."""
+        self.layer.note_padding(padding, self.num_new)
+        self.valid = self.layer.slots.valid
 
-    def observe(
+    def after_attention(
         self, module: Any, source: Source, query: torch.Tensor, scaling: float | None, window: int | None
     ) -> None:
         """Take note of the finished attention, and let the cache evict what is due."""
         self.is_open, self._owner = False, weakref.ref(module)
-        self.layer.observe(source, query, scaling, window)
-        self.layer.locate(module, self.num_new)
+        self.layer.after_attention(source, query, scaling, window)
+        self.layer.note_places(module, self.num_new)
         self.cache.after_layer(self.layer)
 
     def set_apart(self) -> None:

@@ -23,7 +23,8 @@ from ...core.policy import Policy
 from . import versions
 from .attention import IMPLEMENTATIONS, PREFIX, WITHOUT_CACHE
 from .cache import EvictingCache, not_compiled
-from .layer import FULL, WINDOWED, Settings
+from .settings import Settings
+from .source import FULL, WINDOWED
 
 __all__ = ["evicting", "observing"]
 

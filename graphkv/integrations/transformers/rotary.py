@@ -23,7 +23,7 @@ from torch.nn import Module
 from ...core.errors import ArgumentError
 from . import versions
 
-__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "from_plain", "look", "turn"]
+__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "from_plain", "look", "rotate"]
 
 # The place of a token that could not be found.
 UNKNOWN = torch.iinfo(torch.int64).min
@@ -208,7 +208,7 @@ def check(rotation: Rotation | None, places: torch.Tensor | None) -> Rotation:
     return rotation
 
 
-def turn(
+def rotate(
     keys: torch.Tensor, rotation: Rotation, places: torch.Tensor | None, to: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rotate keys from where they stand to other places.

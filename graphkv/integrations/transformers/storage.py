@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import cache_utils
@@ -22,11 +22,13 @@ from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableE
 from ...core.files import write_whole
 from ...core.policy import Policy
 from . import rotary, versions
+from .history import History
 from .hybrid import HybridEvictingLayer
-from .layer import EvictingLayer, Settings, Source
-
-if TYPE_CHECKING:
-    from .cache import EvictingCache
+from .layer import EvictingLayer
+from .queries import Queries
+from .settings import Settings
+from .slots import Slots
+from .source import Source
 
 __all__ = ["load_cache", "save_cache"]
 
@@ -48,18 +50,10 @@ CACHE: dict[str, tuple[type, ...]] = {
 LAYERS = ("EvictingLayer", "HybridEvictingLayer", "LinearAttentionLayer", "DummyLayer")
 
 # What is saved of a layer.
-# Tensors, by their axes: the same word is the same length, that of the batch in all layers.
-TENSORS = {
-    "keys": ("batch", "kv_heads", "stored", "head_size"),
-    "values": ("batch", "kv_heads", "stored", "value_size"),
-    "positions": ("batch", "kv_heads", "stored"),
-    "places": ("batch", "kv_heads", "stored", "axes"),
-    "valid": ("batch", "kv_heads", "stored"),
-    "queries": ("batch", "query_heads", "num_queries", "head_size"),
-    "asked": ("batch", "num_queries"),
-    "num_hidden": ("batch",),
-}
-DTYPES = dict.fromkeys(("positions", "places", "asked", "num_hidden"), torch.int64) | {"valid": torch.bool}
+# Tensors, by their axes: the same word is the same length, that of the batch in all layers. Running sums are many.
+FIELDS = {each.name: each.metadata for kind in (Slots, Queries) for each in fields(kind) if each.name != "state"}
+TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIELDS.items()} | {"num_hidden": ("batch",)}
+DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | {"num_hidden": torch.int64}
 # Numbers, by their types.
 VALUES: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
@@ -78,7 +72,7 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"state", "row_budgets", "shared_by", "source", "rotation"}
+OTHERS = {"slots", "held", "num_hidden", "row_budgets", "shared_by", "source", "rotation"}
 # The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
 
@@ -111,10 +105,28 @@ MODEL = (
 )
 
 
-def save_cache(cache: EvictingCache, path: str | os.PathLike[str], /) -> None:
+class Storable(Protocol):
+    """What a cache must have to be saved and loaded, besides the values of `CACHE`; an `EvictingCache`."""
+
+    settings: Settings
+    layers: list[Any]
+    history: History
+    num_seen: int
+
+    def check_finished(self) -> None:
+        """Refuse to go on from a forward pass that broke off."""
+
+    def activate_past_recording(self) -> None:
+        """Let evictions wait for a crop."""
+
+
+AnyCache = TypeVar("AnyCache", bound=Storable)
+
+
+def save_cache(cache: Storable, path: str | os.PathLike[str], /) -> None:
     """Write a cache into a file, see `EvictingCache.save`."""
     where, library = _path(path), _safetensors()
-    cache._check_finished()
+    cache.check_finished()
     settings, sources = cache.settings, [source for source in map(_source_of, cache.layers) if source is not None]
     header = {
         "version": VERSION,
@@ -140,7 +152,7 @@ def save_cache(cache: EvictingCache, path: str | os.PathLike[str], /) -> None:
 
 
 def load_cache(
-    make: Callable[..., EvictingCache],
+    make: Callable[..., AnyCache],
     path: str | os.PathLike[str],
     /,
     *,
@@ -148,7 +160,7 @@ def load_cache(
     policy: Policy | None,
     backend: Backend | str | None,
     device: torch.device | str | None,
-) -> EvictingCache:
+) -> AnyCache:
     """Read a cache from a file, see `EvictingCache.load`; `make` is the class."""
     if model is not None:
         checks.instance("model", model, torch.nn.Module)
@@ -192,7 +204,7 @@ def _source_of(layer: Any) -> Source | None:
     return layer.source if isinstance(layer, EvictingLayer) else None
 
 
-def _all_tensors(cache: EvictingCache) -> Iterator[tuple[str, torch.Tensor]]:
+def _all_tensors(cache: Storable) -> Iterator[tuple[str, torch.Tensor]]:
     """List what tensors a cache has, by the names that they get in the file."""
     if cache.history.sums is not None:
         yield "history.sums", cache.history.sums
@@ -213,10 +225,11 @@ def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
         return
+    found = vars(layer.slots) | ({} if layer.held is None else vars(layer.held)) | {"num_hidden": layer.num_hidden}
     for name in TENSORS:
-        if getattr(layer, name) is not None:
-            yield name, getattr(layer, name)
-    for name, sums in layer.state.items():
+        if found.get(name) is not None:
+            yield name, found[name]
+    for name, sums in layer.slots.state.items():
         yield f"state.{name}", sums
 
 
@@ -358,7 +371,7 @@ def _backend(header: Mapping[str, Any], backend: Backend | str | None) -> Backen
 
 
 def _fill(
-    cache: EvictingCache,
+    cache: Storable,
     header: Mapping[str, Any],
     tensors: dict[str, torch.Tensor],
     model: torch.nn.Module | None,
@@ -402,7 +415,7 @@ def _fill(
     _fill_history(cache, header["num_summed"], tensors, device or "cpu", batch)
     if tensors:
         raise ArgumentError(f"it must hold no more tensors than a cache has; got {sorted(tensors)[:5]}")
-    cache._check_finished()
+    cache.check_finished()
 
 
 def _new_layer(given: Mapping[str, Any], name: str, settings: Settings) -> Any:
@@ -489,15 +502,17 @@ def _fill_attention(
         # As if the first tokens came: what transformers notes then differs from release to release.
         found = {key: tensor.to(device) for key, tensor in found.items()}
         layer.lazy_initialization(found["keys"], found["values"])
-        for key, tensor in found.items():
-            setattr(layer, key, tensor)
-        layer.state = {key: sums.to(device) for key, sums in state.items()}
+        stored = {each.name: found[each.name] for each in fields(Slots) if each.name in found}
+        layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
+        layer.num_hidden = found.get("num_hidden")
+        if "queries" in found:
+            layer.held = Queries(queries=found["queries"], asked=found.get("asked"))
     size = found["keys"].shape[-1] if found else 0
     layer.rotation = rotary.from_plain(given["rotation"], f"{name}.rotation", size)
     axes = 0 if layer.rotation is None else len(layer.rotation.frequencies)
-    if layer.places is not None and layer.places.shape[-1] != axes:
+    if "places" in found and found["places"].shape[-1] != axes:
         raise ArgumentError(
-            f"its {name}.places must have the {axes} axes of its rotation; got {layer.places.shape[-1]}"
+            f"its {name}.places must have the {axes} axes of its rotation; got {found['places'].shape[-1]}"
         )
     if given["row_budgets"] is not None:
         budgets = given["row_budgets"]
@@ -509,7 +524,7 @@ def _fill_attention(
 
 
 def _fill_history(
-    cache: EvictingCache,
+    cache: Storable,
     num_summed: int,
     tensors: dict[str, torch.Tensor],
     device: torch.device | str,
@@ -538,6 +553,8 @@ def _check_tensors(
     """Check that the tensors of a layer fit to each other, and their batch to that of other layers."""
     if not {"keys", "values"} <= set(found):
         raise ArgumentError(f"its {name} must have keys and values; got {sorted(found)}")
+    if "asked" in found and "queries" not in found:
+        raise ArgumentError(f"its {name} must have queries with its asked; got {sorted(found)}")
     own: dict[str, int] = {key: length for key, length in lengths.items() if key == "batch"}
     for key, tensor in found.items():
         axes, dtype = TENSORS[key], DTYPES.get(key)
