@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from ..adapters import (
     StreamingLLM,
 )
 from ..core.errors import ArgumentError, ArgumentTypeError
-from ..core.eviction import evict
+from ..core.eviction import observe
 from ..core.graphkv import GraphKV
+from ..core.layer import Memory
 from ..core.policy import Policy, Wrapper
 from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array
@@ -214,14 +214,13 @@ def running_states(
             states.append({})
             continue
         num_new = layer.num_seen - (0 if before is None else next(iter(before[number].values())).shape[2])
-        everything = evict(
-            # A budget of everything: nothing is chosen, so the state is that of all tokens.
-            replace(base, budget=layer.num_seen),
+        memory = observe(
+            base,
             layer.keys,
             queries=None if layer.queries is None else layer.queries[:, :, -num_new:],
             layer=layer.index,
             num_layers=layer.num_layers,
-            state=None if before is None else before[number],
+            state=None if before is None else Memory(before[number]),
         )
-        states.append(everything.state or {})
+        states.append({} if memory is None else memory.tokens)
     return states

@@ -210,7 +210,7 @@ def main(
                 errors.print(f"{done} of about {evaluations} candidates, best {least[-1]:.4f}", highlight=False)
             return found
 
-        bounds = {"least": min(policy.num_protected(budget), budget), "most": most}
+        bounds = {"least": min(policy.protection(budget).count, budget), "most": most}
         loss, best = search(
             evaluate,
             start,

@@ -290,7 +290,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
-        """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
+        """Ask the policy how much each row of this layer wants, see `Policy.wants`."""
         return self._decider(policy, backend).wants(policy)
 
     def running_state(
@@ -302,11 +302,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         decider = self._decider(policy, backend)
         if decider.order is not None:
             raise ArgumentError("running_states must have rows without padding between their tokens; a row has some")
-        # With a budget of everything nothing is chosen, so the sums are those of all tokens.
-        parts = [replace(part, budget=self.num_stored) for part in decider.parts]
-        slots = decider.slots if state is None else replace(decider.slots, state=state)
-        decider = replace(decider, parts=parts, slots=slots)
-        return decider.kept(decider.evict(policy))[1]
+        if state is not None:
+            decider = replace(decider, slots=replace(decider.slots, state=state))
+        return decider.remembered(decider.observe(policy))
 
     def _decider(self, policy: Policy, backend: Backend | None) -> Decider:
         """Show the layer to a policy."""
@@ -352,7 +350,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         needs, source = policy.needs(), self.source
         if source is None or source.has_all_heads:
             return
-        if needs.couples_heads or needs.preferences:
+        if needs.couples_heads or needs.wants:
             raise ArgumentError(
                 "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
                 f"got {policy}"
@@ -387,10 +385,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
         settings = self.settings
         over = settings.policy is not None and settings.every is None
-        protected = policy.num_protected(budget)
-        if self.held is None or over or policy.needs().state or not 0 < protected <= budget:
+        protection = policy.protection(budget)
+        if self.held is None or over or policy.needs().state or not 0 < protection.count <= budget:
             return None
-        return self.held.last(protected)
+        return self.held.last(protection.newest) if protection.newest else None
 
     # -------------------------------------------------------------------------------------------------------- a crop
 
