@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -31,6 +31,9 @@ __all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Given = TypeVar("Given")
+# What layers of linear attention remember.
+LINEAR = ("conv_states", "recurrent_states")
 
 
 def not_compiled(function: Function) -> Function:
@@ -461,6 +464,170 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin.layers = [layer.copy() if isinstance(layer, EvictingLayer) else deepcopy(layer) for layer in self.layers]
         return twin
 
+    @classmethod
+    def stacked(cls, caches: Sequence[EvictingCache]) -> EvictingCache:
+        """Put caches that have seen equally many tokens, and store equally many in every layer, into one batch.
+
+        Parameters
+        ----------
+        caches : sequence of EvictingCache
+            Of one model, and each of any number of rows. They may have dropped different tokens.
+
+        Returns
+        -------
+        EvictingCache
+            The rows of the first, then those of the second, and so on: each goes on as it would in its own cache.
+            Queries, running sums and histories stay behind, so policies that ask for them cannot evict it.
+
+        Raises
+        ------
+        ArgumentError
+            If there are no caches, they differ in what they have seen or in how many tokens a layer stores, or one
+            of them would evict again by itself.
+        ArgumentTypeError
+            If one is not an EvictingCache.
+        """
+        caches = tuple(caches)
+        if not caches:
+            raise ArgumentError("caches must hold at least one cache; got none")
+        for number, cache in enumerate(caches):
+            checks.instance(f"caches[{number}]", cache, EvictingCache)
+            cache.check_finished()
+            if cache.settings.every is not None or cache.is_waiting:
+                raise ArgumentError(
+                    f"caches must not evict again by themselves, with every=... or after activate_past_recording(); "
+                    f"caches[{number}] does"
+                )
+            found, expected = cache._sizes(), caches[0]._sizes()
+            if found != expected:
+                raise ArgumentError(
+                    f"caches must have seen and store equally many tokens as the first, {expected}; "
+                    f"caches[{number}] has {found}"
+                )
+        result, layers = caches[0].copy(), caches[0].attention_layers
+        for number, rows in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+            if rows[0] in layers:
+                result.layers[number] = rows[0].stacked(rows)
+            # What layers of linear attention remember, by the number of the state.
+            for name in LINEAR:
+                states: dict[int, Any] = getattr(result.layers[number], name, {})
+                for key, state in states.items():
+                    if state is not None:
+                        states[key] = torch.cat([getattr(row, name)[key] for row in rows])
+        result.history = History()
+        return result
+
+    def _sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Return the tokens seen, and those stored in each layer."""
+        return self.num_seen, tuple(layer.num_stored for layer in self.attention_layers)
+
+    def with_stored(self, keys_and_values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> EvictingCache:
+        """Return a cache that has seen what this one has, and stores what somebody else has left of it.
+
+        Parameters
+        ----------
+        keys_and_values : sequence of pairs of torch.Tensor, shape (batch, kv_heads, b, D)
+            A pair for each layer that caches keys of the text; b <= `num_seen` may differ from layer to layer.
+
+        Returns
+        -------
+        EvictingCache
+            Positions are counted from 0, because nothing is known of where the tokens were; there are no queries and
+            no running sums.
+
+        Raises
+        ------
+        ArgumentError
+            If there is not one pair per layer, or a shape does not fit.
+        """
+        twin = self.copy()
+        for layer, (keys, values) in _one_each("keys_and_values", keys_and_values, twin.attention_layers):
+            layer.replace_stored(keys, values)
+        return twin
+
+    def keep_queries(self, count: int) -> None:
+        """Forget all but the last queries of every layer. Those of tokens that come later are kept as before.
+
+        Parameters
+        ----------
+        count : int
+            Queries to keep; 0 forgets all of them.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If `count` is negative or not an integer.
+        """
+        count = checks.count("count", count)
+        for layer in self.attention_layers:
+            layer.held = None if layer.held is None else layer.held.last(count)
+
+    def running_states(
+        self, policy: Policy, states: Sequence[Mapping[str, torch.Tensor]] | None = None
+    ) -> tuple[Mapping[str, torch.Tensor], ...]:
+        """Compute what a policy with running sums knows of all stored tokens. Nothing is evicted.
+
+        Parameters
+        ----------
+        policy : Policy
+            For example ``H2O(budget=512)``; its budget does not matter.
+        states : sequence of mapping, optional
+            What it knew before the last tokens came, as an earlier call returned it. Default: what the cache knows.
+
+        Returns
+        -------
+        tuple of mapping of str to torch.Tensor, shape (batch, kv_heads, stored, ...)
+            One per layer that caches keys of the text; empty for a policy without running sums, and for the sliding
+            layers of a model that also has full ones.
+
+        Raises
+        ------
+        ArgumentError
+            If queries of tokens are missing that the sums do not know yet, a row has padding between its tokens, or
+            there is not one state per layer.
+        ArgumentTypeError
+            If `policy` is not a Policy.
+        """
+        checks.instance("policy", policy, Policy)
+        self.check_finished()
+        layers = self.attention_layers
+        known = [None] * len(layers) if states is None else states
+        return tuple(layer.running_state(policy, state) for layer, state in _one_each("states", known, layers))
+
+    def with_states(self, states: Sequence[Mapping[str, torch.Tensor]]) -> EvictingCache:
+        """Return a copy whose layers know running sums, so that its next eviction needs no queries for them.
+
+        Parameters
+        ----------
+        states : sequence of mapping of str to torch.Tensor, shape (batch, kv_heads, S, ...)
+            As `running_states` returns them, for the first S stored tokens of each layer.
+
+        Returns
+        -------
+        EvictingCache
+
+        Raises
+        ------
+        ArgumentError
+            If there is not one state per layer, or a shape does not fit.
+
+        Examples
+        --------
+        Read a prompt once, then try several budgets without going through its attention again::
+
+            with observing(model):
+                cache = EvictingCache(num_queries=prompt.shape[1])
+                model(prompt, cache=cache)  # past_key_values=cache before transformers 5.24
+                states = cache.running_states(H2O(budget=512))
+                for budget in (512, 1024):
+                    small = cache.with_states(states)
+                    small.evict(H2O(budget=budget))
+        """
+        twin = self.copy()
+        for layer, state in _one_each("states", states, twin.attention_layers):
+            layer.set_state(state)
+        return twin
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache into a file that `load` reads, without pickle: safetensors, with settings in its header.
 
@@ -550,6 +717,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of all stored keys and values."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, EvictingLayer))
+
+
+def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) -> list[tuple[EvictingLayer, Given]]:
+    """Pair what is given with the layers that it is for."""
+    if len(given) != len(layers):
+        raise ArgumentError(f"{name} must have one entry for each of {len(layers)} layers; got {len(given)}")
+    return list(zip(layers, given, strict=True))
 
 
 def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:

@@ -534,6 +534,30 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         result.held = result.row_budgets = result.shared_by = result.record = None
         return result
 
+    def replace_stored(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store these keys and values of the tokens seen, see `EvictingCache.with_stored`."""
+        rows, stored = tuple(self.slots.keys.shape[:2]), tuple(keys.shape[:3])
+        if stored[:2] != rows or tuple(values.shape[:3]) != stored or stored[2] > self.num_seen:
+            raise ArgumentError(
+                f"keys_and_values must have shape (batch, kv_heads, b, D) with {rows} and b <= {self.num_seen}; "
+                f"got {tuple(keys.shape)} and {tuple(values.shape)} for layer {self.index}"
+            )
+        positions = torch.arange(stored[2], device=keys.device).expand(stored)
+        self.slots, self.held = Slots(keys=keys, values=values, positions=positions), None
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Know these running sums of the first tokens, see `EvictingCache.with_states`."""
+        for name, sums in state.items():
+            shape, rows = tuple(sums.shape), tuple(self.slots.keys.shape[:2])
+            if shape[:2] != rows or len(shape) < 3 or shape[2] > self.num_stored:
+                raise ArgumentError(
+                    f"states must have shape (batch, kv_heads, S, ...) with {rows} and S <= {self.num_stored}; "
+                    f"got {shape} for {name} of layer {self.index}"
+                )
+            # What has been summed up cannot be taken back.
+            self.num_new = min(self.num_new, self.num_stored - shape[2])
+        self.slots = replace(self.slots, state=dict(state))
+
     def reset(self) -> None:
         """Forget everything."""
         self._reset()

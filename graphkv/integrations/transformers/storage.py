@@ -72,7 +72,7 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"slots", "held", "num_hidden", "row_budgets", "shared_by", "source", "rotation"}
+OTHERS = {"slots", "held", "row_budgets", "shared_by", "source", "rotation"}
 # The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
 
