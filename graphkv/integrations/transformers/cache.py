@@ -17,7 +17,7 @@ from ...core import checks
 from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
-from . import versions
+from . import sharing, versions
 from .handout import Handout
 from .history import History
 from .hybrid import HybridEvictingLayer
@@ -32,8 +32,6 @@ __all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Given = TypeVar("Given")
-# What layers of linear attention remember.
-LINEAR = ("conv_states", "recurrent_states")
 
 
 def not_compiled(function: Function) -> Function:
@@ -507,13 +505,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         result, layers = caches[0].copy(), caches[0].attention_layers
         for number, rows in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
             if rows[0] in layers:
-                result.layers[number] = rows[0].stacked(rows)
-            # What layers of linear attention remember, by the number of the state.
-            for name in LINEAR:
-                states: dict[int, Any] = getattr(result.layers[number], name, {})
-                for key, state in states.items():
-                    if state is not None:
-                        states[key] = torch.cat([getattr(row, name)[key] for row in rows])
+                result.layers[number] = sharing.stacked(rows)
+            sharing.with_states_of(result.layers[number], rows)
         result.history = History()
         return result
 
@@ -540,10 +533,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         ArgumentError
             If there is not one pair per layer, or a shape does not fit.
         """
-        twin = self.copy()
-        for layer, (keys, values) in _one_each("keys_and_values", keys_and_values, twin.attention_layers):
-            layer.replace_stored(keys, values)
-        return twin
+        pairs = _one_each("keys_and_values", keys_and_values, self.attention_layers)
+        return self._with_layers([sharing.with_stored(layer, *pair) for layer, pair in pairs])
 
     def keep_queries(self, count: int) -> None:
         """Forget all but the last queries of every layer. Those of tokens that come later are kept as before.
@@ -592,7 +583,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self.check_finished()
         layers = self.attention_layers
         known = [None] * len(layers) if states is None else states
-        return tuple(layer.running_state(policy, state) for layer, state in _one_each("states", known, layers))
+        pairs = _one_each("states", known, layers)
+        return tuple(sharing.running_state(layer, policy, state) for layer, state in pairs)
 
     def with_states(self, states: Sequence[Mapping[str, torch.Tensor]]) -> EvictingCache:
         """Return a copy whose layers know running sums, so that its next eviction needs no queries for them.
@@ -623,9 +615,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
                     small = cache.with_states(states)
                     small.evict(H2O(budget=budget))
         """
-        twin = self.copy()
-        for layer, state in _one_each("states", states, twin.attention_layers):
-            layer.set_state(state)
+        pairs = _one_each("states", states, self.attention_layers)
+        return self._with_layers([sharing.with_state(layer, state) for layer, state in pairs])
+
+    def _with_layers(self, layers: list[EvictingLayer]) -> EvictingCache:
+        """Return a copy with other layers for those that cache keys of the text."""
+        twin, others = self.copy(), dict(zip(map(id, self.attention_layers), layers, strict=True))
+        twin.layers = [others.get(id(old), new) for old, new in zip(self.layers, twin.layers, strict=True)]
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -101,8 +101,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.awaits_queries = False
         self.certain = 0
         self.due_at: int | None = None
-
-    # ---------------------------------------------------------------------------------------------------- new tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for keys and values of these kinds."""
@@ -211,8 +209,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if not self.evicts and self.sliding_window is not None and self.num_stored > self.sliding_window - 1:
             self.slots = self.slots.last(self.sliding_window - 1).clone()
 
-    # ------------------------------------------------------------------------------------------------------ schedule
-
     def schedule(self) -> None:
         """Find out whether an eviction is due, and over how many of the tokens seen."""
         every, is_first = self.settings.every, self.num_evictions == 0
@@ -234,8 +230,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Append tokens that `split_off` took out."""
         if newest.count:
             self._append(newest)
-
-    # ------------------------------------------------------------------------------------------------------ decision
 
     def evict(self, policy: Policy, *, backend: Backend | None = None) -> tuple[Eviction, ...]:
         """Shrink to what the policy keeps.
@@ -262,7 +256,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             raise ArgumentError("the cache must hold a prompt before it is evicted; a layer has seen nothing")
         if not self.evicts:
             return ()
-        decider = self._decider(policy, backend)
+        decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
         aimed_at = [each.budget for each, part in zip(decisions, decider.parts, strict=True) if not part.is_at_rest]
         budget = max(aimed_at, default=self.budget or 0)
@@ -277,40 +271,24 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
-            keys, valid = decider.in_order(decider.slots.keys), decider.slots.valid
-            valid = None if valid is None else decider.in_order(valid)
-            self.record = EvictionRecord(
-                decisions=decisions,
-                positions=decider.in_order(positions),
-                valid=valid,
-                redundancy_before=redundancy(keys, valid),
-                redundancy_after=self.redundancy,
-            )
+            self.record = EvictionRecord.of(decider, decisions, positions, self.redundancy)
         self.seconds += perf_counter() - started
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
-        return self._decider(policy, backend).wants(policy)
+        return self.decider(policy, backend).wants(policy)
 
-    def running_state(
-        self, policy: Policy, state: Mapping[str, torch.Tensor] | None, *, backend: Backend | None = None
-    ) -> Mapping[str, torch.Tensor]:
-        """Compute the running sums of a policy over all that is stored, see `EvictingCache.running_states`."""
-        if not self.evicts:
-            return {}
-        decider = self._decider(policy, backend)
-        if decider.order is not None:
-            raise ArgumentError("running_states must have rows without padding between their tokens; a row has some")
-        # With a budget of everything nothing is chosen, so the sums are those of all tokens.
-        parts = [replace(part, budget=self.num_stored) for part in decider.parts]
-        slots = decider.slots if state is None else replace(decider.slots, state=state)
-        decider = replace(decider, parts=parts, slots=slots)
-        return decider.kept(decider.evict(policy))[1]
+    def decider(self, policy: Policy, backend: Backend | None) -> Decider:
+        """Show the layer to a policy.
 
-    def _decider(self, policy: Policy, backend: Backend | None) -> Decider:
-        """Show the layer to a policy."""
-        self._check_heads(policy)
+        Raises
+        ------
+        ArgumentError
+            If the layer holds some of the heads only and the policy needs all.
+        """
+        if self.source is not None:
+            self.source.check_policy(policy, self.num_stored)
         slots = self._visible()
         budgets = None if self.row_budgets is None or policy != self.shared_by else self.row_budgets.tolist()
         may_rest = self.num_evictions and policy == self.settings.policy
@@ -347,22 +325,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return [self.num_seen] * self.slots.keys.shape[0]
         return [int(x) for x in (self.num_seen - self.num_hidden).tolist()]
 
-    def _check_heads(self, policy: Policy) -> None:
-        """Refuse a policy that would decide otherwise if all heads were in this process."""
-        needs, source = policy.needs(), self.source
-        if source is None or source.has_all_heads:
-            return
-        if needs.couples_heads or needs.preferences:
-            raise ArgumentError(
-                "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
-                f"got {policy}"
-            )
-        if not source.has_whole_groups and policy.num_queries(self.num_stored):
-            raise ArgumentError(
-                "policy must do without queries when tensor parallelism parts the query heads of a KV head; "
-                f"got {policy}"
-            )
-
     def _gather(self, kept: torch.Tensor, state: Mapping[str, torch.Tensor], *, is_ragged: bool) -> None:
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
         before = self.slots
@@ -391,8 +353,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if self.held is None or over or policy.needs().state or not 0 < protected <= budget:
             return None
         return self.held.last(protected)
-
-    # -------------------------------------------------------------------------------------------------------- a crop
 
     def crop(self, argument: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -457,8 +417,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Let evictions wait until `crop` has said which of the new tokens stay, as assisted decoding needs it."""
         self.record_past = True
 
-    # ------------------------------------------------------------------------------------------------------- account
-
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of tokens seen: what positions and `generate` count by."""
         return self.num_seen
@@ -507,56 +465,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Bytes of stored keys and values."""
         return self.slots.nbytes
 
-    # --------------------------------------------------------------------------------------------------- other layers
-
     def copy(self) -> EvictingLayer:
         """Return a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
-
-    @classmethod
-    def stacked(cls, layers: Sequence[EvictingLayer]) -> EvictingLayer:
-        """Put the rows of layers below each other, see `EvictingCache.stacked`."""
-        result = layers[0].copy()
-        are_evicted = any(layer.slots.positions is not None for layer in layers)
-        result.slots = Slots.stack([
-            replace(layer.slots, state={}, positions=layer.true_positions if are_evicted else None)
-            for layer in layers
-        ])  # fmt: skip
-        if any(layer.num_hidden is not None for layer in layers):
-            hidden = [layer.slots.keys.new_zeros(layer.slots.keys.shape[0], dtype=torch.int64) for layer in layers]
-            known = [layer.num_hidden for layer in layers]
-            result.num_hidden = torch.cat([
-                zeros if each is None else each for zeros, each in zip(hidden, known, strict=True)
-            ])  # fmt: skip
-        result.has_holes = any(layer.has_holes for layer in layers)
-        result.held = result.row_budgets = result.shared_by = result.record = None
-        return result
-
-    def replace_stored(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store these keys and values of the tokens seen, see `EvictingCache.with_stored`."""
-        rows, stored = tuple(self.slots.keys.shape[:2]), tuple(keys.shape[:3])
-        if stored[:2] != rows or tuple(values.shape[:3]) != stored or stored[2] > self.num_seen:
-            raise ArgumentError(
-                f"keys_and_values must have shape (batch, kv_heads, b, D) with {rows} and b <= {self.num_seen}; "
-                f"got {tuple(keys.shape)} and {tuple(values.shape)} for layer {self.index}"
-            )
-        positions = torch.arange(stored[2], device=keys.device).expand(stored)
-        self.slots, self.held = Slots(keys=keys, values=values, positions=positions), None
-
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Know these running sums of the first tokens, see `EvictingCache.with_states`."""
-        for name, sums in state.items():
-            shape, rows = tuple(sums.shape), tuple(self.slots.keys.shape[:2])
-            if shape[:2] != rows or len(shape) < 3 or shape[2] > self.num_stored:
-                raise ArgumentError(
-                    f"states must have shape (batch, kv_heads, S, ...) with {rows} and S <= {self.num_stored}; "
-                    f"got {shape} for {name} of layer {self.index}"
-                )
-            # What has been summed up cannot be taken back.
-            self.num_new = min(self.num_new, self.num_stored - shape[2])
-        self.slots = replace(self.slots, state=dict(state))
 
     def reset(self) -> None:
         """Forget everything."""
