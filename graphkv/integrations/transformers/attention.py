@@ -17,8 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ...core.errors import ArgumentError
 from . import versions
-from .cache import not_compiled, refuse_hidden_keys
-from .handout import Handout, handed_out
+from .cache import not_compiled
+from .handout import Handout, handed_out, refuse_hidden_keys
 from .masks import Mask, columns, layer_mask, mask_maker, new_tokens_shown
 from .source import Source
 

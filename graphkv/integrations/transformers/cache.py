@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +17,7 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
 from . import sharing, versions
-from .handout import Handout
+from .handout import Handout, latest
 from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer
@@ -27,7 +26,7 @@ from .settings import Settings
 from .source import FULL, WINDOWED
 from .storage import load_cache, save_cache
 
-__all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
+__all__ = ["EvictingCache", "not_compiled"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,15 +37,6 @@ def not_compiled(function: Function) -> Function:
     """Cut a model here under torch.compile: what a cache keeps is not to be traced."""
     disable: Any = torch.compiler.disable
     return cast("Function", disable(function))
-
-
-class _Latest(threading.local):
-    """The latest handout in this thread, so that attention that does not read it can be told so."""
-
-    handout: Handout | None = None
-
-
-_latest = _Latest()
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
@@ -195,7 +185,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         handout = Handout(self, layer_idx, num_new, is_out_of_step=is_out_of_step)
         for tensor in (keys, values):
             tensor.graphkv_handout = handout  # type: ignore[attr-defined]
-        self._latest = _latest.handout = handout
+        self._latest = latest.handout = handout
         return keys, values
 
     def _begin(self, layer: EvictingLayer, index: int, num_new: int) -> bool:
@@ -720,21 +710,6 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
     if len(given) != len(layers):
         raise ArgumentError(f"{name} must have one entry for each of {len(layers)} layers; got {len(given)}")
     return list(zip(layers, given, strict=True))
-
-
-def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
-    """Refuse attention to other keys than the cache has just handed out for it."""
-    handout = _latest.handout
-    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
-        return
-    if getattr(module, "layer_idx", handout.index) != handout.index:
-        return
-    if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
-        raise ArgumentError(
-            f"model must attend to its cached keys as they are; {type(module).__name__} computes others from them "
-            "(from compressed latents shared by all heads, or by repeating or mixing heads), so dropping tokens head "
-            "by head has no meaning there"
-        )
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .layer import EvictingLayer
     from .source import Source
 
-__all__ = ["Handout", "handed_out"]
+__all__ = ["Handout", "handed_out", "latest", "refuse_hidden_keys"]
 
 
 class Handout:
@@ -139,3 +140,27 @@ def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout |
             "may have been evicted"
         )
     return handout
+
+
+class Latest(threading.local):
+    """The latest handout in this thread, so that attention that does not read it can be told so."""
+
+    handout: Handout | None = None
+
+
+latest = Latest()
+
+
+def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
+    """Refuse attention to other keys than the cache has just handed out for it."""
+    handout = latest.handout
+    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
+        return
+    if getattr(module, "layer_idx", handout.index) != handout.index:
+        return
+    if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
+        raise ArgumentError(
+            f"model must attend to its cached keys as they are; {type(module).__name__} computes others from them "
+            "(from compressed latents shared by all heads, or by repeating or mixing heads), so dropping tokens head "
+            "by head has no meaning there"
+        )
