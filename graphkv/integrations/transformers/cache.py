@@ -1,4 +1,4 @@
-"""A transformers cache whose layers can be evicted and stay true."""
+"""A transformers cache whose layers can be evicted, with positions and masks that stay correct."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def not_compiled(function: Function) -> Function:
 
 
 class EvictingCache(Cache):  # type: ignore[misc]
-    """A transformers cache whose layers can be evicted and stay true.
+    """A transformers cache whose layers can be evicted, with positions and masks that stay correct.
 
     The model must run inside `evicting` or `observing`, or with ``attn_implementation="graphkv_sdpa"`` or
-    ``"graphkv_eager"``: there its attention tells the cache the queries.
+    ``"graphkv_eager"``: there its attention passes the queries to the cache.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
     num_queries : int
         Without a policy: how many of the last queries to keep for `evict`.
     backend : Backend or str, optional
-        Who decides what is kept. Default: torch.
+        What decides which tokens are kept. Default: torch.
     config : transformers.PreTrainedConfig, optional
         Of the model, as for transformers' own ``DynamicCache``. Only models with layers of other kinds need it (linear
         attention, state spaces), and inside `evicting` and `observing` the cache gets it by itself.
@@ -163,7 +163,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     @property
     def policy(self) -> Policy | None:
-        """Who decides; fixed, because what an earlier budget dropped cannot come back."""
+        """The policy that evicts; fixed, because what an earlier budget dropped cannot come back."""
         return self.settings.policy
 
     @not_compiled
@@ -189,7 +189,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return keys, values
 
     def _begin(self, layer: EvictingLayer, index: int, num_new: int) -> bool:
-        """Take note of new tokens for a layer; return whether it has not seen what the others have."""
+        """Note new tokens for a layer; return whether it has not seen what the others have."""
         if layer.is_apart:
             return False
         if layer.num_seen == self.num_seen:
@@ -205,7 +205,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             return False
         if layer.num_seen:
             self.refuse_unfinished()
-        # Either keys of a picture, say, or a pass that broke off: the attention will tell.
+        # Either keys of a picture, for example, or a pass that broke off: the attention will show which.
         return True
 
     def set_apart(self, handout: Handout) -> None:
@@ -310,7 +310,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         policy : Policy, optional
             Default: the cache's own.
         backend : Backend or str, optional
-            Who decides. Default: the cache's; torch if it has none.
+            What decides. Default: the cache's; torch if it has none.
 
         Raises
         ------
@@ -318,7 +318,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If the cache is empty, a forward pass broke off, queries are missing that the policy needs, or the policy
             has a larger budget than an earlier one.
         ArgumentTypeError
-            If `policy` is no Policy.
+            If `policy` is not a Policy.
         """
         policy = self.policy if policy is None else policy
         if policy is None:
@@ -624,7 +624,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Parameters
         ----------
         path : str or path
-            The file. It is written whole or not at all: what stood there stays until the new one is complete.
+            The file. It is written whole or not at all: an older one stays until the new one is complete.
 
         Raises
         ------
@@ -658,7 +658,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             Needed for a policy of your own, and then the one that the cache was saved with. Default: made anew from the
             file, if it is one of graphkv's.
         backend : Backend or str, optional
-            Who decides from now on. Needed for one that graphkv does not bring. Default: as it was saved.
+            What decides from now on. Needed for one that graphkv does not ship. Default: as it was saved.
         device : torch.device or str, optional
             Where the tensors go. Default: each layer to where the model has that layer, else the CPU.
 
@@ -669,7 +669,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Raises
         ------
         ArgumentError
-            If the file cannot be read, is none of ours, of another version or damaged, or does not fit to the model,
+            If the file cannot be read, is not a saved cache, of another version or damaged, or does not fit the model,
             or if `policy` or `backend` must be given. The message names the file.
         ArgumentTypeError
             If an argument has the wrong type.

@@ -24,7 +24,7 @@ __all__ = ["Decider", "Part", "are_ragged", "parted"]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one decision is about: some rows, and of each row with holes its last tokens once padding stands first.
+    """The subject of one decision: some rows, and of a row with holes its last tokens once padding comes first.
 
     Attributes
     ----------
@@ -206,7 +206,7 @@ class Decider:
             name: _below([(each.state or {})[name] for each in decisions], self.backend, device, 0) for name in names
         }
         if are_ragged(decisions):
-            # The newest tokens of all rows stand in line at the end.
+            # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
         if self.order is None or valid is None:
             return kept, state

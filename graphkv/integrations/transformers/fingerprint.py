@@ -95,7 +95,7 @@ def attention_of(model: torch.nn.Module, description: Mapping[str, Any]) -> dict
 
 
 def check_heads(layer: EvictingLayer, name: str, module: torch.nn.Module) -> None:
-    """Compare what is stored with what the model will append, where it says so by the width of its projections."""
+    """Compare what is stored with what the model will append, where the width of its projections shows that."""
     for key, projection in (("keys", "k_proj"), ("values", "v_proj")):
         width, tensor = getattr(getattr(module, projection, None), "out_features", None), getattr(layer.slots, key)
         if layer.is_initialized and width is not None and width != tensor.shape[1] * tensor.shape[-1]:

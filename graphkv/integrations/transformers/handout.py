@@ -1,4 +1,4 @@
-"""What ties a tensor of keys on its way through the attention to the layer that stores it."""
+"""The link from keys on their way through the attention to the layer that stores them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Handout:
     is_open : bool
         Whether the attention that the keys were handed out for is still to come.
     is_apart : bool
-        Whether they turned out to be none of the text's, see `EvictingLayer.is_apart`.
+        Whether they turned out not to be the text's, see `EvictingLayer.is_apart`.
     was_found : bool
         Whether any attention has come with them, even if it failed.
     is_out_of_step : bool
@@ -92,36 +92,36 @@ class Handout:
         return Handout(self.cache, self.index, key.shape[2]), keys, values
 
     def note_padding(self, padding: torch.Tensor | None) -> None:
-        """Take note of which tokens are padding, see `EvictingLayer.note_padding`."""
+        """Note which tokens are padding, see `EvictingLayer.note_padding`."""
         self.layer.note_padding(padding, self.num_new)
         self.valid = self.layer.slots.valid
 
     def after_attention(
         self, module: Any, source: Source, query: torch.Tensor, scaling: float | None, window: int | None
     ) -> None:
-        """Take note of the finished attention, and let the cache evict what is due."""
+        """Note the finished attention, and let the cache evict what is due."""
         self.is_open, self._owner = False, weakref.ref(module)
         self.layer.after_attention(source, query, scaling, window)
         self.layer.note_places(module, self.num_new)
         self.cache.after_layer(self.layer)
 
     def set_apart(self) -> None:
-        """Take note that these are not the text's own keys."""
+        """Note that these are not the text's own keys."""
         self.is_open, self.is_apart = False, True
         self.cache.set_apart(self)
 
     def was_read_by(self, module: Any) -> bool:
-        """Whether this module's attention has read the keys already."""
+        """Return whether this module's attention has read the keys already."""
         return self._owner() is module
 
 
 def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout | None:
-    """Find the handout that keys and values are; None for tensors that no cache handed out.
+    """Return the handout that keys and values belong to; None for tensors that no cache handed out.
 
     Raises
     ------
     ArgumentError
-        If a module reads a layer's keys with other values or twice: then dropping slots would part what belongs
+        If a module reads a layer's keys with other values or twice: then dropping slots would separate what belongs
         together.
     """
     found = [getattr(tensor, "graphkv_handout", None) for tensor in (key, value)]
@@ -143,7 +143,7 @@ def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout |
 
 
 class Latest(threading.local):
-    """The latest handout in this thread, so that attention that does not read it can be told so."""
+    """The latest handout in this thread, to detect attention that does not read it."""
 
     handout: Handout | None = None
 

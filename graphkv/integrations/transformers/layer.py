@@ -58,7 +58,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     record : EvictionRecord or None
         The last eviction, in a cache with ``record=True``.
     is_apart : bool
-        Whether the keys are not those of the text, but of a picture, say. Such a layer is left to itself.
+        Whether the keys are not those of the text, but of a picture, for example. Such a layer is left alone.
     """
 
     keys = OfSlots[torch.Tensor]()
@@ -131,7 +131,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_new += new.count
 
     def note_padding(self, padding: torch.Tensor | None, num_new: int) -> None:
-        """Take note of which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
+        """Note which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
         if padding is None:
             return
         if padding.shape[1] not in (self.num_seen, num_new):
@@ -162,7 +162,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def after_attention(
         self, source: Source, query: torch.Tensor, scaling: float | None, sliding_window: int | None
     ) -> None:
-        """Take note of a finished attention, and of whether an eviction is due."""
+        """Note a finished attention, and of whether an eviction is due."""
         self.source, self.sliding_window = source, sliding_window
         # Where a model mixes sliding and full layers, the sliding ones are small already.
         self.evicts = not (source.is_mixed and sliding_window is not None)
@@ -193,7 +193,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.held = (held.padding_first() if self.has_holes else held).last(wanted)
 
     def note_places(self, module: torch.nn.Module, num_new: int) -> None:
-        """Take note of how the keys are rotated and where the new ones are, if they may have to be rotated."""
+        """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
         policy = self.settings.policy
         may_rotate = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
         if not (may_rotate and self.evicts):
@@ -210,7 +210,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.slots = self.slots.last(self.sliding_window - 1).clone()
 
     def schedule(self) -> None:
-        """Find out whether an eviction is due, and over how many of the tokens seen."""
+        """Compute whether an eviction is due, and over how many of the tokens seen."""
         every, is_first = self.settings.every, self.num_evictions == 0
         self.due_at = None
         if not self.evicts or self.settings.policy is None or not self.num_seen:
@@ -238,7 +238,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         ----------
         policy : Policy
         backend : Backend, optional
-            Who decides. Default: the cache's; torch if it has none.
+            What decides. Default: the cache's; torch if it has none.
 
         Returns
         -------
@@ -276,11 +276,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
-        """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
+        """Return how much of the common budget each row of this layer wants, see `Policy.preference`."""
         return self.decider(policy, backend).wants(policy)
 
     def decider(self, policy: Policy, backend: Backend | None) -> Decider:
-        """Show the layer to a policy.
+        """Return the layer as the policy sees it.
 
         Raises
         ------
@@ -414,7 +414,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return self.record_past or (self._is_whole and self.settings.policy is None)
 
     def activate_past_recording(self) -> None:
-        """Let evictions wait until `crop` has said which of the new tokens stay, as assisted decoding needs it."""
+        """Let evictions wait until `crop` has taken back what assisted decoding guessed wrong."""
         self.record_past = True
 
     def get_seq_length(self, *args: Any) -> int:
@@ -442,7 +442,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def index(self) -> int:
-        """Which layer this is."""
+        """Index of the layer."""
         return 0 if self.source is None else self.source.index
 
     @property

@@ -36,7 +36,7 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
 
 
 def with_states_of(result: Any, layers: Sequence[Any]) -> None:
-    """Give a copy of the first layer what the linear attention of all of them remembers, in the same order."""
+    """Put what the linear attention of all layers remembers into `result`, a copy of the first one."""
     for name in LINEAR:
         states: dict[int, Any] = getattr(result, name, {})
         for number, state in states.items():

@@ -1,4 +1,4 @@
-"""Caches in files: a safetensors file, with what is no tensor as JSON in its header. Nothing in it is ever run."""
+"""Caches in safetensors files, with everything that is not a tensor as JSON in the header. Nothing is ever run."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ __all__ = ["load_cache", "save_cache"]
 
 # Raised with every change that an older graphkv would misread.
 VERSION = 1
-# Under this name the header stands in the metadata of the file.
+# The header's name in the metadata of the file.
 HEADER = "graphkv_cache"
 
-# What is saved of a cache. Tests fail when an attribute stands in none of these tables, or one is gone.
+# What is saved of a cache. Tests fail when an attribute is in none of these tables, or one is gone.
 CACHE: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
     "num_guessed": (int,),
@@ -265,7 +265,7 @@ def _backend_name(settings: Settings) -> str | None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read a whole file, and check of the header what stands at the top."""
+    """Read a whole file, and check the top level of its header."""
     library = _safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
