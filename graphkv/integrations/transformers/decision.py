@@ -24,7 +24,7 @@ __all__ = ["Decider", "Part", "are_ragged", "parted"]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one decision is about: some rows, and of each row with holes its last tokens once padding stands first.
+    """The subject of one decision: some rows, and of a row with holes its last tokens once padding comes first.
 
     Attributes
     ----------
@@ -215,7 +215,7 @@ class Decider:
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
         state = self.remembered([each.state for each in decisions])
         if are_ragged(decisions):
-            # The newest tokens of all rows stand in line at the end.
+            # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
         if self.order is None or valid is None:
             return kept, state

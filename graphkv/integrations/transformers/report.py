@@ -1,4 +1,4 @@
-"""What happened in a cache: numbers per layer, what became of every token, and a table to read."""
+"""Reports on a cache: numbers per layer, the fate of every token, and a table as text."""
 
 from __future__ import annotations
 
