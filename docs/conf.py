@@ -54,7 +54,7 @@ numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
-    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs", "LayerShape", "Requirements")},
+    **{name: f"graphkv.core.{name}" for name in ("Cost", "LayerShape")},
 }
 
 html_theme = "furo"
