@@ -18,6 +18,7 @@ __all__ = ["Backend", "library_of", "resolve"]
 BUILT_IN = {
     "cupy": "graphkv.backends.cupy",
     "jax": "graphkv.backends.jax",
+    "mlx": "graphkv.backends.mlx",
     "numpy": "graphkv.backends.numpy",
     "torch": "graphkv.backends.torch",
 }

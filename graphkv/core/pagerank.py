@@ -98,9 +98,10 @@ def pagerank(
     checks.mask("valid", valid, shape, "importance", backend=backend)
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
-        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
+        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype))
     step = backend.pagerank or _pagerank
-    return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
+    with backend.guarded(importance):
+        return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
 
 
 def _pagerank(

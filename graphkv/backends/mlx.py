@@ -1,0 +1,68 @@
+"""MLX, lazily: nothing is computed before its user asks for values. Never run on Apple's GPUs: see the page on porting.
+
+Computed where MLX's default stream is, which on a machine of Apple's is the GPU; there is no float64 there. Indices are
+int64 all the same.
+
+Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
+that changes from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..core import primitives
+from ..core.backend import Backend
+from ..core.types import Array
+
+__all__ = ["BACKEND"]
+
+
+CREATION = ("arange", "asarray", "full", "ones", "zeros")
+
+
+def _anywhere(create: Callable[..., Array], /) -> Callable[..., Array]:
+    """Leave out the device: arrays of MLX have none, what is done with them does."""
+
+    def created(*args: Any, device: None = None, **options: Any) -> Array:
+        return create(*args, **options)
+
+    return created
+
+
+class _Namespace:
+    """mlx.core, where it differs from the standard in a name, a keyword or the dtype of a result."""
+
+    bool = mx.bool_
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(mx, name)
+        return _anywhere(found) if name in CREATION else found
+
+    @staticmethod
+    def argsort(x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> Array:
+        if descending:
+            x = -x if mx.isdtype(x.dtype, "real floating") else ~x
+        return mx.argsort(x, axis=axis).astype(mx.int64)
+
+    @staticmethod
+    def searchsorted(x1: Array, x2: Array, /, *, side: str = "left") -> Array:
+        return mx.searchsorted(x1, x2, side=side).astype(mx.int64)
+
+    @staticmethod
+    def sum(x: Array, /, *, dtype: Any = None, **options: Any) -> Array:
+        return mx.sum(x if dtype is None else x.astype(dtype), **options)
+
+
+def _smallest(keys: Array, k: int, /) -> Array:
+    return mx.sort(mx.partition(keys, k - 1, axis=-1)[..., :k], axis=-1)
+
+
+top_k = partial(primitives.packed_top_k, bits=lambda x: mx.view(x, mx.int32), smallest=_smallest)
+
+BACKEND = Backend(name="mlx", xp=_Namespace(), to_numpy=np.asarray, top_k=top_k, detach=mx.stop_gradient)
