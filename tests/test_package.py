@@ -8,7 +8,7 @@ import pytest
 
 import graphkv
 
-LIBRARIES = ("array_api_compat", "cupy", "jax", "numpy", "scipy", "torch", "transformers")
+LIBRARIES = ("array_api_compat", "cupy", "jax", "mlx", "numpy", "scipy", "torch", "transformers")
 
 
 def loaded_after(statement):

@@ -98,7 +98,7 @@ def pagerank(
     checks.mask("valid", valid, shape, "importance", backend=backend)
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
-        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
+        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype))
     step: PageRankStep = backend.pagerank or portable_pagerank
     with backend.guarded(importance):
         return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)

@@ -45,7 +45,7 @@ STEPS = {
     "build_graph": lambda x: build_graph(x, x[..., 0], num_sources=3, num_neighbors=2).weights,
     "degree": degree,
     "fuse": lambda x: fuse(x[..., 0], x[..., 1]),
-    "pagerank": lambda x: pagerank(x[..., 0], x, damping=0.5),
+    "pagerank": lambda x: pagerank(x[..., 0], x),
     "propagate": lambda x: propagate(x[..., 0], edges(x[..., 0])),
     "select": lambda x: select(x[..., 0], 4),
 }
