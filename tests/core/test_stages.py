@@ -142,7 +142,7 @@ def test_a_budget_of_the_call_replaces_the_policys():
     # P = 6 - 1, of which 0.3 are sources.
     assert graph.num_sources == 1
     for wrong in (-1, 1.5, 0.0, "many", True):
-        with pytest.raises((ArgumentError, ArgumentTypeError), match="budget (must|as a share must)"):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=r"budget (must|as a share must)"):
             evict(KNorm(budget=7), KEYS, budget=wrong)
 
 
