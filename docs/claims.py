@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from graphkv.evaluation.records import Record
-from graphkv.evaluation.statistics import Cell, Comparison, compare, summarise
+from graphkv.evaluation.statistics import Cell, Comparison, compare, summarize
 
 __all__ = ["claims", "missing"]
 
@@ -134,7 +134,7 @@ def _more_bases(records: Sequence[Record]) -> Iterable[str]:
 
 
 def _sinks(records: Sequence[Record]) -> Iterable[str]:
-    cells = summarise(records, "nll")
+    cells = summarize(records, "nll")
     loss = {
         ((cell.task, cell.mode), policy): found.mean - cells[cell._replace(sinks=4)][policy].mean
         for cell, policies in cells.items()

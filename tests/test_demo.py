@@ -13,8 +13,8 @@ from graphkv.__main__ import main
 from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.evaluation import model as demo_model
-from graphkv.evaluation.policies import BASES
+from graphkv.workbench import model as demo_model
+from graphkv.workbench.policies import BASES
 from tests.integrations.tiny import save_tiny_llama
 
 
@@ -162,8 +162,8 @@ def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, mess
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must not be empty"),
-        (b" \n\n \n", "must not be empty"),
+        (b"", "must hold text; it is empty"),
+        (b" \n\n \n", "must hold text; it is empty"),
         (b"\xff\xfe\x00", "cannot be read: not UTF-8 text"),
     ],
 )

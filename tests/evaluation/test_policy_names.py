@@ -20,8 +20,8 @@ from graphkv import (
     SnapKV,
     StreamingLLM,
 )
-from graphkv.evaluation.names import base_name, parse, split
-from graphkv.evaluation.policies import BASES, WRAPPERS, make_policy
+from graphkv.workbench.names import base_name, parse, split
+from graphkv.workbench.policies import BASES, WRAPPERS, make_policy
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_damaged_runs_are_refused(tmp_path):
     with pytest.raises(ArgumentError, match="some are there twice"):
         Run(tmp_path, IDENTITY, SESSION)
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(ArgumentError, match="line 1 must be a record of schema 1"):
+    with pytest.raises(ArgumentError, match="line 1 must be a record of schema 2 or older"):
         Run(tmp_path, IDENTITY, SESSION)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ArgumentError, match="damaged"):
