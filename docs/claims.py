@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Cell, Comparison, compare, summarize
+from graphkv.workbench.names import base_name
 
 __all__ = ["claims", "missing"]
 
@@ -184,7 +185,7 @@ def _of(found: Iterable[Comparison], *parts: tuple[str, str]) -> list[Comparison
 
 
 def _over(found: Iterable[Comparison], *bases: str) -> list[Comparison]:
-    return [one for one in found if one.policy.partition("+")[0] in bases]
+    return [one for one in found if base_name(one.policy) in bases]
 
 
 def _only(found: Sequence[Comparison]) -> Comparison:

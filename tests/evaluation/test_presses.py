@@ -25,7 +25,10 @@ def kvpress():
     return pytest.importorskip("kvpress", reason="kvpress is an extra of its own")
 
 
-@pytest.mark.parametrize("name", ["kvpress:NoPress", "kvpress:BasePress", "kvpress:KnormPress(ratio=1)", "kvpress:"])
+@pytest.mark.parametrize(
+    "name",
+    ["kvpress:NoPress", "kvpress:BasePress", "kvpress:KnormPress(ratio=1)", "kvpress:", "kvpress:KnormPress+degree"],
+)
 def test_other_presses_are_refused(kvpress, name):
     with pytest.raises(ArgumentError, match="--policy"):
         Config(policies=(name,))
