@@ -48,7 +48,7 @@ def make_page(markdown: str, pictures: Mapping[str, bytes]) -> str:
 
 
 def _name_headings(tokens: Sequence[Token]) -> list[tuple[int, str, str]]:
-    """Give every heading an id; give level, text and id of all."""
+    """Set an id on every heading; return level, text and id of all."""
     contents: list[tuple[int, str, str]] = []
     for token, inline in pairwise(tokens):
         if token.type == "heading_open":
@@ -63,7 +63,7 @@ def _image(renderer: Any, tokens: Sequence[Token], place: int, options: Any, env
     """Put a figure with its caption into the page."""
     token = tokens[place]
     source, caption = b64encode(env["pictures"][token.attrGet("src")]).decode(), escape(token.content)
-    # Inside a paragraph, where <figure> may not stand.
+    # Inside a paragraph, where <figure> is not allowed.
     return (
         f'<span class="figure" role="figure"><img src="data:image/svg+xml;base64,{source}" alt="{caption}">'
         f'<span class="caption">{caption}</span></span>'

@@ -1,4 +1,4 @@
-"""How close the attention of an evicted cache is to that of the full one, layer by layer.
+"""The distance between the attention of an evicted cache and that of the full one, layer by layer.
 
 Every layer is asked by the queries of the full cache, so that what one layer lost is not counted again in the next.
 """
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.attention import window_attention
-from ..core.backend import load
-from ..integrations.transformers import EvictingCache, EvictingLayer
+from ...core.attention import window_attention
+from ...core.backend import load
+from ...integrations.transformers import EvictingCache, EvictingLayer
 
 __all__ = ["Probe", "make_probe"]
 
-# The last queries say enough, and keep the rows of all layers in memory.
+# The last queries are enough: the rows of all layers stay in memory.
 MOST_QUERIES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What the full cache's attention gives to the last queries of a question with its answer.
+    """The full cache's attention to the last queries of a question with its answer.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Probe:
     num_cached: int
 
     def compare(self, cache: EvictingCache) -> tuple[float, float]:
-        """Give the relative error of the attention outputs and the attention that is kept.
+        """Compute the relative error of the attention outputs and the attention that is kept.
 
         Parameters
         ----------
@@ -47,9 +47,9 @@ class Probe:
         Returns
         -------
         error : float
-            Of |output of what is kept - full output| / |full output|, the mean over layers, heads and queries.
+            Mean of |output of what is kept - full output| / |full output| over layers, heads and queries.
         mass : float
-            Mean share of the attention that falls on tokens that are still there.
+            Mean share of the attention on tokens that are still in the cache.
         """
         errors, masses = [], []
         layers = [layer for layer in cache.attention_layers if layer.evicts]
@@ -68,7 +68,7 @@ class Probe:
         positions = layer.true_positions[0]
         there = torch.zeros(positions.shape[0], num_tokens + 1, dtype=torch.bool, device=positions.device)
         there[:, self.num_cached : num_tokens] = True
-        # Unused slots are at -1, which is the column more.
+        # Unused slots are at -1, the extra column.
         return there.scatter(-1, positions % (num_tokens + 1), True)[:, :num_tokens]
 
 

@@ -1,6 +1,6 @@
-"""How right a generated text is, from 0 to 1, and what that is worth on average over references.
+"""Metrics of generated text, from 0 to 1.
 
-Normalisation (lower case, no punctuation, no articles, single spaces) is that of the SQuAD evaluation
+Normalization (lower case, no punctuation, no articles, single spaces) is that of the SQuAD evaluation
 (arXiv:1606.05250, section 6), which LongBench (arXiv:2308.14508) uses too.
 """
 
@@ -20,37 +20,37 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower the case, drop punctuation and articles, and collapse spaces.
 
-    >>> normalise("The  Cat, a dog!")
+    >>> normalize("The  Cat, a dog!")
     'cat dog'
     """
     return " ".join(ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
 
 
 def exact(text: str, references: Sequence[str]) -> float:
-    """Whether the text is one of the references, after normalisation."""
-    return float(any(normalise(text) == normalise(reference) for reference in references))
+    """Return whether the text is one of the references, after normalization."""
+    return float(any(normalize(text) == normalize(reference) for reference in references))
 
 
 def substring_all(text: str, references: Sequence[str]) -> float:
-    """Give the share of references that occur in the text, whatever their case (RULER's metric for lists)."""
+    """Return the share of references that occur in the text, whatever their case (RULER's metric for lists)."""
     return sum(reference.lower() in text.lower() for reference in references) / len(references)
 
 
 def substring_any(text: str, references: Sequence[str]) -> float:
-    """Whether any reference occurs in the text, whatever its case (RULER's metric for alternatives)."""
+    """Return whether any reference occurs in the text, whatever its case (RULER's metric for alternatives)."""
     return float(any(reference.lower() in text.lower() for reference in references))
 
 
 def f1(text: str, references: Sequence[str]) -> float:
-    """Give the harmonic mean of precision and recall of words, for the best reference.
+    """Return the harmonic mean of precision and recall of words, for the best reference.
 
     >>> round(f1("the red house", ["a red brick house"]), 3)
     0.8
     """
-    return max(_f1(normalise(text).split(), normalise(reference).split()) for reference in references)
+    return max(_f1(normalize(text).split(), normalize(reference).split()) for reference in references)
 
 
 def _f1(words: list[str], expected: list[str]) -> float:
@@ -59,7 +59,7 @@ def _f1(words: list[str], expected: list[str]) -> float:
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
-    """Give ROUGE-L: as F1, of the longest common subsequence of words, for the best reference (Lin 2004, section 3).
+    """Return ROUGE-L: as F1, of the longest common subsequence of words, for the best reference (Lin 2004, section 3).
 
     >>> rouge_l("police kill the gunman", ["police killed the gunman"])
     0.75
@@ -73,7 +73,7 @@ def _rouge_l(words: list[str], expected: list[str]) -> float:
 
 
 def edit_similarity(text: str, references: Sequence[str]) -> float:
-    """Give 2 M / T of the longest common subsequence of characters, for the best reference.
+    """Return 2 M / T of the longest common subsequence of characters, for the best reference.
 
     M are the common characters and T the characters of both.
 

@@ -1,24 +1,20 @@
-"""What a run measures: read from a suite, changed by options."""
+"""The settings of a run: read from a suite or a file, changed by options."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..core import checks
-from ..core.errors import ArgumentError
-from .policies import make_policy
-from .presses import PREFIX, check_press
-from .tasks import seeds_of, task_names
-from .text import SPLITS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ...core import checks
+from ...core.errors import ArgumentError
+from ...workbench.files import read_toml
+from ...workbench.names import FULL, is_press
+from ...workbench.policies import make_policy
+from ..prompts.haystack import SPLITS, seeds_of
+from ..prompts.riddles import task_names
+from .presses import check_press
 
 __all__ = ["Config", "load_config", "suite_names"]
 
@@ -36,12 +32,13 @@ class Config:
     lengths : tuple of int
         Tokens of a prompt before the question.
     budgets : tuple of int
-        Tokens per KV head. A budget that holds the whole prompt is left out.
+        Tokens to keep per KV head. A budget that holds the whole prompt is left out.
     policies : tuple of str
         Names that `make_policy` knows, or ``kvpress:`` and a press of it. The full cache is always measured as well.
     modes : tuple of str
     sinks : tuple of int
-        First tokens that all policies keep; several numbers are several runs of everything but the prompt.
+        First tokens that all policies keep before all others; several numbers are several runs of everything but the
+        prompt.
     prompts : int
         Prompts per task and length.
     split : str
@@ -96,7 +93,7 @@ class Config:
             task_names(tasks)
         seeds_of(self.split, checks.count("seed", self.seed), self.prompts)
         for policy in self.policies:
-            if policy.startswith(PREFIX):
+            if is_press(policy):
                 check_press(policy)
             else:
                 make_policy(policy, self.budgets[0], sinks=self.sinks[0])
@@ -105,8 +102,8 @@ class Config:
             if value is not None and not isinstance(value, str):
                 raise ArgumentError(f"{name} must be a string; got {value!r}")
         # The full cache is what all others are compared with, so it is always there and comes first.
-        policies = tuple(dict.fromkeys(name for name in self.policies if name != "full"))
-        object.__setattr__(self, "policies", ("full", *policies))
+        policies = tuple(dict.fromkeys(name for name in self.policies if name != FULL))
+        object.__setattr__(self, "policies", (FULL, *policies))
 
     def _check_list(self, name: str, kind: type, minimum: int = 1) -> None:
         values = getattr(self, name)
@@ -120,18 +117,21 @@ class Config:
         object.__setattr__(self, name, tuple(dict.fromkeys(values)))
 
     def as_json(self) -> dict[str, Any]:
-        """Give all settings."""
+        """Return all settings."""
         return asdict(self)
 
 
 def suite_names() -> list[str]:
-    """Name the suites that come with the package."""
-    folder = resources.files(__package__) / "suites"
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    """List the suites that come with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _suites().iterdir() if file.name.endswith(".toml"))
+
+
+def _suites() -> Any:
+    return resources.files(__package__) / "suites"
 
 
 def load_config(suite: str | None, path: Path | None, changes: dict[str, Any]) -> Config:
-    """Read a suite of the package or a file of one's own, and change what options say.
+    """Read a suite of the package or a file of the user's own, and apply options.
 
     Parameters
     ----------
@@ -149,22 +149,14 @@ def load_config(suite: str | None, path: Path | None, changes: dict[str, Any]) -
     """
     if suite is not None and path is not None:
         raise ArgumentError("--suite and --config exclude each other; got both")
+    values: dict[str, Any] = {}
     if suite is not None:
         if suite not in suite_names():
             raise ArgumentError(f"--suite must be one of {', '.join(suite_names())}; got {suite!r}")
-        content = (resources.files(__package__) / "suites" / f"{suite}.toml").read_text(encoding="utf-8")
+        with resources.as_file(_suites() / f"{suite}.toml") as file:
+            values = read_toml(file, "--suite")
     elif path is not None:
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ArgumentError(f"--config {path} cannot be read: {reason}") from error
-    else:
-        content = ""
-    try:
-        values = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        raise ArgumentError(f"--config {path} must be TOML: {error}") from error
+        values = read_toml(path, "--config")
     known = {entry.name for entry in fields(Config)}
     unknown = sorted(values.keys() - known)
     if unknown:

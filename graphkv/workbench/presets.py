@@ -3,7 +3,7 @@
 .. code-block:: toml
 
     base = "snapkv(window=32)"
-    sinks = 4                        # where the command does not say otherwise
+    sinks = 4                        # unless the command names another number
     graph = [                        # wrappers over the base, as in the names of policies
         "graphkv(neighbors=2)",      # for the lowest layers
         "degree(exponent=8)",        # for the layers above them; as many groups as there are entries
@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,25 +23,19 @@ from typing import Any
 
 from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
+from .files import read_toml, write_file
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-__all__ = ["SUFFIX", "Preset", "load_preset", "write_preset"]
-
-SUFFIX = ".toml"
+__all__ = ["Preset", "load_preset", "write_preset"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A policy as a value: names and numbers only.
+    """A policy as names and numbers.
 
     Attributes
     ----------
     base : str
-        Name of the policy under the wrappers, with its options.
+        Name of the policy under the wrappers, with its options; your own ``package.module:NAME`` too.
     sinks : int or None
         First tokens that are always kept. None: what the base does by itself.
     graph : tuple of str
@@ -51,7 +44,7 @@ class Preset:
     layer_budgets : tuple of int or float
         Proportions in which layers share the budget, one per layer. Empty: alike.
     about : mapping of str to value
-        Where the preset comes from.
+        Provenance; ignored when loading.
 
     Raises
     ------
@@ -80,7 +73,7 @@ class Preset:
         object.__setattr__(self, "layer_budgets", tuple(self.layer_budgets))
 
     def as_toml(self) -> dict[str, Any]:
-        """Give the fields that say something, as plain values."""
+        """Return the fields that are not empty, as plain values."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
@@ -104,14 +97,9 @@ def load_preset(path: Path, /) -> Preset:
     Raises
     ------
     ArgumentError
-        If the file cannot be read, is no TOML, or has a field that is unknown, missing or wrong.
+        If the file cannot be read, is not TOML, or has a field that is unknown, missing or wrong.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ArgumentError(f"--policy {path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--policy {path} must be TOML: {error}") from error
+    values = read_toml(path, "--policy")
     known = [entry.name for entry in fields(Preset)]
     unknown = sorted(values.keys() - set(known))
     if unknown:
@@ -139,9 +127,7 @@ def write_preset(path: Path, preset: Preset, /) -> None:
     """
     import tomli_w  # noqa: PLC0415 - reading a preset needs no writer
 
-    scratch = path.with_suffix(".part")
     try:
-        scratch.write_text(tomli_w.dumps(preset.as_toml()), encoding="utf-8")
-        scratch.replace(path)
+        write_file(path, tomli_w.dumps(preset.as_toml()))
     except OSError as error:
         raise ArgumentError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG: narrow enough for a telephone, in colours that everybody can tell apart."""
+"""The figures of a report, as SVG: narrow enough for a phone screen, in colors that everybody can tell apart."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from .statistics import Interval
+from ...workbench.names import FULL
+from ..statistics import Interval
 
 __all__ = ["Curve", "Gain", "Place", "draw_diversity", "draw_gains", "draw_heat_maps", "draw_quality"]
 
 WIDTH = 4.3
-# Okabe and Ito's colours, the ones with enough contrast on white and on near-black, with a shape for each.
+# Okabe and Ito's colors, the ones with enough contrast on white and on near-black, with a shape for each.
 COLORS = ("#3d8fd1", "#d55e00", "#009e73", "#cc79a7", "#b08b00", "#8a6fd0")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", ":", "-.", "--", ":")
 INK, PAPER, FAINT = "#1b1d21", "#ffffff", "#8a8d93"
-# What becomes of them on a dark screen.
+# Their replacements on a dark screen.
 DARK = {INK: "#e6e6e3", PAPER: "#15171b", FAINT: "#8f939b"}
 
 
 class Curve(NamedTuple):
-    """One policy's quality: a mean with its interval per budget; None where there are no records."""
+    """The quality of one policy: a mean with its interval per budget; None where there are no records."""
 
     label: str
     points: Mapping[int, Interval | None]
 
 
 class Gain(NamedTuple):
-    """What one variant gains over its base at one budget, positive is better; None where there are no records."""
+    """The gain of one variant over its base at one budget, positive is better; None where there are no records."""
 
     base: str
     variant: str
@@ -46,7 +47,7 @@ class Gain(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one policy stands between redundancy and quality."""
+    """Redundancy and quality of one policy."""
 
     base: str
     variant: str
@@ -56,7 +57,7 @@ class Place(NamedTuple):
 
 @contextmanager
 def _drawing(height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
-    """Give an empty figure; what was drawn lies in the buffer afterwards."""
+    """Yield an empty figure and a buffer, which holds the drawing afterwards."""
     look = {
         "axes.edgecolor": FAINT,
         "axes.facecolor": PAPER,
@@ -84,7 +85,7 @@ def _drawing(height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
         "ytick.labelsize": 8,
     }
     buffer = io.BytesIO()
-    # The reader's own matplotlibrc has no say.
+    # Not the settings of the reader's own matplotlibrc.
     with style.context(look, after_reset=True):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -93,7 +94,7 @@ def _drawing(height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
 
 
 def _with_both_themes(svg: bytes) -> bytes:
-    """Let the colours of ink and paper follow the screen."""
+    """Let the colors of ink and paper follow the screen."""
     rules = "".join(
         f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
         for light, dark in DARK.items()
@@ -104,7 +105,7 @@ def _with_both_themes(svg: bytes) -> bytes:
 
 
 def _look(variants: Sequence[str], variant: str) -> dict[str, Any]:
-    """Give the colour and shape of a variant, the same in every figure."""
+    """Return the color and shape of a variant, the same in every figure."""
     place = list(variants).index(variant) % len(COLORS)
     return {"color": COLORS[place], "marker": MARKERS[place]}
 
@@ -117,7 +118,7 @@ def _numbers(axis: Any, values: Sequence[int]) -> None:
 
 
 def _facets(figure: Figure, names: Sequence[str], **shared: Any) -> dict[str, Any]:
-    """Give one panel per name, two in a row."""
+    """Make one panel per name, two in a row."""
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     panels = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
@@ -142,11 +143,11 @@ def draw_quality(
     Parameters
     ----------
     bases : mapping of str to sequence of Curve
-        The curves of a base's variants, labelled with their names.
+        The curves of a base's variants, labeled with their names.
     references : sequence of Curve
-        Curves that stand in every panel: the full cache, random eviction.
+        Curves that are in every panel: the full cache, random eviction.
     variants : sequence of str
-        All variants of the report, so that a colour means the same everywhere.
+        All variants of the report, so that a color means the same everywhere.
     label : str
         Of the vertical axis.
 
@@ -162,12 +163,12 @@ def draw_quality(
         panels = _facets(figure, list(bases), sharex=True, sharey=True)
         for base, panel in panels.items():
             for curve in references:
-                dash = "-" if curve.label == "full" else (0, (1, 2))
+                dash = "-" if curve.label == FULL else (0, (1, 2))
                 _draw_curve(panel, curve, 1, color=FAINT, linestyle=dash, linewidth=1.1, marker="_", alpha=0.55)
             for place, curve in enumerate(bases[base]):
                 look = _look(variants, curve.label)
                 dash = DASHES[list(variants).index(curve.label) % len(DASHES)]
-                # Points at one budget stand side by side, so that their intervals can be seen.
+                # Points at one budget are side by side, so that their intervals can be seen.
                 _draw_curve(panel, curve, 1 + 0.045 * place, **look, linestyle=dash, linewidth=1.2, markersize=3.8)
             panel.set_xscale("log", base=2)
             _numbers(panel.xaxis, budgets)
@@ -205,7 +206,7 @@ def _variant_handles(variants: Sequence[str], *, lines: bool = False) -> list[Li
 
 def _reference_handles(references: Sequence[Curve]) -> list[Line2D]:
     return [
-        Line2D([], [], color=FAINT, linestyle="-" if curve.label == "full" else (0, (1, 2)), label=curve.label)
+        Line2D([], [], color=FAINT, linestyle="-" if curve.label == FULL else (0, (1, 2)), label=curve.label)
         for curve in references
     ]
 
@@ -225,7 +226,7 @@ def draw_gains(gains: Sequence[Gain], variants: Sequence[str], *, label: str) ->
     variants : sequence of str
         All variants of the report.
     label : str
-        What is gained, with its unit.
+        The metric, with its unit.
 
     Returns
     -------
@@ -288,7 +289,7 @@ def draw_heat_maps(maps: Mapping[str, Mapping[str, Any]], lengths: Sequence[str]
     lengths : sequence of str
         Names of the columns of a map.
     label : str
-        What the colours mean.
+        The quantity that colors show.
 
     Returns
     -------

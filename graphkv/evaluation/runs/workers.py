@@ -1,4 +1,4 @@
-"""Who answers the prompts: this process, or several beside each other.
+"""Answers in this process, or in a pool of worker processes.
 
 Small models keep one core busy and no more: with eviction in between, two processes of one thread are faster than one
 process of two.
@@ -15,35 +15,34 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
+from ...workbench.model import load_model
+from ...workbench.progress import silence_transformers
+from ..prompts.prompts import Prompt
+from ..records import Record, Run
 from .config import Config
-from .model import load_model
-from .records import Record, Run
-from .runner import evaluate
-from .tasks import Prompt
+from .prompt_run import evaluate
 
-__all__ = ["Team", "load"]
+__all__ = ["Workers", "load"]
 
 # What a worker holds: model, tokenizer and configuration.
 _mine: tuple[Any, Any, Config] | None = None
 
 
 def load(config: Config, threads: int) -> tuple[Any, Any]:
-    """Load model and tokenizer, without the chatter of their libraries."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Load model and tokenizer, without messages of their libraries."""
+    silence_transformers()
     torch.set_num_threads(threads)
     return load_model(config.model, lambda step: None)
 
 
-class Team:
-    """Workers that answer prompts, in the order in which they are given.
+class Workers:
+    """Processes that answer prompts, in the order in which these are given.
 
     Parameters
     ----------
     model, tokenizer
-        Used here where one worker is enough; else every worker loads its own.
+        For a single worker, which is this process; each of several loads its own.
     config : Config
     workers, threads : int
         Processes, and threads of PyTorch in each.
@@ -58,7 +57,7 @@ class Team:
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(workers, context, _start, (config, threads))
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(
@@ -68,15 +67,15 @@ class Team:
             self.pool.shutdown(wait=error is None, cancel_futures=True)
 
     def answer(self, prompts: list[Prompt], run: Run) -> Iterator[Prompt]:
-        """Append the records that are missing to a run; give every prompt that is done."""
-        done = [frozenset(key for key in run.done if key.startswith(f"{prompt.name}|")) for prompt in prompts]
+        """Append the records that are missing to a run; yield every prompt that is done."""
+        known = [frozenset(key for key in run.done if key.startswith(f"{prompt.name}|")) for prompt in prompts]
         if self.pool is None:
             model, tokenizer, config = self.here
             answered: Iterator[list[Record]] = (
-                evaluate(model, tokenizer, prompt, config, there) for prompt, there in zip(prompts, done, strict=True)
+                evaluate(model, tokenizer, prompt, config, done) for prompt, done in zip(prompts, known, strict=True)
             )
         else:
-            answered = self.pool.map(_answer, prompts, done)
+            answered = self.pool.map(_answer, prompts, known)
         for prompt, records in zip(prompts, answered, strict=True):
             run.append(records)
             yield prompt
@@ -84,7 +83,7 @@ class Team:
 
 def _start(config: Config, threads: int) -> None:
     """Begin a worker."""
-    global _mine  # noqa: PLW0603 - where a pool keeps what belongs to a worker
+    global _mine  # noqa: PLW0603 - a pool has no other place for it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _mine = (*load(config, threads), config)
 

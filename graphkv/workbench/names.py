@@ -1,6 +1,8 @@
 """The grammar of policy names: a base, then any number of wrappers, each with options in parentheses.
 
-``snapkv``, ``snapkv(window=16)+degree(exponent=8)``, ``h2o+graphkv(neighbors=4)+adakv``. Words need no quotes.
+``snapkv``, ``snapkv(window=16)+degree(exponent=8)``, ``h2o+graphkv(neighbors=4)+adakv``. Words need no quotes. A base
+may also be the user's own, ``package.module:NAME``. Three kinds of names take no wrapper: ``full``, the path of a
+preset, which ends in ``.toml``, and a press of kvpress, ``kvpress:KnormPress``.
 """
 
 from __future__ import annotations
@@ -11,13 +13,34 @@ from typing import Any
 
 from ..core.errors import ArgumentError
 
-__all__ = ["base_name", "parse", "split"]
+__all__ = ["FULL", "base_name", "is_own", "is_preset", "is_press", "parse", "split"]
 
-PART = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(?:\((.*)\))?\s*")
+# The cache that nothing is evicted from.
+FULL = "full"
+PRESET = ".toml"
+PRESS = "kvpress:"
+PART = re.compile(r"\s*([A-Za-z0-9_-]+|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)\s*(?:\((.*)\))?\s*")
+
+
+def is_preset(name: str, /) -> bool:
+    """Return whether a name is the path of a preset."""
+    return name.endswith(PRESET)
+
+
+def is_press(name: str, /) -> bool:
+    """Return whether a name is that of a press of kvpress."""
+    return name.startswith(PRESS)
+
+
+def is_own(kind: str, /) -> bool:
+    """Return whether a base is the user's own, ``package.module:NAME``."""
+    return ":" in kind
 
 
 def split(name: str, /) -> list[str]:
     """Split a name at the plus signs outside parentheses: the base, then the wrappers from the inside out."""
+    if is_preset(name):
+        return [name]
     parts, depth = [""], 0
     for character in name:
         depth += (character in "([{") - (character in ")]}")
@@ -48,12 +71,14 @@ def parse(name: str, /) -> list[tuple[str, dict[str, Any]]]:
     Raises
     ------
     ArgumentError
-        If a part is no word with options in parentheses.
+        If a part is not a word, or a module and a name, with options in parentheses.
 
     Examples
     --------
     >>> parse("snapkv(window=8, pooling=max)+graphkv")
     [('snapkv', {'window': 8, 'pooling': 'max'}), ('graphkv', {})]
+    >>> parse("mypackage.policies:MINE+adakv")
+    [('mypackage.policies:MINE', {}), ('adakv', {})]
     """
     return [_part(part, name) for part in split(name)]
 
