@@ -8,7 +8,6 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from graphkv import H2O, AdaKV, SnapKV
 from graphkv.evaluation.runs import prompt_run
-from graphkv.evaluation.runs.caches import running_states, stack, with_states
 from graphkv.evaluation.runs.config import Config
 from graphkv.evaluation.runs.prompt_run import evaluate
 from graphkv.integrations.transformers import EvictingCache, observing
@@ -197,7 +196,7 @@ def test_a_stack_goes_on_as_each_of_its_caches_would(model):
             caches.append(full.copy())
             caches[-1].evict(policy)
         alone = [model(ids[:, 50:], **with_cache(model, cache.copy())).logits for cache in caches]
-        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, stack(caches))).logits
+        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, EvictingCache.stacked(caches))).logits
 
     torch.testing.assert_close(together, torch.cat(alone))
     assert not torch.allclose(alone[0], alone[1])
@@ -212,7 +211,7 @@ def test_heads_with_budgets_of_their_own_can_be_stacked(model):
         cache = full.copy()
         cache.evict(AdaKV(SnapKV(budget=20, window=4)))
         alone = model(ids[:, 50:], **with_cache(model, cache.copy())).logits
-        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, stack([cache, cache]))).logits
+        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, EvictingCache.stacked([cache, cache]))).logits
 
     assert any(layer.valid is not None for layer in cache.layers)
     torch.testing.assert_close(together, torch.cat([alone, alone]))
@@ -268,10 +267,10 @@ def test_running_sums_leave_the_sliding_layers_of_a_mixed_model_alone():
     with observing(model), torch.inference_mode():
         cache = EvictingCache(num_queries=30)
         model(ids[:, :20], **with_cache(model, cache))
-        before = running_states(cache, H2O(budget=1))
+        before = cache.running_states(H2O(budget=1))
         model(ids[:, 20:], **with_cache(model, cache))
-        states = running_states(cache, H2O(budget=1), before)
-        cache = with_states(cache, states)
+        states = cache.running_states(H2O(budget=1), before)
+        cache = cache.with_states(states)
         cache.evict(H2O(budget=20))
 
     assert [bool(state) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2

@@ -15,7 +15,6 @@ from ...integrations.transformers import EvictingCache
 from ...integrations.transformers.versions import with_cache
 from ...workbench.names import parse
 from ...workbench.policies import call
-from .caches import with_stored
 
 __all__ = ["check_press", "fewest_tokens", "read_under_press"]
 
@@ -47,14 +46,14 @@ def read_under_press(model: Any, ids: torch.Tensor, name: str, budget: int, full
     Returns
     -------
     EvictingCache
-        Positions are places in the cache, because a press does not tell which tokens it kept.
+        Positions are counted from 0, because a press does not tell which tokens it kept.
     """
     # kvpress keeps the integer part of N (1 - ratio): half a token more keeps rounding away from the next integer.
     press = _make(name, 1 - (budget + 0.5) / ids.shape[1])
     compressed = DynamicCache()
     with press(model):
         model(ids, **with_cache(model, compressed), logits_to_keep=1)
-    return with_stored(full, [(layer.keys, layer.values) for layer in compressed.layers])
+    return full.with_stored([(layer.keys, layer.values) for layer in compressed.layers])
 
 
 def _make(name: str, ratio: float) -> Any:

@@ -17,7 +17,6 @@ from ...workbench.policies import make_policy
 from ..prompts import metrics
 from ..prompts.prompts import Prompt, Question
 from ..records import Record
-from .caches import measure, stack
 from .closeness import make_probe
 from .config import Config
 from .presses import read_under_press
@@ -144,7 +143,7 @@ class PromptRun:
         self, read: ReadCache, budget: int, sinks: int, group: list[tuple[str, EvictingCache]]
     ) -> list[Record]:
         records = []
-        together = stack([cache for _, cache in group])
+        together = EvictingCache.stacked([cache for _, cache in group])
         for index, ids in read.questions.items():
             question = self.prompt.questions[index]
             logits = teacher_forced_logits(self.model, together.copy(), ids, question.answer)
@@ -187,7 +186,7 @@ class PromptRun:
         logits: torch.Tensor,
         text: str | None,
     ) -> Record:
-        prompt, question, size = self.prompt, self.prompt.questions[index], measure(cache)
+        prompt, question = self.prompt, self.prompt.questions[index]
         found, full = logits.float().log_softmax(-1), read.log_probabilities[index]
         answer = torch.tensor(question.answer, device=found.device)
         # A press does not tell which tokens it kept.
@@ -217,9 +216,16 @@ class PromptRun:
             output_error=error,
             attention_mass=mass,
             redundancy=_redundancy(cache),
-            tokens_kept=size.tokens,
-            cache_bytes=size.bytes,
+            tokens_kept=_tokens_kept(cache),
+            cache_bytes=cache.nbytes,
         )
+
+
+def _tokens_kept(cache: EvictingCache) -> float:
+    """Return the mean number of tokens per KV head, over the layers that can be evicted."""
+    kept = [layer.true_positions >= 0 for layer in cache.attention_layers if layer.evicts]
+    # Sliding layers of a model that has others too are left alone by every policy.
+    return round(sum(int(each.sum()) for each in kept) / sum(each[..., 0].numel() for each in kept), 6)
 
 
 def _redundancy(cache: EvictingCache) -> float:

@@ -9,18 +9,16 @@ from typing import Any
 import torch
 
 from ...core.policy import Policy
-from ...core.types import Array
 from ...integrations.transformers import EvictingCache
 from ...workbench.forward import read
 from ...workbench.policies import base_of, with_budget
 from ..prompts.prompts import Prompt
-from .caches import keep_queries, running_states, with_states
 from .closeness import MOST_QUERIES, Probe
 
 __all__ = ["ReadCache", "read_caches"]
 
-# What policies with running sums know, by their bases, the same for every budget; one mapping per layer.
-States = dict[Policy, list[Mapping[str, Array]]]
+# Running sums by the bases of policies, the same for every budget; one mapping per layer.
+States = dict[Policy, Sequence[Mapping[str, torch.Tensor]]]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +53,7 @@ class ReadCache:
     def evicted(self, policy: Policy, /) -> EvictingCache:
         """Return the cache that a policy leaves; this one stays as it is."""
         states = self.states.get(_without_budget(policy)) if policy.needs().state else None
-        cache = self.cache.copy() if states is None else with_states(self.cache, states)
+        cache = self.cache.copy() if states is None else self.cache.with_states(states)
         cache.evict(policy)
         return cache
 
@@ -90,7 +88,7 @@ def read_caches(
     read(model, torch.tensor([prompt.ids], device=model.device), context)
     states = _states(policies, context, {})
     # Only running sums need all queries, and those are computed.
-    keep_queries(context, max([1, *(policy.num_queries(longest) for policy in policies if not policy.needs().state)]))
+    context.keep_queries(max((each.num_queries(longest) for each in policies if not each.needs().state), default=0))
     later = {index: prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
     if later:
         yield ReadCache(mode="agnostic", ids=prompt.ids, cache=context, questions=later, states=states)
@@ -112,7 +110,7 @@ def read_caches(
 def _states(policies: Sequence[Policy], cache: EvictingCache, before: States) -> States:
     """Compute the running sums of the policies that have some, once for all budgets."""
     bases = dict.fromkeys(_without_budget(policy) for policy in policies if policy.needs().state)
-    return {base: running_states(cache, base, before.get(base)) for base in bases}
+    return {base: cache.running_states(base, before.get(base)) for base in bases}
 
 
 def _without_budget(policy: Policy) -> Policy:
