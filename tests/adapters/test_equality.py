@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from graphkv import AdaKV, GraphKV, KNorm, SnapKV
+from graphkv import AdaKV, Decay, GraphKV, KNorm, SnapKV
 
 
 @pytest.mark.parametrize(
@@ -12,8 +12,8 @@ from graphkv import AdaKV, GraphKV, KNorm, SnapKV
         (KNorm(budget=1), KNorm(budget=1.0)),
         (AdaKV(KNorm(budget=1)), AdaKV(KNorm(budget=1.0))),
         (
-            GraphKV(KNorm(budget=4), signal="decay", neighbors=1),
-            GraphKV(KNorm(budget=4), signal="decay", neighbors=1.0),
+            GraphKV(KNorm(budget=4), Decay(neighbors=1)),
+            GraphKV(KNorm(budget=4), Decay(neighbors=1.0)),
         ),
         (KNorm(budget=4), SnapKV(budget=4)),
     ],
