@@ -32,9 +32,9 @@ from graphkv.testing import (
     truth,
     variants,
 )
-from tests import strict
-from tests.faults import FAULTS, namespace_of, replaced
-from tests.subjects import fields_of
+from tests.support import strict
+from tests.support.faults import FAULTS, namespace_of, replaced
+from tests.support.subjects import fields_of
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 import graphkv
 from graphkv.testing.subject import OPTIONAL, label
-from tests.subjects import SUBJECTS
+from tests.support.subjects import SUBJECTS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
 sys.path.insert(0, str(FOLDER))

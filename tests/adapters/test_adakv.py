@@ -19,7 +19,7 @@ from graphkv import (
     evict,
 )
 from graphkv.adapters.adakv import code_head_budgets, head_budgets
-from tests.arrays import NUMPY, each_backend, make
+from tests.support.arrays import NUMPY, each_backend, make
 
 RNG = np.random.default_rng(21)
 KEYS = RNG.normal(size=(2, 4, 30, 6))

@@ -7,7 +7,7 @@ import pytest
 
 from graphkv import CAKE, ArgumentError, ArgumentTypeError, GraphKV, LayerBudgets, evict
 from graphkv.core import Layer
-from tests.arrays import BACKENDS, each_backend, make
+from tests.support.arrays import BACKENDS, each_backend, make
 
 RNG = np.random.default_rng(12)
 KEYS = RNG.normal(size=(2, 2, 17, 4))

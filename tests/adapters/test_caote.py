@@ -7,7 +7,7 @@ import pytest
 
 from graphkv import CAOTE, H2O, ArgumentError, ArgumentTypeError, GraphKV, Policy, SnapKV, evict
 from graphkv.adapters.attention import last_rows
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(17)
 KEYS, VALUES = 2 * RNG.normal(size=(2, 2, 15, 4)), RNG.normal(size=(2, 2, 15, 3))

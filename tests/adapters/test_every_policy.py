@@ -1,17 +1,14 @@
 """What holds for every policy of the library, whatever it scores by."""
 
-import inspect
-
 import array_api_strict
 import numpy as np
 import pytest
 import torch
 
 import graphkv
-from graphkv import AdaKV, Backend, Decay, Degree, GraphKV, LayerBudgets, Policy, SnapKV, evict
-from graphkv.core import Wrapper
-from tests.arrays import BACKENDS, each_backend, make
-from tests.policies import every_policy
+from graphkv import AdaKV, Backend, Decay, Degree, GraphKV, LayerBudgets, SnapKV, evict
+from tests.support.arrays import BACKENDS, each_backend, make
+from tests.support.policies import BASES, every_base, every_policy
 
 RNG = np.random.default_rng(11)
 KEYS = RNG.normal(size=(2, 3, 40, 8))
@@ -19,31 +16,13 @@ VALUES = RNG.normal(size=(2, 3, 40, 8))
 QUERIES = RNG.normal(size=(2, 6, 40, 8))
 
 WINDOWED = {"window": 4, "kernel_size": 3, "num_sinks": 2}
-OPTIONS = {
-    "SnapKV": WINDOWED,
-    "PyramidKV": WINDOWED,
-    "CAKE": WINDOWED,
-    "Random": {"num_sinks": 2},
-    "KNorm": {"num_sinks": 2},
-    "KeyDiff": {"num_sinks": 2},
-}
-# `Given` ranks by an array of one library and shape, so it cannot be made by its name and budget alone.
-BASES = sorted(
-    name
-    for name in graphkv.__all__
-    if name != "Given"
-    and inspect.isclass(getattr(graphkv, name))
-    and issubclass(getattr(graphkv, name), Policy)
-    and not inspect.isabstract(getattr(graphkv, name))
-    and not issubclass(getattr(graphkv, name), Wrapper)
-)
 each_base = pytest.mark.parametrize("name", BASES)
 
 STRICT = Backend(name="array_api_strict", xp=array_api_strict, to_numpy=lambda x: np.asarray(x._array))
 
 
 def policy_of(name, budget):
-    return getattr(graphkv, name)(budget=budget, **OPTIONS.get(name, {}))
+    return every_base(budget, num_sinks=2)[name]
 
 
 def run(policy, backend, rows=slice(None), tokens=slice(None), valid=None, **options):
@@ -70,10 +49,6 @@ def same_up_to_close_scores(one, other, scores):
         mine, theirs = set(one[row].tolist()) - {-1}, set(other[row].tolist()) - {-1}
         for a, b in zip(sorted(mine - theirs), sorted(theirs - mine), strict=True):
             assert abs(scores[row][a] - scores[row][b]) <= 1e-5 * abs(scores[row][a])
-
-
-def test_all_the_first_policies_are_here():
-    assert {"CAKE", "KNorm", "KeyDiff", "PyramidKV", "Random", "SnapKV", "StreamingLLM", "TOVA"} <= set(BASES)
 
 
 @each_base
@@ -205,8 +180,7 @@ WRAPPED = {
 @each_base
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_every_base_protects_the_same_sinks_whatever_is_on_top(name, wrap):
-    windowed = WINDOWED if OPTIONS.get(name) is WINDOWED else {}
-    base = getattr(graphkv, name)(budget=9, **windowed | {"num_sinks": 3})
+    base = every_base(9, num_sinks=3)[name]
     # Nobody would keep the first tokens for their scores.
     keys, queries = KEYS.copy(), np.zeros_like(QUERIES)
     keys[:, :, :3] = 100 * KEYS[:, :, 20:21]

@@ -8,7 +8,7 @@ import pytest
 from graphkv import ArgumentError, ArgumentTypeError, ExpectedAttention, evict
 from graphkv.adapters.expected_attention import expected_logits, moments
 from tests.adapters.loops import dot, mean, softmax
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(23)
 KEYS, VALUES = RNG.normal(size=(2, 2, 20, 4)), RNG.normal(size=(2, 2, 20, 3))

@@ -11,7 +11,7 @@ from graphkv import H2O, ArgumentError, ArgumentTypeError, Memory, evict
 from graphkv.adapters.attention import window_attention
 from tests.adapters.decoding import decode
 from tests.adapters.loops import REDUCE, best, simulate
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 VECTORS = json.loads((Path(__file__).parent / "h2o_vectors.json").read_text())["cases"]
 RNG = np.random.default_rng(11)

@@ -7,7 +7,7 @@ import pytest
 
 from graphkv import TOVA, AdaKV, ArgumentError, Decay, Degree, GraphKV, Policy, Random, SnapKV, evict
 from graphkv.core import LayerShape, Requirements, Wrapper
-from tests.arrays import NUMPY
+from tests.support.arrays import NUMPY
 
 SHAPE = LayerShape(num_tokens=100, query_heads=6, kv_heads=2, head_size=8, budget=20, batch=3)
 

@@ -9,7 +9,7 @@ from graphkv import ArgumentError, ArgumentTypeError, Memory, RoCo, evict
 from graphkv.adapters.roco import deviation
 from tests.adapters.decoding import decode
 from tests.adapters.loops import best, mean, simulate
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(13)
 KEYS, QUERIES = 2 * RNG.normal(size=(1, 2, 60, 4)), 2 * RNG.normal(size=(1, 6, 60, 4))

@@ -8,7 +8,7 @@ import pytest
 from graphkv import SAGEKV, ArgumentError, ArgumentTypeError, evict
 from graphkv.adapters.sagekv import summed_logits
 from tests.adapters.loops import best, dot
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(19)
 KEYS, QUERIES = RNG.normal(size=(2, 2, 30, 4)), RNG.normal(size=(2, 6, 3, 4))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from graphkv import TOVA, ArgumentError, ArgumentTypeError, Decay, GraphKV, evict
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 RNG = np.random.default_rng(8)
 KEYS = RNG.normal(size=(2, 2, 14, 4))

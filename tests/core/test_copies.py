@@ -20,7 +20,7 @@ from graphkv.backends.numpy import SPARSE
 from graphkv.core import ArgumentError, Assessment, Layer, LayerShape, Memory, Requirements
 from graphkv.core.backend import load
 from graphkv.core.files import write_whole
-from tests.policies import every_policy
+from tests.support.policies import every_policy
 
 RNG = np.random.default_rng(3)
 KEYS, VALUES, QUERIES = (RNG.normal(size=(2, heads, 20, 8)).astype(np.float32) for heads in (2, 2, 4))

@@ -33,7 +33,7 @@ from graphkv import (
     wants,
 )
 from graphkv.core import Cost, LayerShape
-from tests.arrays import each_library, make
+from tests.support.arrays import each_library, make
 
 RNG = np.random.default_rng(5)
 KEYS = RNG.normal(size=(2, 2, 12, 4))

@@ -19,7 +19,7 @@ from graphkv import (
     observe,
 )
 from graphkv.adapters import running
-from tests.arrays import each_library, make
+from tests.support.arrays import each_library, make
 
 
 @dataclass(frozen=True, kw_only=True)

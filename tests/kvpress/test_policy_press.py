@@ -33,7 +33,7 @@ from graphkv.integrations.transformers import evicting
 from tests.integrations.reference import reference_generate, reference_logits
 from tests.integrations.tiny import FAMILIES, tiny_llama
 from tests.kvpress.models import MODELS, generate, lengths, num_hooks, prefill, prompts, same
-from tests.policies import every_policy
+from tests.support.policies import every_policy
 
 BUDGET = 14
 HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm"}

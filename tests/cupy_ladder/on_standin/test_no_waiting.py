@@ -27,7 +27,7 @@ from graphkv import (
 )
 from graphkv.core import primitives
 from graphkv.core.backend import load
-from tests.policies import every_policy
+from tests.support.policies import every_policy
 
 CUPY = load("cupy")
 PORTABLE = replace(CUPY, top_k=None, segment_product=None, segment_sum=None)

@@ -26,8 +26,8 @@ from graphkv.core.propagation import portable_propagate
 from graphkv.core.selection import portable_select
 from graphkv.testing import Subject
 from graphkv.testing.subject import OPTIONAL
-from tests import strict
-from tests.subjects import NUMPY, fields_of
+from tests.support import strict
+from tests.support.subjects import NUMPY, fields_of
 
 TORCH = load("torch")
 

@@ -15,7 +15,7 @@ from graphkv.core.backend import load
 from graphkv.testing import Subject, variants
 
 try:
-    from tests import strict
+    from tests.support import strict
 except ModuleNotFoundError:
     strict = None
 

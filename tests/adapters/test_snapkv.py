@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graphkv import Random, SnapKV, StreamingLLM, evict
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 VECTORS = json.loads((Path(__file__).parent / "snapkv_vectors.json").read_text())["cases"]
 

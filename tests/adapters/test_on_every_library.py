@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphkv import H2O, Decay, GraphKV, KNorm, SnapKV, evict
-from tests.policies import every_policy
+from tests.support.policies import every_policy
 
-FOLDER = Path(__file__).parents[1] / "adapters"
+FOLDER = Path(__file__).parent
 NAMES = sorted(every_policy(4))
 FEW = hypothesis.settings(deadline=None, derandomize=True, max_examples=15)
 
