@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import reports
 
 import graphkv
+from graphkv.adapters.catalog import ENTRIES
 
 # numpydoc links words such as "int" to pages that are not part of this build.
 xref.DEFAULT_LINKS.clear()
@@ -54,7 +55,6 @@ numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
-    **{name: f"graphkv.core.{name}" for name in ("Cost", "LayerShape")},
 }
 
 html_theme = "furo"
@@ -62,6 +62,9 @@ html_title = f"graphkv {release}"
 html_static_path = ["_static"]
 html_css_files = ["graphkv.css"]
 html_math_renderer = "mathml"
+
+# What a policy's class documents beside its options; its stages are those of `Policy`.
+MEMBERS = {"official", "share_out", "wants"}
 
 HAS_KIT = importlib.util.find_spec("graphkv.testing") is not None and (
     importlib.util.find_spec("graphkv.testing.suite") is not None
@@ -140,6 +143,33 @@ class PropertyRole(_Link):
         return ("func", f"graphkv.testing.suite.{self.text}") if HAS_KIT else None
 
 
+def _reference(body: str) -> str:
+    """Wrap a part of the reference for autodoc."""
+    return f"```{{eval-rst}}\n.. currentmodule:: graphkv\n\n{body}```\n"
+
+
+class PublicDirective(SphinxDirective):
+    """``{public}`` lists every public name with its first line."""
+
+    def run(self) -> list[nodes.Node]:
+        """List them."""
+        names = "".join(f"   {name}\n" for name in graphkv.__all__)
+        return self.parse_text_to_nodes(_reference(f".. autosummary::\n   :nosignatures:\n\n{names}"))
+
+
+class PoliciesDirective(SphinxDirective):
+    """``{policies}`` documents every policy of the catalog, with what it has beyond the stages."""
+
+    def run(self) -> list[nodes.Node]:
+        """Document them."""
+        classes = [
+            f".. autoclass:: {entry.policy.__name__}\n"
+            + (f"   :members: {', '.join(sorted(own))}\n" if (own := MEMBERS & vars(entry.policy).keys()) else "")
+            for entry in ENTRIES
+        ]
+        return self.parse_text_to_nodes(_reference("\n".join(classes)))
+
+
 class PropertiesDirective(SphinxDirective):
     """``{properties}`` documents every property of the conformance kit, if it is there."""
 
@@ -159,4 +189,6 @@ def setup(app: Sphinx) -> None:
     app.add_role("name", NameRole())
     app.add_role("property", PropertyRole())
     app.add_role("tested", TestedRole())
+    app.add_directive("policies", PoliciesDirective)
     app.add_directive("properties", PropertiesDirective)
+    app.add_directive("public", PublicDirective)

@@ -87,6 +87,14 @@ ENTRIES = (
         small={"window": 4, "kernel_size": 3},
     ),
     Entry(
+        policy=adapters.DefensiveKV,
+        name="defensivekv",
+        paper="2510.13334",
+        importance="the largest attention from any query of the window, pooled, at least the mean of its head; ≥ 0",
+        protects=WINDOW,
+        small={"window": 4, "kernel_size": 3},
+    ),
+    Entry(
         policy=adapters.PyramidKV,
         name="pyramidkv",
         paper="2406.02069",
