@@ -8,7 +8,7 @@ but an edge of a weight below 1.2e-38 is none, and keys near 1e-18 lose digits o
 
 Arrays may be spread over several devices. What a call creates beside them is copied to each.
 
-Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
+Segment products and sums are the portable ones of `graphkv.core.primitives`, compiled: scatters on a GPU combine in an order
 that changes from run to run.
 """
 
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core import primitives
 from ..core.backend import Backend
 from ..core.eviction import Eviction
 from ..core.fusion import _degree, _fuse
@@ -141,7 +142,7 @@ jax.tree_util.register_dataclass(
     meta_fields=["budget", "num_tokens", "backend"],
 )
 
-# One compiled function per step and shape: a call for each operation would be ten times slower.
+# One compiled function per step, primitive and shape: a call for each operation would be ten times slower.
 build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
 propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
 degree = jax.jit(_degree, static_argnames="backend")
@@ -149,6 +150,9 @@ fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
 # A tracer for the damping, which is only arithmetic: a search over it compiles once.
 pagerank = jax.jit(_pagerank, static_argnames=("rounds", "backend"))
 select = jax.jit(_select, static_argnums=1, static_argnames="backend")
+received_attention = jax.jit(primitives.received_attention, static_argnames=("block_size", "xp"))
+segment_product = jax.jit(primitives.segment_product, static_argnums=2, static_argnames="xp")
+segment_sum = jax.jit(primitives.segment_sum, static_argnums=2, static_argnames="xp")
 
 
 def refuse(array: Array, /) -> str:
@@ -161,6 +165,9 @@ BACKEND = Backend(
     xp=_Namespace(),
     to_numpy=np.asarray,
     top_k=top_k,
+    segment_product=segment_product,
+    segment_sum=segment_sum,
+    received_attention=received_attention,
     build_graph=build_graph,
     propagate=propagate,
     degree=degree,
