@@ -54,7 +54,7 @@ numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
-    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs", "LayerShape", "Requirements")},
+    **{name: f"graphkv.core.{name}" for name in ("Cost", "LayerShape")},
 }
 
 html_theme = "furo"
@@ -117,7 +117,7 @@ class NameRole(_Link):
         """Link to what api.md documents."""
         if self.text in graphkv.__all__:
             return "obj", f"graphkv.{self.text}"
-        return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
+        return ("obj", self.text) if self.text.startswith("graphkv.core.") else None
 
 
 class TestedRole(SphinxRole):

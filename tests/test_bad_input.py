@@ -29,8 +29,8 @@ from graphkv import (
 )
 from graphkv.core.backend import load
 from graphkv.testing import asserts, label
-from tests import strict
-from tests.subjects import NUMPY
+from tests.support import strict
+from tests.support.subjects import NUMPY
 
 # Not the ids of the kit: only libraries differ in what they let through.
 LIBRARIES = [NUMPY, load("torch"), strict.STRICT]

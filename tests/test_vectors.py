@@ -13,7 +13,7 @@ import pytest
 
 import graphkv
 from graphkv.testing.subject import OPTIONAL, label
-from tests.subjects import SUBJECTS
+from tests.support.subjects import SUBJECTS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
 sys.path.insert(0, str(FOLDER))
@@ -96,9 +96,10 @@ def test_tolerance_is_for_finite_weights_and_scores_only():
 def test_vectors_catch_a_wrong_backend():
     numpy_backend = importlib.import_module("graphkv.backends.numpy").BACKEND
 
-    def later_index_first(scores, k, tiers=None, *, xp):
+    def later_index_first(scores, k, tiers, *, backend):
         last = scores.shape[-1] - 1
-        return last - numpy_backend.top_k(scores[..., ::-1], k, None if tiers is None else tiers[..., ::-1], xp=xp)
+        tiers = None if tiers is None else tiers[..., ::-1]
+        return last - numpy_backend.top_k(scores[..., ::-1], k, tiers, backend=backend)
 
     wrong = replace(numpy_backend, top_k=later_index_first)
     case = next(case for case in vectors.load()["order"] if case["name"] == "all_equal")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core import checks
-from ..core.errors import ArgumentError
-from ..core.policy import Assessment, LayerInputs, LayerShape, Requirements, Wrapper
+from ..core.layer import Cost, Layer, LayerShape
+from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.types import Array, Namespace
 
 __all__ = ["CAOTE", "output_change"]
@@ -38,16 +38,6 @@ def output_change(alpha: Array, values: Array, output: Array, /, *, xp: Namespac
     distance = xp.sqrt(xp.sum(away * away, axis=-1))
     rest = 1 - alpha
     return alpha / xp.maximum(rest, xp.full_like(rest, SMALLEST_REST)) * distance
-
-
-def _flops(policy: Any, shape: LayerShape, /) -> int:
-    """Sum the values, and take each one's distance: 5 Dv per token, with Dv = D."""
-    return 5 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-
-
-def _bytes(policy: Any, shape: LayerShape, /) -> int:
-    """Hold the differences from the output."""
-    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class CAOTE(Wrapper):
     (array([1.6 , 0.69, 1.6 ]), array([[[0, 2, 3]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(values=True, flops=_flops, bytes=_bytes)
+    requirements: ClassVar[Requirements] = Requirements(values=True)
 
     fast: bool = False
 
@@ -119,25 +109,24 @@ class CAOTE(Wrapper):
         super().__post_init__()
         checks.flag("fast", self.fast)
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the change of the output."""
-        return self.assess(inputs).importance
-
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the base score, then weigh with the values."""
-        if inputs.values is None:
-            raise ArgumentError("values must be given for CAOTE; got None")
-        xp, found = inputs.xp, self.base.assess(inputs)
-        candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
+    def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
+        """Weigh the base's scores with the values."""
+        xp, found = layer.xp, self.base.rescore(found, layer, budget)
+        candidates = layer.valid if found.protected is None else layer.valid & ~found.protected
         nothing = xp.zeros_like(found.scores)
         alpha = _shares(xp.where(candidates & (found.scores > 0), found.scores, nothing), xp=xp)
         weights = _shares(xp.astype(candidates, alpha.dtype), xp=xp) if self.fast else alpha
         # What takes no part must not bring a NaN into the sum.
-        values = xp.where(inputs.valid[..., None], inputs.values, xp.zeros_like(inputs.values))
+        values = xp.where(layer.valid[..., None], layer.values, xp.zeros_like(layer.values))
         output = weights[..., None, :] @ xp.astype(values, alpha.dtype)
         change = output_change(alpha, values, output, xp=xp)
         scores = xp.where(candidates, change, xp.astype(found.scores, change.dtype))
         return replace(found, importance=scores, scores=scores)
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Sum the values and take each one's distance: 5 Dv per token, with Dv = D. In memory: the differences."""
+        entries = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+        return self.base.cost(shape).then(Cost(5 * entries, 4 * entries))
 
 
 def _shares(weights: Array, /, *, xp: Namespace) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core import checks
-from ..core.policy import LayerInputs
+from ..core.layer import Layer
 from ..core.types import Array, Namespace
 from . import attention
 from .protection import WindowPolicy
@@ -98,7 +98,7 @@ class SnapKV(WindowPolicy):
 
     @classmethod
     def official(cls, budget: int | float, /) -> SnapKV:
-        """Give the choices of the official code's LongBench runs: a window of 32, maximum pooling over 7 tokens.
+        """Return the choices of the official code's LongBench runs: a window of 32, maximum pooling over 7 tokens.
 
         Selection per query head and scores in half precision are not expressed.
 
@@ -113,13 +113,13 @@ class SnapKV(WindowPolicy):
         """
         return cls(budget=budget, window=32, kernel_size=7, pooling="max", group_reduction="mean", num_sinks=0)
 
-    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
+    def score_past(self, layer: Layer, window: int, /) -> Array:
         """Count the window's votes."""
-        received = attention.received(inputs, window, name=type(self).__name__)
+        received = attention.received(layer, window)
         return votes(
-            received[..., : inputs.num_tokens - window],
+            received[..., : layer.num_tokens - window],
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduction=self.group_reduction,
-            xp=inputs.xp,
+            xp=layer.xp,
         )

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import primitives
-from ..core.backend import Backend, library_of
+from ..core.backend import Backend
+from ..core.libraries import library_of
 from ..core.types import Array, Graph
 
 __all__ = [

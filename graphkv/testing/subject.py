@@ -10,18 +10,10 @@ from ..core.backend import Backend
 
 __all__ = ["Subject", "describe", "label", "variants"]
 
-# The fields that a backend may leave as None; every property runs with and without them.
-OPTIONAL = (
-    "top_k",
-    "segment_product",
-    "segment_sum",
-    "received_attention",
-    "build_graph",
-    "propagate",
-    "degree",
-    "fuse",
-    "pagerank",
-    "select",
+# The fields for which there is a portable form; every property runs with and without them. The rest have none.
+HOOKS = ("guard", "detach", "refuse")
+OPTIONAL = tuple(
+    field.name for field in dataclasses.fields(Backend) if field.default is None and field.name not in HOOKS
 )
 
 

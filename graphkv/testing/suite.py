@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+import graphkv
+
 from ..core import primitives
+from ..core.attention import received_attention
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
 from ..core.fusion import degree, fuse
@@ -33,7 +36,6 @@ from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array, Graph
 from . import asserts, oracle, strategies
 from .examples import *  # noqa: F403 - properties of this module too, and the first to run
-from .policies import GivenImportance
 from .strategies import Edges, Layer
 
 # A library may compile at its first call.
@@ -67,7 +69,7 @@ def test_top_k_agrees_with_the_oracle(backend: Backend, data: Any, scores: NDArr
     k = 3 if data is None else data.draw(st.integers(0, 7))
     x = asserts.make(backend, scores, dtype)
 
-    found = _top_k(backend)(x, k, xp=backend.xp)
+    found = primitives.top_k(x, k, backend=backend)
 
     asserts.equal(found, _int(oracle.top_k(scores.tolist(), k)), backend=backend, like=x)
 
@@ -84,7 +86,7 @@ def test_top_k_ranks_rows_and_tiers_apart(
     k = data.draw(st.integers(0, num_tokens))
     x = asserts.make(backend, scores, dtype)
 
-    found = _top_k(backend)(x, k, asserts.make(backend, tiers), xp=backend.xp)
+    found = primitives.top_k(x, k, asserts.make(backend, tiers), backend=backend)
 
     wanted = np.zeros((*leading, k), dtype=np.int64)
     for row in np.ndindex(*leading):
@@ -100,9 +102,8 @@ def test_segment_product_multiplies_what_shares_an_index(
     """Duplicates multiply, rows are apart, and a segment without values is 1."""
     values, index, num_segments = data.draw(_segments(leading, st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0])))
     x = asserts.make(backend, values, dtype)
-    reduce = backend.segment_product or primitives.segment_product
 
-    found = reduce(x, asserts.make(backend, index), num_segments, xp=backend.xp)
+    found = primitives.segment_product(x, asserts.make(backend, index), num_segments, backend=backend)
 
     wanted = np.ones((*leading, num_segments), dtype=dtype)
     for *row, e in np.ndindex(*values.shape):
@@ -118,9 +119,8 @@ def test_segment_sum_adds_what_shares_an_index(
     """Duplicates add, rows are apart, and a segment without values is 0."""
     values, index, num_segments = data.draw(_segments(leading, strategies.exact()))
     x = asserts.make(backend, values, dtype)
-    reduce = backend.segment_sum or primitives.segment_sum
 
-    found = reduce(x, asserts.make(backend, index), num_segments, xp=backend.xp)
+    found = primitives.segment_sum(x, asserts.make(backend, index), num_segments, backend=backend)
 
     wanted = np.zeros((*leading, num_segments), dtype=dtype)
     for *row, e in np.ndindex(*values.shape):
@@ -140,14 +140,13 @@ def test_received_attention_agrees_with_the_oracle(
     keys = data.draw(arrays(np.float64, (batch, kv_heads, num_tokens, head_size), elements=strategies.general()))
     valid = data.draw(arrays(np.bool_, (batch, kv_heads, num_tokens), fill=st.nothing()))
     x = asserts.make(backend, np.where(valid[..., None], keys, np.nan), dtype)
-    receive = backend.received_attention or primitives.received_attention
 
-    found = receive(
+    found = received_attention(
         asserts.make(backend, queries, dtype),
         x,
         asserts.make(backend, valid),
         block_size=data.draw(st.integers(1, 4)),
-        xp=backend.xp,
+        backend=backend,
     )
 
     wanted = np.zeros((batch, kv_heads, groups, num_tokens), dtype=asserts.wide(backend, dtype))
@@ -1220,10 +1219,6 @@ def _int(x: Any) -> NDArray[np.int64]:
     return np.asarray(x, dtype=np.int64)
 
 
-def _top_k(backend: Backend) -> Any:
-    return backend.top_k or primitives.top_k
-
-
 def _replaced(layer: Layer, **fields: Any) -> Layer:
     return Layer(**{**vars(layer), **fields})
 
@@ -1433,11 +1428,11 @@ def _three_steps(
 def _evicted(backend: Backend, layer: Layer, num_protected: int, signal: Signal) -> tuple[Array, Eviction]:
     keys = asserts.make(backend, layer.keys, "float32")
     # A budget of 0 is none: a policy keeps something, or the caller does not evict.
-    base = GivenImportance(
+    base = graphkv.Given(
         budget=layer.budget,
         importance=asserts.make(backend, layer.importance, "float32"),
         protected=_mask(backend, layer.protected),
-        protected_count=num_protected,
+        num_protected=num_protected,
     )
     return keys, evict(GraphKV(base, signal), keys, valid=_mask(backend, layer.valid), backend=backend)
 

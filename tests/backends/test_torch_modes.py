@@ -144,7 +144,7 @@ def test_evictions_can_be_mapped(policy):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["build_graph", "degree", "fuse", "propagate"])
+@pytest.mark.parametrize("name", ["build_graph", "degree", "fuse", "pagerank", "propagate"])
 def test_a_step_has_forward_mode_gradients(name):
     x = arrays()["keys"][0]
     tangent = torch.ones_like(x)
@@ -194,7 +194,7 @@ def test_state_records_no_gradients(policy):
     found = evict(policy, x["keys"], queries=x["queries"])
 
     assert found.importance is None or found.importance.requires_grad
-    assert all(sums.grad_fn is None and not sums.requires_grad for sums in found.state.values())
+    assert all(sums.grad_fn is None and not sums.requires_grad for sums in found.state.tokens.values())
 
 
 # --------------------------------------------------------------------------------------------------------- odd tensors

@@ -26,7 +26,7 @@ from graphkv import (
     select,
 )
 from graphkv.core.budgets import count_of, tokens_of
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 RNG = np.random.default_rng(7)
 KEYS = RNG.normal(size=(2, 3, 50, 8))
