@@ -15,7 +15,7 @@ from tests.integrations.tiny import tiny_llama
 SNAPKV = SnapKV(budget=12, window=4, kernel_size=3)
 POLICIES = {
     "snapkv": SNAPKV,
-    "snapkv+graphkv": GraphKV(SNAPKV, signal="decay", neighbors=2),
+    "snapkv+graphkv": GraphKV(SNAPKV),
     "a share": SnapKV(budget=0.3, window=4, kernel_size=3),
     "pyramidkv": PyramidKV(budget=12, window=4, kernel_size=3, beta=4),
     "cake": CAKE(budget=12, window=4, kernel_size=3),
