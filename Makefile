@@ -75,6 +75,8 @@ docs: .venv/installed-test
 
 .venv/installed-test: .venv/installed-demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing,tune]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --only-binary mlx,mlx-cpu,mlx-metal --editable '.[mlx]' || \
+		echo 'MLX has no wheel for this machine: what tests it will be skipped.'
 	touch $@
 
 # `demo` brings what it takes to read the demo's model here too.

@@ -110,6 +110,7 @@ SETTLED = {
         "fusion_of_long_rows",
         "special_scores_have_their_places",
     ),
+    "pagerank": ("pagerank_of_odd_rows",),
     "select": ("special_scores_have_their_places", "long_rows_are_selected"),
     "torch": ("special_scores_have_their_places",),
     "numpy": ("every_dtype_is_computed_as_its_float32_values",),
@@ -146,6 +147,8 @@ def test_truth_agrees_with_the_oracle(layer):
     counts = {"num_sources": layer.num_sources, "num_neighbors": layer.num_neighbors}
     sources, neighbors, weights = truth.build_graph(layer.keys, layer.importance, **counts, valid=layer.valid)
     degrees = truth.degree(layer.keys, valid=layer.valid)
+    options = {"damping": 0.5, "rounds": 3, "valid": layer.valid}
+    ranked = truth.pagerank(layer.importance, layer.keys, **options)
     kept = truth.select(layer.importance, layer.budget, protected=layer.protected, valid=layer.valid)
     for row in np.ndindex(*layer.leading):
         one = layer.take(row)
@@ -155,6 +158,9 @@ def test_truth_agrees_with_the_oracle(layer):
         assert neighbors[row].tolist() == edges.neighbors
         assert weights[row].tolist() == edges.weights
         np.testing.assert_allclose(degrees[row], oracle.degree(one.keys.tolist(), valid=mask), atol=1e-12)
+        options["valid"] = mask
+        wanted = oracle.pagerank(one.importance.tolist(), one.keys.tolist(), **options)
+        np.testing.assert_allclose(ranked[row], wanted, rtol=1e-9, atol=1e-9)
         protected = None if one.protected is None else one.protected.tolist()
         assert kept[row].tolist() == oracle.select(one.importance.tolist(), one.budget, protected=protected, valid=mask)
         for signal, accumulation in (

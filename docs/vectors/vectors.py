@@ -66,7 +66,7 @@ def array(value: dict[str, Any], backend: graphkv.Backend) -> Any:
     """Make an array of the backend from ``{"dtype": ..., "shape": ..., "data": ...}``."""
     wanted = np.asarray(decode(value["data"]), dtype=value["dtype"]).reshape(value["shape"])
     try:
-        made = backend.xp.asarray(wanted)
+        made = (getattr(backend, "from_numpy", None) or backend.xp.asarray)(wanted)
         is_there = str(value["dtype"]) in str(made.dtype)
     except (TypeError, ValueError) as error:
         raise NotApplicableError(f"{value['dtype']} in {backend.name}") from error

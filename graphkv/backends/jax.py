@@ -8,8 +8,8 @@ edge with a weight below 1.2e-38 has no effect, and keys near 1e-18 lose digits 
 
 Arrays may be spread over several devices. What a call creates is copied to each of them.
 
-Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
-that changes from run to run.
+Segment products and sums are the portable ones of `graphkv.core.primitives`, compiled: scatters on a GPU combine in an
+order that changes from run to run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core import primitives
+from ..core.attention import portable_received_attention
 from ..core.backend import Backend
 from ..core.eviction import Eviction
 from ..core.fusion import portable_degree, portable_fuse
@@ -142,7 +144,7 @@ for kind, static in ((Choice, ()), (Merge, ()), (Memory, ()), (Eviction, ("budge
     names = [each.name for each in fields(kind) if each.name not in static]
     jax.tree_util.register_dataclass(kind, data_fields=names, meta_fields=list(static))
 
-# One compiled function per step and shape: a call for each operation would be ten times slower.
+# One compiled function per step, primitive and shape: a call for each operation would be ten times slower.
 build_graph = jax.jit(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
 propagate = jax.jit(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
 degree = jax.jit(portable_degree, static_argnames="backend")
@@ -150,6 +152,9 @@ fuse = jax.jit(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
 # The damping is traced, because it is only arithmetic: a search over it compiles once.
 pagerank = jax.jit(portable_pagerank, static_argnames=("rounds", "backend"))
 select = jax.jit(portable_select, static_argnums=1, static_argnames="backend")
+received_attention = jax.jit(portable_received_attention, static_argnames=("block_size", "backend"))
+segment_product = jax.jit(primitives.portable_segment_product, static_argnums=2, static_argnames="backend")
+segment_sum = jax.jit(primitives.portable_segment_sum, static_argnums=2, static_argnames="backend")
 
 
 def refuse(array: Array, /) -> str:
@@ -162,6 +167,9 @@ BACKEND = Backend(
     xp=_Namespace(),
     to_numpy=np.asarray,
     top_k=top_k,
+    segment_product=segment_product,
+    segment_sum=segment_sum,
+    received_attention=received_attention,
     build_graph=build_graph,
     propagate=propagate,
     degree=degree,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -114,7 +113,8 @@ def _nearest(
     neighbors = np.empty((num_rows, num_sources, num_neighbors), dtype=np.int64)
     similarities = np.empty(neighbors.shape, dtype=keys.dtype)
     # One more entry of every direction excludes what may not be a neighbor: the product adds it.
-    bias = np.where(is_padding, keys.dtype.type(streamed.EXCLUDED), keys.dtype.type(0))
+    bias = np.full((num_rows, num_tokens + -num_tokens % width), streamed.EXCLUDED, dtype=keys.dtype)
+    bias[:, :num_tokens][~is_padding] = 0
     np.put_along_axis(bias, sources, streamed.EXCLUDED, 1)
     of = np.empty((num_rows, num_sources, head_size + 1), dtype=keys.dtype)
     _normalize(np.take_along_axis(keys, sources[..., None], 1), out=of[..., :-1])
@@ -125,16 +125,17 @@ def _nearest(
         num = rows.stop - first
         places = np.empty((num * num_sources, 0), dtype=np.int64)
         weights = np.empty(places.shape, dtype=keys.dtype)
-        for start, stop in _chunks(num_tokens, width, block):
-            size = stop - start
-            to = _scratch.take("directions", num * size * (head_size + 1), keys.dtype).reshape(num, size, -1)
-            _normalize(keys[rows, start:stop], out=to[..., :-1])
-            to[..., -1] = bias[rows, start:stop]
-            found = _scratch.take("products", num * num_sources * size, keys.dtype).reshape(num, num_sources, size)
+        for start in range(0, num_tokens, width):
+            size = min(width, num_tokens - start)
+            to = _scratch.take("directions", num * width * (head_size + 1), keys.dtype).reshape(num, width, -1)
+            _normalize(keys[rows, start : start + size], out=to[:, :size, :-1])
+            to[:, size:, :-1] = 0
+            to[..., -1] = bias[rows, start : start + width]
+            found = _scratch.take("products", num * num_sources * width, keys.dtype).reshape(num, num_sources, width)
             np.matmul(of[rows], to.swapaxes(1, 2), out=found)
 
-            found = found.reshape(-1, size)
-            near = _best_in_blocks(found, min(num_neighbors, size), block)
+            found = found.reshape(-1, width)
+            near = _best_in_blocks(found, min(num_neighbors, width), block)
             places = np.concatenate([places, near + start], axis=-1)
             weights = np.concatenate([weights, _rankable(np.take_along_axis(found, near, -1))], axis=-1)
             if places.shape[-1] > num_neighbors:
@@ -145,15 +146,6 @@ def _nearest(
         neighbors[rows] = np.take_along_axis(places, order, -1).reshape(num, num_sources, -1)
         similarities[rows] = np.take_along_axis(weights, order, -1).reshape(num, num_sources, -1)
     return neighbors, similarities
-
-
-def _chunks(num_tokens: int, width: int, block: int, /) -> Iterator[tuple[int, int]]:
-    """Cut the tokens into chunks of whole blocks, and the rest."""
-    whole = num_tokens - num_tokens % block
-    for start in range(0, whole, width):
-        yield start, min(start + width, whole)
-    if whole < num_tokens:
-        yield whole, num_tokens
 
 
 build_graph = partial(streamed.build_graph, nearest=_nearest, block_size=16)

@@ -49,8 +49,8 @@ def build_graph(
     nearest : callable
         ``nearest(keys, sources, is_padding, num_neighbors=, width=, height=, block=)`` finds, for keys (R, N, D),
         sources (R, K) and padding (R, N), the neighbors (R, K, M) and their similarities. At a time it computes `width`
-        of these per source, a multiple of `block`, for the sources of `height` rows. Of equal weights the
-        lower place ranks first; padding and sources rank last.
+        of these per source, a multiple of `block`, for the sources of `height` rows; the last chunk is filled up. Of
+        equal weights the lower place ranks first; padding, sources and what fills up rank last.
     block_size : int
         Tokens per block. Fewer mean more maxima to rank, more mean more candidates.
 
@@ -81,6 +81,9 @@ def build_graph(
     width = min(chunk_size, num_tokens, max(block_size, BUFFER_SIZE // per_token))
     block = min(block_size, width)
     width -= width % block
+    # Chunks of one size, so that equal keys meet the same kernel of the product; the last is filled up.
+    num_chunks = -(-num_tokens // width)
+    width = block * -(-num_tokens // (num_chunks * block))
     height = min(num_rows, max(1, BUFFER_SIZE // (per_token * width)))
     neighbors, similarities = nearest(
         keys, sources, is_padding, num_neighbors=num_neighbors, width=width, height=height, block=block

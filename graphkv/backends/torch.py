@@ -118,7 +118,7 @@ def _nearest_of(
     of = _normalized(keys.gather(1, sources[..., None].expand(-1, -1, head_size)))
     bias = keys.new_zeros((num_rows, num_tokens)).masked_fill_(is_padding, streamed.EXCLUDED)
     bias.scatter_(1, sources, streamed.EXCLUDED)
-    filling = -num_tokens % block
+    filling = -num_tokens % width
     bias = torch.nn.functional.pad(bias, (0, filling), value=streamed.EXCLUDED)[:, None]
     first = torch.arange(num_rows * num_sources, device=keys.device).view(num_rows, num_sources, 1)
     places = torch.arange(num_tokens + filling, device=keys.device)
@@ -126,7 +126,7 @@ def _nearest_of(
     best = places.new_empty((num_rows, num_sources, 0))
     for start in range(0, num_tokens, width):
         to = _normalized(keys[:, start : start + width])
-        if to.shape[1] % block:
+        if to.shape[1] < width:
             to = torch.nn.functional.pad(to, (0, 0, 0, filling))
         size = to.shape[1]
         found = products[: num_rows * num_sources * size].view(num_rows, num_sources, size)

@@ -346,13 +346,14 @@ def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_see
     seen = num_tokens if tokens_seen is None else checks.count("tokens_seen", tokens_seen)
     if seen < num_tokens:
         raise ArgumentError(f"tokens_seen must be at least N={num_tokens}; got {seen}")
+    own = checks.count("the layer's budget", policy.layer_budget(seen, layer.layer, layer.num_layers))
     if budget is None:
-        return checks.count("the layer's budget", policy.layer_budget(seen, layer.layer, layer.num_layers))
-    if policy.needs().settled:
-        raise ArgumentError(
-            f"budget must be None for {_name(policy)}, which settles every layer's budget; got {budget}"
-        )
-    return budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
+        return own
+    tokens = budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
+    # With room for everything nothing is evicted, whatever the policy's budgets are.
+    if policy.needs().settled and tokens != own and tokens < num_tokens:
+        raise ArgumentError(f"budget must be {own}, as {_name(policy)} has settled, or left out; got {budget}")
+    return tokens
 
 
 def _num_new(keys: Array, state: Memory | None, /) -> int | None:

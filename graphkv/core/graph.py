@@ -135,8 +135,10 @@ def portable_build_graph(
     neighbors = xp.zeros((*sources.shape, 0), dtype=sources.dtype, device=device)
     weights = xp.zeros(neighbors.shape, dtype=keys.dtype, device=device)
     excluded = xp.zeros(neighbors.shape, dtype=xp.bool, device=device)
-    for start in range(0, num_tokens, chunk_size):
-        stop = min(start + chunk_size, num_tokens)
+    # Chunks of one size: then equal keys seldom meet another order of summation.
+    width = -(-num_tokens // max(1, -(-num_tokens // chunk_size)))
+    for start in range(0, num_tokens, max(1, width)):
+        stop = min(start + width, num_tokens)
         tokens = xp.arange(start, stop, dtype=sources.dtype, device=device)
         # With as many axes as the sources: not every library adds axes by itself (jax_numpy_rank_promotion).
         is_source = xp.any(sources[..., None] == xp.reshape(tokens, (*(1 for _ in sources.shape), -1)), axis=-2)

@@ -10,6 +10,7 @@ __all__ = ["BUILT_IN", "library_of"]
 BUILT_IN = {
     "cupy": "graphkv.backends.cupy",
     "jax": "graphkv.backends.jax",
+    "mlx": "graphkv.backends.mlx",
     "numpy": "graphkv.backends.numpy",
     "torch": "graphkv.backends.torch",
 }

@@ -98,9 +98,10 @@ def pagerank(
     checks.mask("valid", valid, shape, "importance", backend=backend)
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
-        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
+        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype))
     step: PageRankStep = backend.pagerank or portable_pagerank
-    return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
+    with backend.guarded(importance):
+        return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
 
 
 def portable_pagerank(
@@ -114,10 +115,11 @@ def portable_pagerank(
     mask = xp.astype(takes_part, dtype)
     directions = xp.where(takes_part[..., None], directions, xp.zeros_like(directions))
 
-    # Halved, the shift cannot overflow; divided by the largest, the sum cannot.
-    half = xp.where(takes_part, importance, xp.zeros_like(importance)) / 2
-    lowest = xp.min(half, axis=-1, keepdims=True) if half.shape[-1] else half
-    shifted = (half - xp.minimum(lowest, xp.zeros_like(lowest))) * mask
+    # Of an eighth, the shift cannot overflow, nor its reciprocal, which XLA divides by, be subnormal; divided by the
+    # largest, the sum cannot overflow.
+    eighth = xp.where(takes_part, importance, xp.zeros_like(importance)) / 8
+    lowest = xp.min(eighth, axis=-1, keepdims=True) if eighth.shape[-1] else eighth
+    shifted = (eighth - xp.minimum(lowest, xp.zeros_like(lowest))) * mask
     largest = xp.max(shifted, axis=-1, keepdims=True) if shifted.shape[-1] else shifted
     is_flat = ~(largest > 0)
     teleport = xp.where(is_flat, mask, shifted / _or_one(largest, backend))
@@ -135,7 +137,7 @@ def portable_pagerank(
         near = xp.sum(central, axis=-1, keepdims=True) + likeness
         near = xp.maximum(near, xp.zeros_like(near)) * mask
         central = damping * (near / _or_one(xp.sum(near, axis=-1, keepdims=True), backend)) + (1 - damping) * teleport
-    scores = xp.where(is_flat, central, central * total * largest * 2)
+    scores = xp.where(is_flat, central, central * total * largest * 8)
     return xp.where(takes_part, scores, importance)
 
 

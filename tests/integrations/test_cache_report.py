@@ -12,6 +12,7 @@ from graphkv import (
     H2O,
     AdaKV,
     Bar,
+    Choice,
     Decay,
     Degree,
     Enhance,
@@ -153,7 +154,7 @@ def test_the_worked_example_of_the_contract():
     )
     scores = propagate(importance, graph)
     decision = Eviction(
-        kept=select(scores, 3), budget=3, num_tokens=7, importance=importance, scores=scores, protected=None,
+        choice=Choice(kept=select(scores, 3)), budget=3, num_tokens=7, importance=importance, scores=scores,
         graph=graph, backend=load("numpy"),
     )  # fmt: skip
     layer = EvictingLayer(EvictingCache().settings)

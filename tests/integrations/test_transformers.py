@@ -234,10 +234,10 @@ def test_the_model_is_as_it_was(model, prompts, implementation):
 class Broken(Policy):
     """Fails in the second layer."""
 
-    def score(self, inputs, /):
-        if inputs.layer == 1:
+    def score(self, layer, memory, /):
+        if layer.layer == 1:
             raise RuntimeError("broken policy")
-        return inputs.keys[..., 0]
+        return layer.keys[..., 0]
 
 
 def test_an_exception_leaves_the_model_as_it_was(model, prompts):

@@ -37,7 +37,7 @@ from tests.support.policies import every_policy
 
 BUDGET = 14
 HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm"}
-POLICIES = {name: policy for name, policy in every_policy(BUDGET).items() if not policy.needs().preferences}
+POLICIES = {name: policy for name, policy in every_policy(BUDGET).items() if not policy.needs().wants}
 SNAPKV = SnapKV(budget=BUDGET, window=4, kernel_size=3)
 PYRAMID = PyramidKV(budget=BUDGET, window=4, kernel_size=3)
 

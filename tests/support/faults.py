@@ -21,6 +21,7 @@ from graphkv.core import primitives
 from graphkv.core.attention import portable_received_attention
 from graphkv.core.backend import load
 from graphkv.core.fusion import portable_degree, portable_fuse
+from graphkv.core.pagerank import portable_pagerank
 from graphkv.core.propagation import portable_propagate
 from graphkv.core.selection import portable_select
 from graphkv.testing import Subject
@@ -409,6 +410,7 @@ RIGHT: dict[str, Callable[..., Any]] = {
     "propagate": portable_propagate,
     "degree": portable_degree,
     "fuse": portable_fuse,
+    "pagerank": portable_pagerank,
     "select": portable_select,
 }
 
@@ -747,6 +749,11 @@ def keys_as(change):
     return lambda step: lambda keys, *args, **options: step(change(keys), *args, **options)
 
 
+def second_as(change):
+    """Spoil the second argument, and nothing else."""
+    return lambda step: lambda first, second, *args, **options: step(first, change(second), *args, **options)
+
+
 def hypotenuse(keys):
     """Lengths without over- and underflow: keys of all lengths have directions."""
     largest = np.max(np.abs(keys), axis=-1, keepdims=True, initial=0)
@@ -922,6 +929,38 @@ def ranks_in_float16(step):
         return result if fusion == "power" else np.where(valid, result.astype(np.float16), result).astype(result.dtype)
 
     return wrong
+
+
+def nan_counts_as_0(step):
+    """A token whose importance is NaN takes part, and gets it back."""
+
+    def wrong(importance, keys, valid, /, **options):
+        found = step(np.where(np.isnan(importance), 0, importance).astype(importance.dtype), keys, valid, **options)
+        return np.where(np.isnan(importance), np.nan, found).astype(found.dtype)
+
+    return wrong
+
+
+def nothing_below(least):
+    """Scores that small are no importance."""
+    return lambda step: (
+        lambda importance, *args, **options: step(
+            np.where(np.abs(importance) < least, 0, importance).astype(importance.dtype), *args, **options
+        )
+    )
+
+
+def unequal_at_the_end(x):
+    """A remainder that is added up in another order."""
+    x = x.copy()
+    x[..., -1:] *= np.asarray(1 + np.finfo(x.dtype).eps, x.dtype)
+    return x
+
+
+def keys_without_direction_take_no_part(step):
+    return lambda importance, keys, valid, /, **options: step(
+        importance, keys, valid & np.any(keys != 0, axis=-1), **options
+    )
 
 
 def namespace_of(**changed):
@@ -1222,6 +1261,43 @@ FAULTS = [
             "mixed_dtypes_have_the_wider_result": {
                 "as wide as the importance": as_wide_as(0),
                 "as wide as the degrees": as_wide_as(1),
+            },
+            "values_never_warn": {"warnings of overflow": with_errors},
+        }
+        | MEMORY,
+    ),
+    *spoiled(
+        "pagerank",
+        {
+            "pagerank_of_long_rows": {
+                "1,024 tokens compared": second_as(tokens_up_to(1024)),
+                "65,536 tokens compared": second_as(tokens_up_to(65_536)),
+                "entries beyond the 64th ignored": second_as(entries_up_to(64)),
+                "products in TF32": second_as(rounded(10)),
+                "products in bfloat16": second_as(rounded(7)),
+                "float64 in float32": in_float32,
+                "8 rounds at most": capped("rounds", 8),
+                "rows beyond the 64th": rows_beyond(64),
+                "two leading axes": third_axis_lost,
+                "equal tokens that are not": on_result(unequal_at_the_end),
+            },
+            "pagerank_of_odd_rows": {
+                "NaN counts as 0": nan_counts_as_0,
+                "keys without direction take no part": keys_without_direction_take_no_part,
+            },
+            "pagerank_grows_with_the_importance": {
+                "sums overflow": lambda step: pagerank,
+                "less than 1e-12 is nothing": nothing_below(1e-12),
+                "saturated": on_result(within_range),
+                "infinity is NaN": on_result(infinity_is_nan),
+            },
+            "keys_of_all_lengths": {
+                "lengths without overflow": second_as(hypotenuse),
+                "keys shorter than 1e-12 are zero": second_as(longer_by(1e-12)),
+            },
+            "mixed_dtypes_have_the_wider_result": {
+                "as wide as the importance": as_wide_as(0),
+                "as wide as the keys": as_wide_as(1),
             },
             "values_never_warn": {"warnings of overflow": with_errors},
         }

@@ -53,6 +53,13 @@ def _torch_cuda() -> Library:
     return Library(backend, lambda x: torch.from_numpy(np.array(x)).to("cuda"))
 
 
+def _mlx() -> Library:
+    backend = load("mlx")
+    import mlx.core as mx
+
+    return Library(backend, mx.array)
+
+
 def _strict() -> Library:
     strict = pytest.importorskip("array_api_strict")
     return Library(Backend(name="strict", library="array_api_strict", xp=strict, to_numpy=np.asarray), strict.asarray)
@@ -64,6 +71,7 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
     "torch": lambda: _built_in("torch"),
     "torch-cuda": _torch_cuda,
     "jax": lambda: _built_in("jax"),
+    "mlx": _mlx,
     "cupy": lambda: _built_in("cupy"),
     "strict": _strict,
 }

@@ -41,6 +41,21 @@ def torch_variants() -> list[Backend]:
         return []
 
 
-SUBJECTS: list[Backend] = [*variants(NUMPY), READ_ONLY, *torch_variants()]
+def mlx_variants() -> list[Backend]:
+    try:
+        backend = load("mlx")
+    except BackendUnavailableError:
+        return []
+    import mlx.core as mx
+
+    def from_numpy(x):
+        # By itself MLX narrows float64, in which it computes on a CPU only.
+        is_wide = x.dtype == np.float64 and mx.default_device() == mx.cpu
+        return mx.array(x, dtype=mx.float64) if is_wide else mx.array(x)
+
+    return variants(Subject(**fields_of(backend) | {"from_numpy": from_numpy}))
+
+
+SUBJECTS: list[Backend] = [*variants(NUMPY), READ_ONLY, *torch_variants(), *mlx_variants()]
 if strict is not None:
     SUBJECTS += [strict.STRICT, strict.DEVICE1, strict.NO_FLOAT64, strict.STRICTEST]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -58,7 +58,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     record : EvictionRecord or None
         The last eviction, in a cache with ``record=True``.
     is_apart : bool
-        Whether the keys are not those of the text, but of a picture, say. Such a layer is left to itself.
+        Whether the keys are not those of the text, but of a picture, for example. Such a layer is left alone.
     """
 
     keys = OfSlots[torch.Tensor]()
@@ -102,8 +102,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.certain = 0
         self.due_at: int | None = None
 
-    # ---------------------------------------------------------------------------------------------------- new tokens
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for keys and values of these kinds."""
         self.slots = Slots.empty(key_states, value_states)
@@ -133,7 +131,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_new += new.count
 
     def note_padding(self, padding: torch.Tensor | None, num_new: int) -> None:
-        """Take note of which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
+        """Note which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
         if padding is None:
             return
         if padding.shape[1] not in (self.num_seen, num_new):
@@ -164,7 +162,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def after_attention(
         self, source: Source, query: torch.Tensor, scaling: float | None, sliding_window: int | None
     ) -> None:
-        """Take note of a finished attention, and of whether an eviction is due."""
+        """Note a finished attention, and of whether an eviction is due."""
         self.source, self.sliding_window = source, sliding_window
         # Where a model mixes sliding and full layers, the sliding ones are small already.
         self.evicts = not (source.is_mixed and sliding_window is not None)
@@ -195,7 +193,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.held = (held.padding_first() if self.has_holes else held).last(wanted)
 
     def note_places(self, module: torch.nn.Module, num_new: int) -> None:
-        """Take note of how the keys are rotated and where the new ones are, if they may have to be rotated."""
+        """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
         policy = self.settings.policy
         may_rotate = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
         if not (may_rotate and self.evicts):
@@ -211,10 +209,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if not self.evicts and self.sliding_window is not None and self.num_stored > self.sliding_window - 1:
             self.slots = self.slots.last(self.sliding_window - 1).clone()
 
-    # ------------------------------------------------------------------------------------------------------ schedule
-
     def schedule(self) -> None:
-        """Find out whether an eviction is due, and over how many of the tokens seen."""
+        """Compute whether an eviction is due, and over how many of the tokens seen."""
         every, is_first = self.settings.every, self.num_evictions == 0
         self.due_at = None
         if not self.evicts or self.settings.policy is None or not self.num_seen:
@@ -235,8 +231,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if newest.count:
             self._append(newest)
 
-    # ------------------------------------------------------------------------------------------------------ decision
-
     def evict(self, policy: Policy, *, backend: Backend | None = None) -> tuple[Eviction, ...]:
         """Shrink to what the policy keeps.
 
@@ -244,7 +238,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         ----------
         policy : Policy
         backend : Backend, optional
-            Who decides. Default: the cache's; torch if it has none.
+            What decides. Default: the cache's; torch if it has none.
 
         Returns
         -------
@@ -262,7 +256,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             raise ArgumentError("the cache must hold a prompt before it is evicted; a layer has seen nothing")
         if not self.evicts:
             return ()
-        decider = self._decider(policy, backend)
+        decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
         aimed_at = [each.budget for each, part in zip(decisions, decider.parts, strict=True) if not part.is_at_rest]
         budget = max(aimed_at, default=self.budget or 0)
@@ -277,40 +271,24 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
-            keys, valid = decider.in_order(decider.slots.keys), decider.slots.valid
-            valid = None if valid is None else decider.in_order(valid)
-            self.record = EvictionRecord(
-                decisions=decisions,
-                positions=decider.in_order(positions),
-                valid=valid,
-                redundancy_before=redundancy(keys, valid),
-                redundancy_after=self.redundancy,
-            )
+            self.record = EvictionRecord.of(decider, decisions, positions, self.redundancy)
         self.seconds += perf_counter() - started
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
-        """Ask the policy how much each row of this layer wants, see `Policy.preference`."""
-        return self._decider(policy, backend).wants(policy)
+        """Return how much of the common budget each row of this layer wants, see `Policy.wants`."""
+        return self.decider(policy, backend).wants(policy)
 
-    def running_state(
-        self, policy: Policy, state: Mapping[str, torch.Tensor] | None, *, backend: Backend | None = None
-    ) -> Mapping[str, torch.Tensor]:
-        """Compute the running sums of a policy over all that is stored, see `EvictingCache.running_states`."""
-        if not self.evicts:
-            return {}
-        decider = self._decider(policy, backend)
-        if decider.order is not None:
-            raise ArgumentError("running_states must have rows without padding between their tokens; a row has some")
-        # With a budget of everything nothing is chosen, so the sums are those of all tokens.
-        parts = [replace(part, budget=self.num_stored) for part in decider.parts]
-        slots = decider.slots if state is None else replace(decider.slots, state=state)
-        decider = replace(decider, parts=parts, slots=slots)
-        return decider.kept(decider.evict(policy))[1]
+    def decider(self, policy: Policy, backend: Backend | None) -> Decider:
+        """Return the layer as the policy sees it.
 
-    def _decider(self, policy: Policy, backend: Backend | None) -> Decider:
-        """Show the layer to a policy."""
-        self._check_heads(policy)
+        Raises
+        ------
+        ArgumentError
+            If the layer holds some of the heads only and the policy needs all.
+        """
+        if self.source is not None:
+            self.source.check_policy(policy, self.num_stored)
         slots = self._visible()
         budgets = None if self.row_budgets is None or policy != self.shared_by else self.row_budgets.tolist()
         may_rest = self.num_evictions and policy == self.settings.policy
@@ -347,22 +325,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return [self.num_seen] * self.slots.keys.shape[0]
         return [int(x) for x in (self.num_seen - self.num_hidden).tolist()]
 
-    def _check_heads(self, policy: Policy) -> None:
-        """Refuse a policy that would decide otherwise if all heads were in this process."""
-        needs, source = policy.needs(), self.source
-        if source is None or source.has_all_heads:
-            return
-        if needs.couples_heads or needs.preferences:
-            raise ArgumentError(
-                "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
-                f"got {policy}"
-            )
-        if not source.has_whole_groups and policy.num_queries(self.num_stored):
-            raise ArgumentError(
-                "policy must do without queries when tensor parallelism parts the query heads of a KV head; "
-                f"got {policy}"
-            )
-
     def _gather(self, kept: torch.Tensor, state: Mapping[str, torch.Tensor], *, is_ragged: bool) -> None:
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
         before = self.slots
@@ -387,12 +349,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
         settings = self.settings
         over = settings.policy is not None and settings.every is None
-        protected = policy.num_protected(budget)
-        if self.held is None or over or policy.needs().state or not 0 < protected <= budget:
+        protection = policy.protection(budget)
+        if self.held is None or over or policy.needs().state or not 0 < protection.count <= budget:
             return None
-        return self.held.last(protected)
-
-    # -------------------------------------------------------------------------------------------------------- a crop
+        return self.held.last(protection.newest) if protection.newest else None
 
     def crop(self, argument: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -454,10 +414,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return self.record_past or (self._is_whole and self.settings.policy is None)
 
     def activate_past_recording(self) -> None:
-        """Let evictions wait until `crop` has said which of the new tokens stay, as assisted decoding needs it."""
+        """Let evictions wait until `crop` has taken back what assisted decoding guessed wrong."""
         self.record_past = True
-
-    # ------------------------------------------------------------------------------------------------------- account
 
     def get_seq_length(self, *args: Any) -> int:
         """Return the number of tokens seen: what positions and `generate` count by."""
@@ -484,7 +442,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def index(self) -> int:
-        """Which layer this is."""
+        """Index of the layer."""
         return 0 if self.source is None else self.source.index
 
     @property
@@ -507,32 +465,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Bytes of stored keys and values."""
         return self.slots.nbytes
 
-    # --------------------------------------------------------------------------------------------------- other layers
-
     def copy(self) -> EvictingLayer:
         """Return a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
-
-    @classmethod
-    def stacked(cls, layers: Sequence[EvictingLayer]) -> EvictingLayer:
-        """Put the rows of layers below each other, see `EvictingCache.stacked`."""
-        result = layers[0].copy()
-        are_evicted = any(layer.slots.positions is not None for layer in layers)
-        result.slots = Slots.stack([
-            replace(layer.slots, state={}, positions=layer.true_positions if are_evicted else None)
-            for layer in layers
-        ])  # fmt: skip
-        if any(layer.num_hidden is not None for layer in layers):
-            hidden = [layer.slots.keys.new_zeros(layer.slots.keys.shape[0], dtype=torch.int64) for layer in layers]
-            known = [layer.num_hidden for layer in layers]
-            result.num_hidden = torch.cat([
-                zeros if each is None else each for zeros, each in zip(hidden, known, strict=True)
-            ])  # fmt: skip
-        result.has_holes = any(layer.has_holes for layer in layers)
-        result.held = result.row_budgets = result.shared_by = result.record = None
-        return result
 
     def reset(self) -> None:
         """Forget everything."""

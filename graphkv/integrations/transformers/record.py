@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ...core.eviction import Eviction
+from .decision import Decider
 
 __all__ = ["EvictionRecord", "redundancy"]
 
@@ -34,6 +35,25 @@ class EvictionRecord:
     valid: torch.Tensor | None
     redundancy_before: torch.Tensor
     redundancy_after: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        decider: Decider,
+        decisions: tuple[Eviction, ...],
+        positions: torch.Tensor,
+        redundancy_after: torch.Tensor,
+    ) -> EvictionRecord:
+        """Make the record of decisions; `positions` are those of the slots before, in their own order."""
+        keys, valid = decider.in_order(decider.slots.keys), decider.slots.valid
+        valid = None if valid is None else decider.in_order(valid)
+        return cls(
+            decisions=decisions,
+            positions=decider.in_order(positions),
+            valid=valid,
+            redundancy_before=redundancy(keys, valid),
+            redundancy_after=redundancy_after,
+        )
 
 
 def redundancy(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

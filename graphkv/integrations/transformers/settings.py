@@ -1,4 +1,4 @@
-"""What all layers of a cache have in common."""
+"""The settings that all layers of a cache share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all layers of a cache have in common, see `EvictingCache`."""
+    """The settings that all layers of a cache share, see `EvictingCache`."""
 
     policy: Policy | None
     every: int | None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.errors import ArgumentError
+from ...core.policy import Policy
+
 __all__ = ["FULL", "WINDOWED", "Source"]
 
 # Kinds of layers, in transformers' words, whose attention caches keys and values.
@@ -54,3 +57,18 @@ class Source:
     def is_mixed(self) -> bool:
         """Whether some layers of the model see everything and others a window."""
         return len({kind in FULL for kind in self.layer_kinds if kind in FULL + WINDOWED}) > 1
+
+    def check_policy(self, policy: Policy, num_tokens: int) -> None:
+        """Refuse a policy that would decide otherwise over this many tokens if all heads were in this process."""
+        if self.has_all_heads:
+            return
+        if policy.needs().couples_heads or policy.needs().wants:
+            raise ArgumentError(
+                "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
+                f"got {policy}"
+            )
+        if not self.has_whole_groups and policy.num_queries(num_tokens):
+            raise ArgumentError(
+                "policy must do without queries when tensor parallelism parts the query heads of a KV head; "
+                f"got {policy}"
+            )

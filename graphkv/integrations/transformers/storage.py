@@ -1,4 +1,4 @@
-"""Caches in files: a safetensors file, with what is no tensor as JSON in its header. Nothing in it is ever run."""
+"""Caches in safetensors files, with everything that is not a tensor as JSON in the header. Nothing is ever run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import NoneType, SimpleNamespace
+from types import NoneType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from ...core.backend import BUILT_IN, Backend, is_found_by_name
 from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from ...core.files import write_whole
 from ...core.policy import Policy
-from . import rotary, versions
+from . import fingerprint, rotary
 from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer
@@ -34,10 +34,10 @@ __all__ = ["load_cache", "save_cache"]
 
 # Raised with every change that an older graphkv would misread.
 VERSION = 1
-# Under this name the header stands in the metadata of the file.
+# The header's name in the metadata of the file.
 HEADER = "graphkv_cache"
 
-# What is saved of a cache. Tests fail when an attribute stands in none of these tables, or one is gone.
+# What is saved of a cache. Tests fail when an attribute is in none of these tables, or one is gone.
 CACHE: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
     "num_guessed": (int,),
@@ -72,7 +72,7 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"slots", "held", "num_hidden", "row_budgets", "shared_by", "source", "rotation"}
+OTHERS = {"slots", "held", "row_budgets", "shared_by", "source", "rotation"}
 # The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
 
@@ -90,19 +90,6 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 # With the kinds of all layers, which are written once for all.
 SOURCE: dict[str, tuple[type, ...]] = {"index": (int,), "has_all_heads": (bool,), "has_whole_groups": (bool,)}
-# What two models must have in common for one to go on with the other's cache; their weights are not compared.
-MODEL = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "layer_types",
-    "sliding_window",
-    "rope_parameters",
-)
 
 
 class Storable(Protocol):
@@ -136,7 +123,7 @@ def save_cache(cache: Storable, path: str | os.PathLike[str], /) -> None:
         "backend": _backend_name(settings),
         "values": {name: getattr(cache, name) for name in CACHE},
         "num_summed": cache.history.num_summed,
-        "model": _description(sources[0]) if sources else None,
+        "model": fingerprint.describe_model(sources[0]) if sources else None,
         "layers": [_layer_header(layer, settings) for layer in cache.layers],
     }
     # Copies: no memory in common, no gaps.
@@ -267,21 +254,6 @@ def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any
     }
 
 
-def _description(source: Source) -> dict[str, Any]:
-    """Describe the model that a layer's keys come from."""
-    if source.kind is None:
-        # Read from a file, without a model.
-        return dict(vars(source.config))
-    return _described(source.kind, source.config)
-
-
-def _described(kind: type, config: Any) -> dict[str, Any]:
-    found = {name: getattr(config, name, None) for name in MODEL}
-    found |= {"attention": kind.__name__, "layer_kinds": versions.layer_kinds(config)}
-    described: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return described
-
-
 def _backend_name(settings: Settings) -> str | None:
     backend = settings.backend
     if backend is None or (backend.name in BUILT_IN and is_found_by_name(backend)):
@@ -293,7 +265,7 @@ def _backend_name(settings: Settings) -> str | None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read a whole file, and check of the header what stands at the top."""
+    """Read a whole file, and check the top level of its header."""
     library = _safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
@@ -385,8 +357,8 @@ def _fill(
         )
     description = header["model"]
     if description is not None:
-        _check_description(description)
-    modules = {} if model is None or description is None else _attention_of(model, description)
+        fingerprint.check_description(description)
+    modules = {} if model is None or description is None else fingerprint.attention_of(model, description)
     values = _fields(header["values"], CACHE, "values")
     if values["is_waiting"]:
         cache.activate_past_recording()
@@ -398,16 +370,18 @@ def _fill(
         kinds: dict[str, tuple[type, ...]] = {"kind": (str,), "attention": (dict, NoneType), "linear": (dict, NoneType)}
         given = _fields(each, kinds, name)
         module = modules.get(number) or next(iter(modules.values()), None)
-        where = device or _device_of(module)
+        where = device or fingerprint.device_of(module)
         layer = _new_layer(given, name, cache.settings)
         if given["linear"] is not None:
             _fill_linear(layer, given["linear"], name, own, batch, where)
         if given["attention"] is not None:
             _fill_attention(layer, given["attention"], name, own, batch, where)
             source = given["attention"]["source"]
-            layer.source = _source(source, number, description, module)
+            if source is not None:
+                source = _fields(source, SOURCE, f"{name}.source")
+                layer.source = fingerprint.make_source(source, number, description, module)
             if number in modules and layer.source is not None and layer.source.has_all_heads:
-                _check_heads(layer, name, modules[number])
+                fingerprint.check_heads(layer, name, modules[number])
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         cache.layers.append(layer)
     for key, value in values.items():
@@ -597,70 +571,3 @@ def _check_positions(found: Mapping[str, torch.Tensor], layer: EvictingLayer, na
     is_right = bool((positions < seen).all() and (ascend | ~used[..., :-1]).all())
     if not is_right or ("valid" not in found and not bool(used.all())):
         raise ArgumentError(f"its {name}.positions must ascend below num_seen={seen}; they do not")
-
-
-def _check_description(description: Mapping[str, Any]) -> None:
-    kinds = description.get("layer_kinds")
-    is_right = type(description.get("num_hidden_layers")) is int and isinstance(kinds, list)
-    if set(description) != {"attention", "layer_kinds", *MODEL} or not is_right:
-        raise ArgumentError(f"its model must be described by attention, {', '.join(MODEL)}; got {sorted(description)}")
-
-
-def _source(
-    given: Any, number: int, description: Mapping[str, Any] | None, module: torch.nn.Module | None
-) -> Source | None:
-    """Restore where the keys come from; without a model, what is known of it without running anything."""
-    if given is None:
-        return None
-    if description is None:
-        raise ArgumentError(f"its model must be described, because layers.{number} has a source; got None")
-    options = _fields(given, SOURCE, f"layers.{number}.source")
-    if options["index"] != number:
-        raise ArgumentError(f"its layers.{number} must have itself as index; got {options['index']}")
-    options["layer_kinds"] = tuple(map(str, description["layer_kinds"]))
-    if module is None:
-        return Source(kind=None, config=SimpleNamespace(**description), **options)
-    return Source(kind=type(module), config=module.config, **options)
-
-
-def _attention_of(model: torch.nn.Module, description: Mapping[str, Any]) -> dict[int, torch.nn.Module]:
-    """Find the attention of every layer in a model, or say in what it is another model than that of the cache."""
-    candidates = [
-        each
-        for each in model.modules()
-        if type(each).__name__ == description["attention"] and hasattr(each, "config") and hasattr(each, "layer_idx")
-    ]
-    if not candidates:
-        raise ArgumentError(
-            f"model must be the one that the cache was filled by, with layers of {description['attention']}; "
-            f"{type(model).__name__} has none"
-        )
-    found: dict[int, torch.nn.Module] = {}
-    for module in candidates:
-        described = _described(type(module), module.config)
-        if described == description:
-            found.setdefault(int(module.layer_idx), module)  # type: ignore[arg-type]
-    if not found:
-        different = {
-            key: (description[key], described[key]) for key in description if description[key] != described[key]
-        }
-        words = ", ".join(f"{key}={mine!r} and not {its!r}" for key, (mine, its) in different.items())
-        raise ArgumentError(f"model must be the one that the cache was filled by, with {words}")
-    return found
-
-
-def _check_heads(layer: EvictingLayer, name: str, module: torch.nn.Module) -> None:
-    """Compare what is stored with what the model will append, where it says so by the width of its projections."""
-    for key, projection in (("keys", "k_proj"), ("values", "v_proj")):
-        width, tensor = getattr(getattr(module, projection, None), "out_features", None), getattr(layer, key)
-        if layer.is_initialized and width is not None and width != tensor.shape[1] * tensor.shape[-1]:
-            raise ArgumentError(
-                f"its {name}.{key} must have {width} numbers per token, as the model's {projection}; "
-                f"got {tensor.shape[1]} heads of {tensor.shape[-1]}"
-            )
-
-
-def _device_of(module: torch.nn.Module | None) -> torch.device | str:
-    """Return where a layer's keys will be; the host where that cannot be seen."""
-    parameter = None if module is None else next(module.parameters(), None)
-    return "cpu" if parameter is None or parameter.device.type == "meta" else parameter.device
