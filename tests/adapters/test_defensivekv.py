@@ -58,7 +58,9 @@ def test_importance_equals_loops(backend, window, kernel_size, pads):
     for row in range(2):
         expected = by_loops(KEYS[row].tolist(), QUERIES[row].tolist(), valid[row].tolist(), window, kernel_size)
         real = valid[row, : 21 - window]
-        np.testing.assert_allclose(importance[row, :, : 21 - window][:, real], np.asarray(expected)[:, real], rtol=1e-12)
+        np.testing.assert_allclose(
+            importance[row, :, : 21 - window][:, real], np.asarray(expected)[:, real], rtol=1e-12
+        )
 
 
 @each_library
@@ -101,7 +103,9 @@ def test_tokens_below_the_mean_tie_and_the_first_of_them_stay(backend):
     rows = make(backend, rows_of([[0.125, 0.0625, 0.5, 0.0, 0.1875, 0.125]]), np.float64)
     keys = make(backend, np.ones((1, 1, 7, 2)))
 
-    done = [evict(DefensiveKV(budget=b, window=1, kernel_size=1), keys, attention=rows, backend=backend) for b in (3, 5)]
+    done = [
+        evict(DefensiveKV(budget=b, window=1, kernel_size=1), keys, attention=rows, backend=backend) for b in (3, 5)
+    ]
 
     # Risks .125 .0625 .5 0 .1875 .125 have the mean 1/6.
     importance = backend.to_numpy(done[0].importance)[0, 0, :6]
