@@ -828,9 +828,7 @@ def test_eviction_by_pagerank_agrees_with_the_oracle(backend: Backend, data: Any
     """Only what may still be chosen takes part; there is no graph, and the kept tokens are the best within the cut."""
     layer = _replaced(layer, budget=data.draw(st.integers(1, layer.num_tokens - 1)))
 
-    keys, found = _evicted(
-        backend, layer, data.draw(st.integers(0, layer.num_tokens)), PageRank(damping=damping, rounds=3)
-    )
+    keys, found = _evicted(backend, layer, _num_protected(data, layer), PageRank(damping=damping, rounds=3))
 
     scores = np.zeros(layer.importance.shape)
     for row in np.ndindex(*layer.leading):
@@ -1091,7 +1089,7 @@ def test_eviction_agrees_with_the_oracle(
     """GraphKV over a given importance: counts from the open tokens, candidates only, sources fixed or chosen anew."""
     # Few sources, so that three bits a factor stay exact; duplicates are clipped, which a tolerance must cover.
     rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 2))
-    num_protected = data.draw(st.integers(0, layer.num_tokens))
+    num_protected = _num_protected(data, layer)
     recompute = data.draw(st.booleans()) if accumulation == "product" else False
     options: dict[str, Any] = {
         "source_ratio": source_ratio,
@@ -1150,7 +1148,7 @@ def test_eviction_by_degree_agrees_with_the_oracle(
     if fusion == "power":
         options["exponent"] = exponent
 
-    keys, found = _evicted(backend, layer, data.draw(st.integers(0, num_tokens)), Degree(**options))
+    keys, found = _evicted(backend, layer, _num_protected(data, layer), Degree(**options))
 
     wanted = np.zeros((*layer.leading, layer.budget), dtype=np.int64)
     scores = np.zeros(layer.importance.shape)
@@ -1423,6 +1421,11 @@ def _three_steps(
     keys, graph = _graph(backend, layer, keys_dtype, dtype)
     scores = _scores(backend, layer, graph, dtype, signal)
     return keys, graph, scores, _selected(backend, layer, scores)
+
+
+def _num_protected(data: Any, layer: Layer) -> int:
+    """Draw how many tokens a policy says are protected: none where it protects none."""
+    return 0 if layer.protected is None else data.draw(st.integers(0, layer.num_tokens))
 
 
 def _evicted(backend: Backend, layer: Layer, num_protected: int, signal: Signal) -> tuple[Array, Eviction]:
