@@ -280,7 +280,7 @@ STEP_TABLE = {
     ),
     "missing unrotated keys": value(
         lambda c: c.evict(GraphKV(StreamingLLM(budget=3), unrotated=True), c.array(1, 2, 6, 3)),
-        "unrotated_keys must be given for GraphKV(Random); got None",
+        "unrotated_keys must be given for GraphKV(StreamingLLM); got None",
     ),
     "layer out of range": value(lambda c: c.evict(layer=2, num_layers=2), "layer must be below num_layers=2; got 2"),
     "no layers": value(lambda c: c.evict(num_layers=0), "num_layers must be at least 1; got 0"),
