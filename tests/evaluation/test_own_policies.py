@@ -191,4 +191,4 @@ def test_a_module_in_the_current_folder_is_found(mine, tmp_path):
         [sys.executable, "-c", code], cwd=mine.parent, capture_output=True, text=True, check=True, env=os.environ
     )
 
-    assert done.stdout.strip() == "KNorm(budget=9)"
+    assert done.stdout.strip() == "KNorm(budget=9, num_sinks=0)"
