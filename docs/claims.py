@@ -1,4 +1,4 @@
-"""What the prose of results/index.md says in numbers: sentences made from the records, which must stand on the page."""
+"""The claims of results/index.md in numbers: sentences made from the records, which must be on the page."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _tuning(tuning: Mapping[str, Sequence[Record]]) -> Iterable[str]:
 
 
 def signed(text: str) -> str:
-    """Give numbers true minus signs."""
+    """Replace hyphens before numbers by minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 

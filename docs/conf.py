@@ -96,7 +96,7 @@ class _Link(SphinxRole):
     """A name in code type, with a link if there is something to link to."""
 
     def target(self) -> tuple[str, str] | None:
-        """Give the kind and the full name of what to link to."""
+        """Return the kind and the full name of what to link to."""
         raise NotImplementedError
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:

@@ -18,7 +18,7 @@ RUN, SHOWN = "python", {"shell", "text", "toml"}
 
 
 def blocks(page):
-    """Give (line, language, body) of each fenced block."""
+    """Return (line, language, body) of each fenced block."""
     text = page.read_text(encoding="utf-8")
     for found in FENCE.finditer(text):
         yield text.count("\n", 0, found.start()) + 2, found["language"].strip(), found["body"]

@@ -1,7 +1,4 @@
-"""The language of the code: docstrings that open with a verb of the trade, and one spelling.
-
-Room by room: what is not in `ROOMS` yet has not been read through for it.
-"""
+"""The language of the code: docstrings that open with a verb of the trade, and one spelling."""
 
 import ast
 import io
@@ -11,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import graphkv
-
-PACKAGE = Path(graphkv.__file__).parent
-ROOMS = ("adapters", "backends", "core", "testing")
-FILES = [path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))]
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+ROOT = Path(__file__).parents[1]
+FILES = [
+    path
+    for folder in ("graphkv", "tests", "docs", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "_build" not in path.parts and path != Path(__file__)
+]
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
 # A function returns, computes, selects or checks; it does not give, say or tell.
 OPENINGS = re.compile(r"(Give|Say|Tell)s?\b")

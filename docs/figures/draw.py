@@ -24,7 +24,7 @@ TO_7 = [0.05, 0.03, 0.70, 0.0, 0.23, 0.60, 1.0]
 
 
 def keys() -> np.ndarray:
-    """Give keys of length one with the similarities of the paper's figure: (to token 4, to token 7, the rest)."""
+    """Return keys of length one with the similarities of the paper's figure: (to token 4, to token 7, the rest)."""
     return np.asarray([[a, b, sqrt(max(0.0, 1 - a * a - b * b))] for a, b in zip(TO_4, TO_7, strict=True)])
 
 
@@ -45,7 +45,7 @@ def words(x: float, y: float, text: str, **style: str) -> str:
 
 
 def middle(token: int) -> float:
-    """Give the x of a token."""
+    """Return the x of a token."""
     return LEFT + STEP * token
 
 
