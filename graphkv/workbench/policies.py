@@ -69,7 +69,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     Raises
     ------
     ArgumentError
-        If the name or an option is unknown, a preset is none, or what a module holds is no policy.
+        If the name or an option is unknown, a preset is not valid, or a module has no such policy.
 
     Examples
     --------
