@@ -436,10 +436,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """The last queries that a coming eviction needs."""
         return None if self.held is None else self.held.queries
 
-    @queries.setter
-    def queries(self, queries: torch.Tensor | None) -> None:
-        self.held = None if queries is None else Queries(queries=queries)
-
     @property
     def index(self) -> int:
         """Index of the layer."""
