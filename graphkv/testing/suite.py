@@ -40,10 +40,11 @@ from .strategies import Edges, Layer
 
 # A library may compile at its first call.
 unhurried = settings(deadline=None)
+EXAMPLES = settings.default.max_examples if settings.default else 5
 # Every example is a loop over all dtypes.
-several = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 5) if settings.default else 5)
+several = settings(deadline=None, max_examples=max(min(5, EXAMPLES), EXAMPLES // 5))
 # Loops over 10^4 tokens take their time; under the default profile that is still some examples.
-large = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 20) if settings.default else 5)
+large = settings(deadline=None, max_examples=max(min(5, EXAMPLES), EXAMPLES // 20))
 
 FLOATS = ("float32", "float64")
 ALL_DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8")
