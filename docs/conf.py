@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import reading
 import reports
 
 import graphkv
@@ -32,7 +34,8 @@ copyright = author
 version = release = graphkv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
-exclude_patterns = ["_build", "generated"]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 nitpicky = True
 # Pages of Python and of NumPy are not fetched, so that a build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
@@ -46,7 +49,24 @@ myst_dmath_double_inline = True
 autodoc_mock_imports = ["kvpress"]
 autodoc_typehints = "none"  # dtypes and shapes stand in the docstrings
 autodoc_member_order = "bysource"
-autosummary_generate = False  # the tables on api.md point into that page
+# The tables of api.md make a page per object in docs/api. Here are the members that it shows, where there are any.
+autosummary_generate_overwrite = True
+OFFICIAL = ("AdaKV", "ExpectedAttention", "H2O", "KNorm", "PyramidKV", "RoCo", "SAGEKV", "SnapKV", "TOVA")
+INTEGRATION = "graphkv.integrations"
+autosummary_context = {
+    "members_of": {
+        **{f"graphkv.{name}": "official" for name in OFFICIAL},
+        "graphkv.CAKE": "official, preference, layer_budgets",
+        **{f"graphkv.{name}": " " for name in ("Eviction", "Graph", "Policy", "Signal")},
+        **{f"graphkv.core.{name}": " " for name in ("Assessment", "LayerInputs", "Requirements")},
+        f"{INTEGRATION}.transformers.EvictingCache": (
+            "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes"
+        ),
+        f"{INTEGRATION}.transformers.EvictingLayer": "evict, true_positions, num_stored, nbytes",
+        f"{INTEGRATION}.kvpress.GraphKVPress": "score, compress",
+        f"{INTEGRATION}.kvpress.PolicyPress": "compression_ratio, compress",
+    }
+}
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 # In the types of parameters, our own classes are links and all other words are words.
@@ -62,6 +82,16 @@ html_title = f"graphkv {release}"
 html_static_path = ["_static"]
 html_css_files = ["graphkv.css"]
 html_math_renderer = "mathml"
+# Links to a page's source, once pyproject.toml has the address of a repository.
+(REPOSITORY,) = re.findall(
+    r'^repository = "(.*)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+)
+if "example.org" not in REPOSITORY:
+    html_theme_options = {
+        "source_repository": f"{REPOSITORY}/",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 
 HAS_KIT = importlib.util.find_spec("graphkv.testing") is not None and (
     importlib.util.find_spec("graphkv.testing.suite") is not None
@@ -84,8 +114,11 @@ def _inline_math(translator: Any, node: nodes.math) -> None:
 
 
 def _display_math(translator: Any, node: nodes.math_block) -> None:
-    """Write a displayed equation, in a box that scrolls on a narrow screen."""
-    translator.body.append(f'<div class="math" tabindex="0">{_mathml(node, block=True)}</div>\n')
+    """Write a displayed equation."""
+    # A guess at its width in its own type, by which it shrinks where the screen is narrower.
+    drawn = _mathml(node, block=True)
+    width = 0.85 * len("".join(re.sub(r"<[^>]*>", "", drawn).split()))
+    translator.body.append(f'<div class="math" tabindex="0" style="--width: {width:.0f}">{drawn}</div>\n')
     raise nodes.SkipNode
 
 
@@ -160,3 +193,4 @@ def setup(app: Sphinx) -> None:
     app.add_role("property", PropertyRole())
     app.add_role("tested", TestedRole())
     app.add_directive("properties", PropertiesDirective)
+    reading.setup(app)
