@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from graphkv.evaluation.records import Record
-from graphkv.evaluation.statistics import Cell, Comparison, compare, summarise
+from graphkv.evaluation.statistics import Cell, Comparison, compare, summarize
+from graphkv.workbench.names import base_name
 
 __all__ = ["claims", "missing"]
 
@@ -134,7 +135,7 @@ def _more_bases(records: Sequence[Record]) -> Iterable[str]:
 
 
 def _sinks(records: Sequence[Record]) -> Iterable[str]:
-    cells = summarise(records, "nll")
+    cells = summarize(records, "nll")
     loss = {
         ((cell.task, cell.mode), policy): found.mean - cells[cell._replace(sinks=4)][policy].mean
         for cell, policies in cells.items()
@@ -184,7 +185,7 @@ def _of(found: Iterable[Comparison], *parts: tuple[str, str]) -> list[Comparison
 
 
 def _over(found: Iterable[Comparison], *bases: str) -> list[Comparison]:
-    return [one for one in found if one.policy.partition("+")[0] in bases]
+    return [one for one in found if base_name(one.policy) in bases]
 
 
 def _only(found: Sequence[Comparison]) -> Comparison:

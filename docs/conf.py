@@ -24,6 +24,7 @@ import reading
 import reports
 
 import graphkv
+from graphkv.adapters.catalog import ENTRIES
 
 # numpydoc links words such as "int" to pages that are not part of this build.
 xref.DEFAULT_LINKS.clear()
@@ -34,7 +35,7 @@ copyright = author
 version = release = graphkv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "*.inc.md"]
 templates_path = ["_templates"]
 nitpicky = True
 # Pages of Python and of NumPy are not fetched, so that a build needs no network.
@@ -49,16 +50,23 @@ myst_dmath_double_inline = True
 autodoc_mock_imports = ["kvpress"]
 autodoc_typehints = "none"  # dtypes and shapes stand in the docstrings
 autodoc_member_order = "bysource"
-# The tables of api.md make a page per object in docs/api. Here are the members that it shows, where there are any.
+# The tables of api.md make a page per object in docs/api; that of the policies is made from the catalog.
+POLICIES = Path(__file__).parent / "api-policies.inc.md"
+POLICIES.write_text(
+    "```{eval-rst}\n.. currentmodule:: graphkv\n\n.. autosummary::\n   :nosignatures:\n   :toctree: api\n\n"
+    + "".join(f"   {entry.policy.__name__}\n" for entry in ENTRIES)
+    + "```\n",
+    encoding="utf-8",
+)
+autosummary_generate = ["api.md", POLICIES.name]
 autosummary_generate_overwrite = True
-OFFICIAL = ("AdaKV", "ExpectedAttention", "H2O", "KNorm", "PyramidKV", "RoCo", "SAGEKV", "SnapKV", "TOVA")
+# The members that a page shows, where there are any: of a policy, what it has beside the stages and its options.
+OWN = {"official", "share_out", "wants"}
 INTEGRATION = "graphkv.integrations"
 autosummary_context = {
     "members_of": {
-        **{f"graphkv.{name}": "official" for name in OFFICIAL},
-        "graphkv.CAKE": "official, preference, layer_budgets",
-        **{f"graphkv.{name}": " " for name in ("Eviction", "Graph", "Policy", "Signal")},
-        **{f"graphkv.core.{name}": " " for name in ("Assessment", "LayerInputs", "Requirements")},
+        **{f"graphkv.{entry.policy.__name__}": ", ".join(sorted(OWN & vars(entry.policy).keys())) for entry in ENTRIES},
+        **{f"graphkv.{name}": " " for name in ("Cost", "Eviction", "Graph", "Layer", "Policy", "Protection", "Signal")},
         f"{INTEGRATION}.transformers.EvictingCache": (
             "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes"
         ),
@@ -74,7 +82,6 @@ numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
-    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs", "LayerShape", "Requirements")},
 }
 
 html_theme = "furo"
@@ -150,7 +157,7 @@ class NameRole(_Link):
         """Link to what api.md documents."""
         if self.text in graphkv.__all__:
             return "obj", f"graphkv.{self.text}"
-        return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
+        return ("obj", self.text) if self.text.startswith("graphkv.core.") else None
 
 
 class TestedRole(SphinxRole):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 from graphkv.testing import describe, label
-from tests.subjects import SUBJECTS, strict
+from tests.support.subjects import SUBJECTS, strict
 
 settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None, print_blob=True)

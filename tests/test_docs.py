@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # Not the reports, which are made from records and have no code.
-PAGES = sorted(page for folder in (".", "gallery", "guide") for page in (DOCS / folder).glob("*.md"))
+PAGES = sorted(page for folder in (".", "gallery", "guide") for page in (DOCS / folder).glob("*.md") if ".inc" not in page.name)
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FENCE = re.compile(
     r"^(?P<fence>`{3,}|:{3,})(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL

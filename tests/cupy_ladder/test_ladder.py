@@ -53,7 +53,7 @@ def rung_2(tmp_path_factory):
         tmp_path_factory.mktemp("rung_2"),
         "tests/backends/test_exactness.py",
         "tests/backends/test_agreement.py",
-        "tests/backends/test_papers.py",
+        "tests/adapters/test_on_every_library.py",
         "tests/cupy_ladder/on_standin/test_no_waiting.py",
         "-k",
         "(cupy or test_no_waiting) and not planted",

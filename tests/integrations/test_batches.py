@@ -15,7 +15,7 @@ from tests.integrations.tiny import tiny_llama
 SNAPKV = SnapKV(budget=12, window=4, kernel_size=3)
 POLICIES = {
     "snapkv": SNAPKV,
-    "snapkv+graphkv": GraphKV(SNAPKV, signal="decay", neighbors=2),
+    "snapkv+graphkv": GraphKV(SNAPKV),
     "a share": SnapKV(budget=0.3, window=4, kernel_size=3),
     "pyramidkv": PyramidKV(budget=12, window=4, kernel_size=3, beta=4),
     "cake": CAKE(budget=12, window=4, kernel_size=3),
@@ -166,3 +166,18 @@ def test_a_batch_with_holes_that_fits_keeps_its_tokens(model):
         cache = EvictingCache(SnapKV(budget=50, window=4))
         model(ids, attention_mask=shown, **with_cache(model, cache))
     assert [layer.valid[:, 0].sum(dim=-1).tolist() for layer in cache.layers] == [[40, 30]] * 2
+
+
+def test_the_budget_is_that_of_the_rows_that_were_decided(model):
+    """A row without new tokens keeps all that it has, which in one head may be more than the budget."""
+    ids = torch.randint(1, 97, (2, 42), generator=torch.Generator().manual_seed(7))
+    shown = torch.ones(2, 42).long()
+    shown[1, 30:] = shown[0, 38:] = 0
+    positions = (shown.cumsum(1) - 1).clamp(min=0)
+    with observing(model), torch.inference_mode():
+        cache = EvictingCache(AdaKV(SNAPKV), every=4)
+        for number, (start, end) in enumerate([(0, 30), (30, 38), (38, 42)], start=1):
+            options = {"attention_mask": shown[:, :end], "position_ids": positions[:, start:end]}
+            model(ids[:, start:end], **options, **with_cache(model, cache))
+            assert max(int((layer.positions[1] >= 0).sum(dim=-1).max()) for layer in cache.layers) > 12
+            assert [(layer.budget, layer.num_evictions) for layer in cache.layers] == [(12, number)] * 2

@@ -39,8 +39,11 @@ from graphkv import (
 )
 from graphkv.backends.numpy import SPARSE
 from graphkv.integrations.transformers import EvictingCache, EvictingLayer, observing, storage
-from graphkv.integrations.transformers.layer import Settings, Source
+from graphkv.integrations.transformers.queries import Queries
 from graphkv.integrations.transformers.rotary import Rotation
+from graphkv.integrations.transformers.settings import Settings
+from graphkv.integrations.transformers.slots import Slots
+from graphkv.integrations.transformers.source import Source
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.tiny import FAMILIES, SIZES, tiny, tiny_gemma3, tiny_llama
 
@@ -389,12 +392,14 @@ def test_the_warning_of_growth_is_not_given_again(ids, tmp_path):
 @each_case
 def test_every_attribute_of_a_layer_is_saved_or_listed_as_not_saved(case, ids):
     _, cache = in_the_middle(case, ids)
-    tables = [set(storage.TENSORS), set(storage.VALUES), storage.OTHERS, storage.NOT_SAVED]
+    inside = {each.name for kind in (Slots, Queries) for each in dataclasses.fields(kind)}
+    tables = [set(storage.TENSORS) - inside, set(storage.VALUES), storage.OTHERS, storage.NOT_SAVED]
     linear = [set(storage.LINEAR), set(storage.LINEAR_TENSORS), storage.LINEAR_OTHERS, storage.LINEAR_NOT_SAVED]
     expected = {"EvictingLayer": set.union(*tables), "LinearAttentionLayer": set.union(*linear)}
     expected["HybridEvictingLayer"] = set.union(*tables, *linear)
     expected["DummyLayer"] = {"is_initialized", "keys", "values", "dtype"}  # nothing is in there
 
+    assert inside <= {*storage.TENSORS, "state"}
     assert sum(map(len, tables)) == len(set.union(*tables))
     assert sum(map(len, linear)) == len(set.union(*linear))
     assert set(expected) == set(storage.LAYERS)
@@ -427,13 +432,16 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         layer.budget, layer.num_evictions, layer.num_dropped, layer.bytes_freed, layer.seconds = 21, 22, 23, 24, 2.5
         layer.num_new, layer.sliding_window, layer.evicts, layer.due_at, layer.record_past = 26, 27, False, 28, True
         layer.certain, layer.has_holes = 29, True
-        layer.asked = torch.arange(layer.queries.shape[2]).repeat(2, 1)
+        layer.held = dataclasses.replace(layer.held, asked=torch.arange(layer.held.count).repeat(2, 1))
         layer.num_hidden = torch.tensor([0, 3])
-        layer.places = torch.arange(100, 100 + stored).expand(*rows, stored)[..., None]
+        layer.slots = dataclasses.replace(
+            layer.slots,
+            places=torch.arange(100, 100 + stored).expand(*rows, stored)[..., None],
+            state={"a.b": torch.rand(*rows, stored - 1, 3), "c": torch.rand(*rows, stored)},
+        )
         layer.rotation = Rotation(
             first=(0, 5), second=(3, 2), columns=(1, 0), frequencies=((0.5, 0.25),), scaling=2.0, refusal="as it is"
         )
-        layer.state = {"a.b": torch.rand(*rows, stored - 1, 3), "c": torch.rand(*rows, stored)}
         layer.source = dataclasses.replace(layer.source, has_all_heads=False, has_whole_groups=False)
     made = by_file(cache, tmp_path / "cache", model=model)
 
@@ -443,18 +451,28 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
     assert [each.tolist() for each in made.history.recent] == [each.tolist() for each in cache.history.recent]
     for layer, copied in zip(cache.layers, made.layers, strict=True):
         assert copied.queries is not None
+        assert_same_tensors(copied.slots, layer.slots)
+        assert_same_tensors(copied.held, layer.held)
         for name, value in vars(layer).items():
-            if name in {"settings", "record"}:
+            if name in {"settings", "record", "slots", "held"}:
                 continue
             found = getattr(copied, name)
-            if name == "state":
-                assert found.keys() == value.keys()
-                assert all(torch.equal(found[each], value[each]) for each in value)
-            elif isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor):
                 assert torch.equal(found, value), name
             else:
                 assert found == value, name
                 assert type(found) is type(value), name
+
+
+def assert_same_tensors(one, other):
+    """In every field, and all of them are there."""
+    for name, value in vars(other).items():
+        found = getattr(one, name)
+        if name == "state":
+            assert found.keys() == value.keys()
+            assert all(torch.equal(found[each], value[each]) for each in value)
+        else:
+            assert torch.equal(found, value), name
 
 
 def header_of(path):
@@ -555,8 +573,8 @@ class Oldest(Policy):
 
     step: int = 1
 
-    def score(self, inputs):
-        return -inputs.xp.cumulative_sum(inputs.xp.ones_like(inputs.keys[..., 0]), axis=-1)
+    def score(self, layer, memory):
+        return -layer.xp.cumulative_sum(layer.xp.ones_like(layer.keys[..., 0]), axis=-1)
 
 
 class Jealous(CAKE):
@@ -774,6 +792,11 @@ TAMPERED = {
     "fewer positions": (tensor("layers.0.positions", lambda x: x[..., 1:]), r"positions must have shape \(2, 2, 20"),
     "keys of three axes": (tensor("layers.0.keys", lambda x: x[0]), "layers.0.keys must have shape"),
     "whole keys": (tensor("layers.0.keys", lambda x: x.long()), "keys must be of dtype float; got torch.int64"),
+    "positions of no queries": (
+        lambda header, tensors: (tensors.update(x=torch.zeros(2, 3).long()), tensors.pop("layers.0.queries"))
+        and renamed("x", "layers.0.asked")(header, tensors),
+        "must have queries with its asked",
+    ),
     "query heads that do not fit": (tensor("layers.0.queries", lambda x: x[:, 1:]), "query heads for each of 2 KV"),
     "positions that are floats": (tensor("layers.0.positions", lambda x: x.float()), "must be of dtype torch.int64"),
     "positions in disorder": (tensor("layers.0.positions", lambda x: x.flip(-1)), "layers.0.positions must ascend"),
@@ -787,10 +810,10 @@ TAMPERED = {
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_file_is_refused_by_what_is_wrong(name, ids, tmp_path):
     _, cache = in_the_middle("once", ids)
-    cache.layers[0].valid, cache.history.recent = None, [ids[:, : cache.num_seen]]
-    cache.history.num_summed, cache.history.sums = 0, None
+    cache.layers[0].slots = dataclasses.replace(cache.layers[0].slots, valid=None)
+    cache.history.num_summed, cache.history.sums, cache.history.recent = 0, None, [ids[:, : cache.num_seen]]
     for layer in cache.layers:
-        layer.queries = torch.ones(2, 6, 3, 8)
+        layer.held = Queries(queries=torch.ones(2, 6, 3, 8))
     path, (change, words) = tmp_path / "cache", TAMPERED[name]
     cache.save(path)
     tampered(path, change)

@@ -57,7 +57,7 @@ def is_refused(name):
     model, policy, _ = QUESTIONS[name]
     needs = policy.needs()
     if model == "llama":
-        return needs.couples_heads or needs.preferences
+        return needs.couples_heads or needs.wants
     return model == "multi-query" and needs.queries != "none"
 
 

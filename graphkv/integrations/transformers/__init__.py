@@ -1,8 +1,8 @@
-"""Hugging Face transformers: a cache that stays true after eviction, and context managers that put it to work.
+"""Hugging Face transformers: a cache that stays true after eviction, and context managers that use it.
 
 Three facts carry the package:
 
-* A layer keeps how many tokens it has *seen* apart from how many it *stores*, and where the stored ones stood. So
+* A layer keeps how many tokens it has *seen* apart from how many it *stores*, and the true positions of those. So
   rotary positions, masks and the next `generate` call stay right after the cache has shrunk.
 * transformers lets one register an attention function. Ours calls the model's own, then hands queries to the cache
   layer whose keys they met: no model class is patched and no projection computed twice.
@@ -13,8 +13,9 @@ All state lives in the cache, so requests that share a model never touch each ot
 """
 
 from .cache import EvictingCache
-from .layer import EvictingLayer, EvictionRecord
+from .layer import EvictingLayer
 from .models import evicting, observing
+from .record import EvictionRecord
 from .report import Fate, LayerStats, Suppressions, fates, scored
 
 __all__ = [

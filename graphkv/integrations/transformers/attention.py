@@ -17,10 +17,10 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ...core.errors import ArgumentError
 from . import versions
-from .cache import not_compiled, refuse_hidden_keys
-from .handout import Handout, handed_out
-from .layer import Source
+from .cache import not_compiled
+from .handout import Handout, handed_out, refuse_hidden_keys
 from .masks import Mask, columns, layer_mask, mask_maker, new_tokens_shown
+from .source import Source
 
 __all__ = ["IMPLEMENTATIONS", "PREFIX", "WITHOUT_CACHE"]
 
@@ -29,7 +29,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 
 ATTENTION: Any = AttentionInterface()
 
-# Who wants to know of attention without an EvictingCache, by the identity of its configuration.
+# Callbacks for attention without an EvictingCache, by the identity of its configuration.
 WITHOUT_CACHE: dict[int, Callable[[torch.nn.Module], None]] = {}
 
 
@@ -88,7 +88,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
         ) -> Any:
             if handout.is_open:
                 shown = new_tokens_shown(mask, query.shape[2])
-                handout.admit(mask.padding if isinstance(mask, Mask) else shown)
+                handout.note_padding(mask.padding if isinstance(mask, Mask) else shown)
             mask = layer_mask(mask, handout, query, is_causal=is_causal, as_numbers=implementation == "eager")
             biases = {
                 name: each if handout.is_whole else columns(each, handout, query) for name, each in biases.items()
@@ -96,7 +96,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
             result = attend_as_before(query, key, value, mask, **biases)
             if handout.is_open:
                 source = _source_of(module, handout, query, key)
-                handout.observe(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
+                handout.after_attention(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
             return result
 
         num_guessed = handout.num_guessed
@@ -125,7 +125,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
 
 
 def _is_self_attention(handout: Handout, module: Any, query: torch.Tensor) -> bool:
-    """Whether queries and newest keys are the same tokens; keys of a picture, say, are left to themselves."""
+    """Return whether queries and newest keys are the same tokens; keys of a picture, for example, are left alone."""
     if handout.is_open:
         if query.shape[2] != handout.num_new or "cross" in type(module).__name__.lower():
             handout.set_apart()
@@ -165,7 +165,7 @@ def _source_of(module: Any, handout: Handout, query: torch.Tensor, key: torch.Te
         config=config,
         index=handout.index,
         layer_kinds=versions.layer_kinds(config),
-        # Plans that gather the projections leave all heads everywhere, so the number of processes says nothing.
+        # Plans that gather the projections leave all heads everywhere, so the number of processes does not matter.
         has_all_heads=not is_distributed or query_heads == config.num_attention_heads,
         has_whole_groups=query_heads == key.shape[1] * getattr(module, "num_key_value_groups", 1),
     )

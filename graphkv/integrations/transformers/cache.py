@@ -1,11 +1,10 @@
-"""A transformers cache whose layers can be evicted and stay true."""
+"""A transformers cache whose layers can be evicted, with positions and masks that stay correct."""
 
 from __future__ import annotations
 
 import os
-import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -17,18 +16,21 @@ from ...core import checks
 from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
 from ...core.policy import Policy
-from . import versions
-from .handout import Handout
+from . import sharing, versions
+from .handout import Handout, latest
 from .history import History
 from .hybrid import HybridEvictingLayer
-from .layer import FULL, WINDOWED, EvictingLayer, Settings
+from .layer import EvictingLayer
 from .report import LayerStats, describe, layer_stats
+from .settings import Settings
+from .source import FULL, WINDOWED
 from .storage import load_cache, save_cache
 
-__all__ = ["EvictingCache", "not_compiled", "refuse_hidden_keys"]
+__all__ = ["EvictingCache", "not_compiled"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Given = TypeVar("Given")
 
 
 def not_compiled(function: Function) -> Function:
@@ -37,20 +39,11 @@ def not_compiled(function: Function) -> Function:
     return cast("Function", disable(function))
 
 
-class _Latest(threading.local):
-    """The latest handout in this thread, so that attention that does not read it can be told so."""
-
-    handout: Handout | None = None
-
-
-_latest = _Latest()
-
-
 class EvictingCache(Cache):  # type: ignore[misc]
-    """A transformers cache whose layers can be evicted and stay true.
+    """A transformers cache whose layers can be evicted, with positions and masks that stay correct.
 
     The model must run inside `evicting` or `observing`, or with ``attn_implementation="graphkv_sdpa"`` or
-    ``"graphkv_eager"``: there its attention tells the cache the queries.
+    ``"graphkv_eager"``: there its attention passes the queries to the cache.
 
     Parameters
     ----------
@@ -70,7 +63,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
     num_queries : int
         Without a policy: how many of the last queries to keep for `evict`.
     backend : Backend or str, optional
-        Who decides what is kept. Default: torch.
+        What decides which tokens are kept. Default: torch.
     config : transformers.PreTrainedConfig, optional
         Of the model, as for transformers' own ``DynamicCache``. Only models with layers of other kinds need it (linear
         attention, state spaces), and inside `evicting` and `observing` the cache gets it by itself.
@@ -170,7 +163,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     @property
     def policy(self) -> Policy | None:
-        """Who decides; fixed, because what an earlier budget dropped cannot come back."""
+        """The policy that evicts; fixed, because what an earlier budget dropped cannot come back."""
         return self.settings.policy
 
     @not_compiled
@@ -192,16 +185,16 @@ class EvictingCache(Cache):  # type: ignore[misc]
         handout = Handout(self, layer_idx, num_new, is_out_of_step=is_out_of_step)
         for tensor in (keys, values):
             tensor.graphkv_handout = handout  # type: ignore[attr-defined]
-        self._latest = _latest.handout = handout
+        self._latest = latest.handout = handout
         return keys, values
 
     def _begin(self, layer: EvictingLayer, index: int, num_new: int) -> bool:
-        """Take note of new tokens for a layer; return whether it has not seen what the others have."""
+        """Note new tokens for a layer; return whether it has not seen what the others have."""
         if layer.is_apart:
             return False
         if layer.num_seen == self.num_seen:
             # Every layer is through: these are tokens that none has seen.
-            self._check_finished()
+            self.check_finished()
             # What no crop has taken back by now stays.
             self._evict_due(self.attention_layers)
             self.num_seen += num_new
@@ -212,7 +205,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             return False
         if layer.num_seen:
             self.refuse_unfinished()
-        # Either keys of a picture, say, or a pass that broke off: the attention will tell.
+        # Either keys of a picture, for example, or a pass that broke off: the attention will show which.
         return True
 
     def set_apart(self, handout: Handout) -> None:
@@ -248,7 +241,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
                 "back what has changed with crop(), or start a new cache"
             )
 
-    def _check_finished(self) -> None:
+    def check_finished(self) -> None:
         """Refuse to go on from a forward pass that broke off in the middle."""
         layers = [layer for layer in self.attention_layers if layer.num_seen]
         if any(layer.awaits_queries or layer.num_seen != self.num_seen for layer in layers):
@@ -267,7 +260,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None or layer.record_past:
             return
         is_last = layer.source is not None and layer.source.is_last
-        if not policy.needs().preferences:
+        if not policy.needs().wants:
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
@@ -291,7 +284,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if not due or policy is None:
             return
         # What came while an eviction waited is not taken in.
-        tails = [layer.part_with(num_later) if num_later else None for layer, num_later in due]
+        tails = [layer.split_off(num_later) if num_later else None for layer, num_later in due]
         _evict([layer for layer, _ in due], policy, None)
         for (layer, _), tail in zip(due, tails, strict=True):
             if tail is not None:
@@ -317,7 +310,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         policy : Policy, optional
             Default: the cache's own.
         backend : Backend or str, optional
-            Who decides. Default: the cache's; torch if it has none.
+            What decides. Default: the cache's; torch if it has none.
 
         Raises
         ------
@@ -325,7 +318,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If the cache is empty, a forward pass broke off, queries are missing that the policy needs, or the policy
             has a larger budget than an earlier one.
         ArgumentTypeError
-            If `policy` is no Policy.
+            If `policy` is not a Policy.
         """
         policy = self.policy if policy is None else policy
         if policy is None:
@@ -334,7 +327,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         backend = load(backend) if isinstance(backend, str) else backend
         if not self.num_seen:
             raise ArgumentError("the cache must hold a prompt before it is evicted; it is empty")
-        self._check_finished()
+        self.check_finished()
         # Decide on a copy first, so that an error half-way leaves the cache as it was.
         twin = self.copy()
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
@@ -354,7 +347,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If an eviction has happened since those tokens came: what it dropped cannot be restored. After
             `activate_past_recording`, evictions wait for the crop.
         """
-        self._check_finished()
+        self.check_finished()
         surplus = min(versions.tokens_to_remove(tokens_to_remove, self.num_seen), self.num_seen)
         # On a copy first, so that an error half-way leaves the cache as it was.
         twin = self.copy()
@@ -369,7 +362,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             if surplus or getattr(layer, "record_past", False):
                 layer.crop(-surplus)
         for layer in twin.attention_layers:
-            layer.settle()
+            layer.trim_window()
         twin._evict_due(twin.attention_layers)
         self.layers = twin.layers
         self.num_seen -= surplus
@@ -459,6 +452,168 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin.layers = [layer.copy() if isinstance(layer, EvictingLayer) else deepcopy(layer) for layer in self.layers]
         return twin
 
+    @classmethod
+    def stacked(cls, caches: Sequence[EvictingCache]) -> EvictingCache:
+        """Put caches that have seen equally many tokens, and store equally many in every layer, into one batch.
+
+        Parameters
+        ----------
+        caches : sequence of EvictingCache
+            Of one model, and each of any number of rows. They may have dropped different tokens.
+
+        Returns
+        -------
+        EvictingCache
+            The rows of the first, then those of the second, and so on: each goes on as it would in its own cache.
+            Queries, running sums and histories stay behind, so policies that ask for them cannot evict it.
+
+        Raises
+        ------
+        ArgumentError
+            If there are no caches, they differ in what they have seen or in how many tokens a layer stores, or one
+            of them would evict again by itself.
+        ArgumentTypeError
+            If one is not an EvictingCache.
+        """
+        caches = tuple(caches)
+        if not caches:
+            raise ArgumentError("caches must hold at least one cache; got none")
+        for number, cache in enumerate(caches):
+            checks.instance(f"caches[{number}]", cache, EvictingCache)
+            cache.check_finished()
+            if cache.settings.every is not None or cache.is_waiting:
+                raise ArgumentError(
+                    f"caches must not evict again by themselves, with every=... or after activate_past_recording(); "
+                    f"caches[{number}] does"
+                )
+            found, expected = cache._sizes(), caches[0]._sizes()
+            if found != expected:
+                raise ArgumentError(
+                    f"caches must have seen and store equally many tokens as the first, {expected}; "
+                    f"caches[{number}] has {found}"
+                )
+        result, layers = caches[0].copy(), caches[0].attention_layers
+        for number, rows in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+            if rows[0] in layers:
+                result.layers[number] = sharing.stacked(rows)
+            sharing.with_states_of(result.layers[number], rows)
+        result.history = History()
+        return result
+
+    def _sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Return the tokens seen, and those stored in each layer."""
+        return self.num_seen, tuple(layer.num_stored for layer in self.attention_layers)
+
+    def with_stored(self, keys_and_values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> EvictingCache:
+        """Return a cache that has seen what this one has, and stores what somebody else has left of it.
+
+        Parameters
+        ----------
+        keys_and_values : sequence of pairs of torch.Tensor, shape (batch, kv_heads, b, D)
+            A pair for each layer that caches keys of the text; b <= `num_seen` may differ from layer to layer.
+
+        Returns
+        -------
+        EvictingCache
+            Positions are counted from 0, because nothing is known of where the tokens were; there are no queries and
+            no running sums.
+
+        Raises
+        ------
+        ArgumentError
+            If there is not one pair per layer, or a shape does not fit.
+        """
+        pairs = _one_each("keys_and_values", keys_and_values, self.attention_layers)
+        return self._with_layers([sharing.with_stored(layer, *pair) for layer, pair in pairs])
+
+    def keep_queries(self, count: int) -> None:
+        """Forget all but the last queries of every layer. Those of tokens that come later are kept as before.
+
+        Parameters
+        ----------
+        count : int
+            Queries to keep; 0 forgets all of them.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If `count` is negative or not an integer.
+        """
+        count = checks.count("count", count)
+        for layer in self.attention_layers:
+            layer.held = None if layer.held is None else layer.held.last(count)
+
+    def running_states(
+        self, policy: Policy, states: Sequence[Mapping[str, torch.Tensor]] | None = None
+    ) -> tuple[Mapping[str, torch.Tensor], ...]:
+        """Compute what a policy with running sums knows of all stored tokens. Nothing is evicted.
+
+        Parameters
+        ----------
+        policy : Policy
+            For example ``H2O(budget=512)``; its budget does not matter.
+        states : sequence of mapping, optional
+            What it knew before the last tokens came, as an earlier call returned it. Default: what the cache knows.
+
+        Returns
+        -------
+        tuple of mapping of str to torch.Tensor, shape (batch, kv_heads, stored, ...)
+            One per layer that caches keys of the text; empty for a policy without running sums, and for the sliding
+            layers of a model that also has full ones.
+
+        Raises
+        ------
+        ArgumentError
+            If queries of tokens are missing that the sums do not know yet, a row has padding between its tokens, or
+            there is not one state per layer.
+        ArgumentTypeError
+            If `policy` is not a Policy.
+        """
+        checks.instance("policy", policy, Policy)
+        self.check_finished()
+        layers = self.attention_layers
+        known = [None] * len(layers) if states is None else states
+        pairs = _one_each("states", known, layers)
+        return tuple(sharing.running_state(layer, policy, state) for layer, state in pairs)
+
+    def with_states(self, states: Sequence[Mapping[str, torch.Tensor]]) -> EvictingCache:
+        """Return a copy whose layers know running sums, so that its next eviction needs no queries for them.
+
+        Parameters
+        ----------
+        states : sequence of mapping of str to torch.Tensor, shape (batch, kv_heads, S, ...)
+            As `running_states` returns them, for the first S stored tokens of each layer.
+
+        Returns
+        -------
+        EvictingCache
+
+        Raises
+        ------
+        ArgumentError
+            If there is not one state per layer, or a shape does not fit.
+
+        Examples
+        --------
+        Read a prompt once, then try several budgets without going through its attention again::
+
+            with observing(model):
+                cache = EvictingCache(num_queries=prompt.shape[1])
+                model(prompt, cache=cache)  # past_key_values=cache before transformers 5.24
+                states = cache.running_states(H2O(budget=512))
+                for budget in (512, 1024):
+                    small = cache.with_states(states)
+                    small.evict(H2O(budget=budget))
+        """
+        pairs = _one_each("states", states, self.attention_layers)
+        return self._with_layers([sharing.with_state(layer, state) for layer, state in pairs])
+
+    def _with_layers(self, layers: list[EvictingLayer]) -> EvictingCache:
+        """Return a copy with other layers for those that cache keys of the text."""
+        twin, others = self.copy(), dict(zip(map(id, self.attention_layers), layers, strict=True))
+        twin.layers = [others.get(id(old), new) for old, new in zip(self.layers, twin.layers, strict=True)]
+        return twin
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache into a file that `load` reads, without pickle: safetensors, with settings in its header.
 
@@ -469,7 +624,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Parameters
         ----------
         path : str or path
-            The file. It is written whole or not at all: what stood there stays until the new one is complete.
+            The file. It is written whole or not at all: an older one stays until the new one is complete.
 
         Raises
         ------
@@ -503,7 +658,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
             Needed for a policy of your own, and then the one that the cache was saved with. Default: made anew from the
             file, if it is one of graphkv's.
         backend : Backend or str, optional
-            Who decides from now on. Needed for one that graphkv does not bring. Default: as it was saved.
+            What decides from now on. Needed for one that graphkv does not ship. Default: as it was saved.
         device : torch.device or str, optional
             Where the tensors go. Default: each layer to where the model has that layer, else the CPU.
 
@@ -514,7 +669,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Raises
         ------
         ArgumentError
-            If the file cannot be read, is none of ours, of another version or damaged, or does not fit to the model,
+            If the file cannot be read, is not a saved cache, of another version or damaged, or does not fit the model,
             or if `policy` or `backend` must be given. The message names the file.
         ArgumentTypeError
             If an argument has the wrong type.
@@ -541,7 +696,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         str
             In lines without a newline at the end.
         """
-        return describe(self)
+        layers = self.attention_layers
+        return describe(self.policy, layers, self.stats(), num_seen=self.num_seen, nbytes=self.nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -549,28 +705,20 @@ class EvictingCache(Cache):  # type: ignore[misc]
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, EvictingLayer))
 
 
-def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
-    """Refuse attention to other keys than the cache has just handed out for it."""
-    handout = _latest.handout
-    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
-        return
-    if getattr(module, "layer_idx", handout.index) != handout.index:
-        return
-    if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
-        raise ArgumentError(
-            f"model must attend to its cached keys as they are; {type(module).__name__} computes others from them "
-            "(from compressed latents shared by all heads, or by repeating or mixing heads), so dropping tokens head "
-            "by head has no meaning there"
-        )
+def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) -> list[tuple[EvictingLayer, Given]]:
+    """Pair what is given with the layers that it is for."""
+    if len(given) != len(layers):
+        raise ArgumentError(f"{name} must have one entry for each of {len(layers)} layers; got {len(given)}")
+    return list(zip(layers, given, strict=True))
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
     """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
-    if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
+    if policy.needs().wants and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
-        wants = [layer.preference(policy, backend=backend) for layer in layers]
+        wants = [layer.wants(policy, backend=backend) for layer in layers]
         seen = layers[0].seen_by_row
-        shares = [policy.layer_budgets(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
+        shares = [policy.share_out(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     for layer in layers:

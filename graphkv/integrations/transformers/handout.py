@@ -1,7 +1,8 @@
-"""What ties a tensor of keys on its way through the attention to the layer that stores it."""
+"""The link from keys on their way through the attention to the layer that stores them."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ import torch
 from ...core.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from .layer import EvictingLayer, Source
+    from .layer import EvictingLayer
+    from .source import Source
 
-__all__ = ["Handout", "handed_out"]
+__all__ = ["Handout", "handed_out", "latest", "refuse_hidden_keys"]
 
 
 class Handout:
@@ -31,7 +33,7 @@ class Handout:
     is_open : bool
         Whether the attention that the keys were handed out for is still to come.
     is_apart : bool
-        Whether they turned out to be none of the text's, see `EvictingLayer.is_apart`.
+        Whether they turned out not to be the text's, see `EvictingLayer.is_apart`.
     was_found : bool
         Whether any attention has come with them, even if it failed.
     is_out_of_step : bool
@@ -46,7 +48,7 @@ class Handout:
         if cache is not None:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
-            self.positions, self.valid = layer.positions, layer.valid
+            self.positions, self.valid = layer.slots.positions, layer.slots.valid
 
     def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
         """Forget the cache."""
@@ -72,7 +74,7 @@ class Handout:
     def num_guessed(self) -> int:
         """How many of the new tokens are guesses, if the layer is to be evicted over those before them at once."""
         cache, layer = self.cache, self.layer
-        waits_for_others = cache.policy is None or cache.policy.needs().preferences
+        waits_for_others = cache.policy is None or cache.policy.needs().wants
         is_first = layer.num_seen == self.num_new and self.is_open
         return 0 if waits_for_others or not is_first or self.is_out_of_step else int(cache.num_guessed)
 
@@ -80,7 +82,7 @@ class Handout:
         """Take the guesses out of the layer; return what it hands out then."""
         num_guessed = self.num_guessed
         self.is_open = False
-        self.layer.part_with(num_guessed)
+        self.layer.split_off(num_guessed)
         return Handout(self.cache, self.index, self.num_new - num_guessed)
 
     def with_guesses(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Handout, torch.Tensor, torch.Tensor]:
@@ -89,37 +91,37 @@ class Handout:
         keys, values = self.layer.update(key, value)
         return Handout(self.cache, self.index, key.shape[2]), keys, values
 
-    def admit(self, padding: torch.Tensor | None) -> None:
-        """Take note of which tokens are padding, see `EvictingLayer.admit`."""
-        self.layer.admit(padding, self.num_new)
-        self.valid = self.layer.valid
+    def note_padding(self, padding: torch.Tensor | None) -> None:
+        """Note which tokens are padding, see `EvictingLayer.note_padding`."""
+        self.layer.note_padding(padding, self.num_new)
+        self.valid = self.layer.slots.valid
 
-    def observe(
+    def after_attention(
         self, module: Any, source: Source, query: torch.Tensor, scaling: float | None, window: int | None
     ) -> None:
-        """Take note of the finished attention, and let the cache evict what is due."""
+        """Note the finished attention, and let the cache evict what is due."""
         self.is_open, self._owner = False, weakref.ref(module)
-        self.layer.observe(source, query, scaling, window)
-        self.layer.locate(module, self.num_new)
+        self.layer.after_attention(source, query, scaling, window)
+        self.layer.note_places(module, self.num_new)
         self.cache.after_layer(self.layer)
 
     def set_apart(self) -> None:
-        """Take note that these are not the text's own keys."""
+        """Note that these are not the text's own keys."""
         self.is_open, self.is_apart = False, True
         self.cache.set_apart(self)
 
     def was_read_by(self, module: Any) -> bool:
-        """Whether this module's attention has read the keys already."""
+        """Return whether this module's attention has read the keys already."""
         return self._owner() is module
 
 
 def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout | None:
-    """Find the handout that keys and values are; None for tensors that no cache handed out.
+    """Return the handout that keys and values belong to; None for tensors that no cache handed out.
 
     Raises
     ------
     ArgumentError
-        If a module reads a layer's keys with other values or twice: then dropping slots would part what belongs
+        If a module reads a layer's keys with other values or twice: then dropping slots would separate what belongs
         together.
     """
     found = [getattr(tensor, "graphkv_handout", None) for tensor in (key, value)]
@@ -138,3 +140,27 @@ def handed_out(module: Any, key: torch.Tensor, value: torch.Tensor) -> Handout |
             "may have been evicted"
         )
     return handout
+
+
+class Latest(threading.local):
+    """The latest handout in this thread, to detect attention that does not read it."""
+
+    handout: Handout | None = None
+
+
+latest = Latest()
+
+
+def refuse_hidden_keys(module: Any, keys: torch.Tensor) -> None:
+    """Refuse attention to other keys than the cache has just handed out for it."""
+    handout = latest.handout
+    if handout is None or handout.cache is None or not handout.is_open or handout.was_found:
+        return
+    if getattr(module, "layer_idx", handout.index) != handout.index:
+        return
+    if keys.shape[0] == handout.layer.keys.shape[0] and keys.shape[2] == handout.num_stored:
+        raise ArgumentError(
+            f"model must attend to its cached keys as they are; {type(module).__name__} computes others from them "
+            "(from compressed latents shared by all heads, or by repeating or mixing heads), so dropping tokens head "
+            "by head has no meaning there"
+        )

@@ -1,4 +1,4 @@
-"""What a cache remembers of the ids that it has seen, to notice a history that goes another way."""
+"""The ids that a cache has seen, to detect a history that is not its own."""
 
 from __future__ import annotations
 

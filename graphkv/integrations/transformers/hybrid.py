@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import cache_utils
 
-from .layer import EvictingLayer, Settings
+from .layer import EvictingLayer
+from .settings import Settings
 
 __all__ = ["HybridEvictingLayer"]
 
@@ -48,7 +49,7 @@ class HybridEvictingLayer(_Linear, EvictingLayer):  # type: ignore[misc]
         """Take back the newest tokens in both halves."""
         surplus = self.check_crop(argument)
         _Linear.crop(self, -surplus)
-        self.take_back(surplus)
+        self.remove_newest(surplus)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -67,6 +68,6 @@ class HybridEvictingLayer(_Linear, EvictingLayer):  # type: ignore[misc]
         for name in ("conv_states", "recurrent_states"):
             setattr(twin, name, deepcopy(getattr(self, name)))
         for name, held in vars(self).items():
-            if isinstance(held, dict) and name not in ("conv_states", "recurrent_states", "state"):
+            if isinstance(held, dict) and name not in ("conv_states", "recurrent_states"):
                 setattr(twin, name, dict(held))
         return twin  # type: ignore[no-any-return]

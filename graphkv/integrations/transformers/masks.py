@@ -157,7 +157,7 @@ def _by_rule(rule: Callable[..., Any], handout: Handout, query: torch.Tensor, *,
         return None
     query_at = torch.arange(first, first + num_new, device=device)[None, None, :, None]
     if handout.positions is None or is_plain:
-        # New tokens come last and see all that is stored before them, wherever it stood.
+        # New tokens come last and see all that is stored before them, wherever it was.
         key_at = torch.arange(first_key, handout.num_seen, device=device)[None, None, None, :]
     else:
         key_at = handout.positions[:, :, None, :]

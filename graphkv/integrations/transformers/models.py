@@ -23,7 +23,8 @@ from ...core.policy import Policy
 from . import versions
 from .attention import IMPLEMENTATIONS, PREFIX, WITHOUT_CACHE
 from .cache import EvictingCache, not_compiled
-from .layer import FULL, WINDOWED, Settings
+from .settings import Settings
+from .source import FULL, WINDOWED
 
 __all__ = ["evicting", "observing"]
 
@@ -54,7 +55,7 @@ def evicting(
     model : transformers.PreTrainedModel
         A decoder whose attention goes through transformers' attention interface, loaded with ``"sdpa"`` or ``"eager"``
         attention; of a model with pictures or sound, the decoder inside is evicted and the rest runs as ever. A PEFT
-        model stands for the model that it wraps. Where full and sliding-window layers are mixed, the full ones are
+        model is treated as the model that it wraps. Where full and sliding-window layers are mixed, the full ones are
         evicted; layers of linear attention keep their state.
     policy : Policy
         For example ``GraphKV(SnapKV(budget=512))``.
@@ -68,7 +69,7 @@ def evicting(
         If the model cannot be evicted, a cache of another kind or with another policy is passed to it, or the history
         that `generate` is given does not begin with what the cache has seen.
     ArgumentTypeError
-        If `policy` is no Policy or `model` no transformers model.
+        If `policy` is not a Policy or `model` not a transformers model.
 
     Warns
     -----
@@ -90,7 +91,7 @@ def evicting(
             policy, every=every, rerotate=rerotate, record=record, backend=backend, config=decoder.config
         )
 
-    # Bad arguments are said here, not in the middle of a forward pass.
+    # Fail early on bad arguments, not inside a forward pass.
     watch = _Watch(new_cache().settings, decoder.modules[-1])
     with decoder.attending(watch.saw_no_cache), ExitStack() as stack:
         for module in decoder.modules:
@@ -252,12 +253,12 @@ class _Watch:
         return self.passes_by_thread.setdefault(threading.get_ident(), [])
 
     def saw_no_cache(self, module: torch.nn.Module) -> None:
-        """Take note of attention whose keys came from no `EvictingCache`."""
+        """Note attention whose keys came from no `EvictingCache`."""
         if id(module) in self.modules and not any(each.is_seen_to for each in self.passes):
             self.reasons[f"{type(module).__name__} ran without a cache; call the model and not its forward()"] = None
 
     def saw_pass(self, module: torch.nn.Module, cache: EvictingCache) -> None:
-        """Take note of a forward pass that has gone well."""
+        """Note a forward pass that has gone well."""
         if cache.num_seen > cache.seen_before:
             for each in self.passes:
                 each.was_filled = True
@@ -282,7 +283,7 @@ class _Watch:
 
 
 class _Hooks:
-    """What one module of the decoder gets for the length of a block: a cache, and a look at it afterwards."""
+    """The hooks of one module of the decoder in a block: they supply a cache, and check it afterwards."""
 
     def __init__(
         self, module: Any, config: Any, watch: _Watch | None, new_cache: Callable[[], EvictingCache] | None
@@ -412,7 +413,7 @@ class _Hooks:
 
     @not_compiled
     def ended(self, *_: Any) -> None:
-        """Take note of the end of a forward pass."""
+        """Note the end of a forward pass."""
         if self.watch is not None and self.watch.passes:
             self.watch.passes.pop()
 
@@ -435,7 +436,7 @@ class _Hooks:
                     cache = self.new_cache()
                     kwargs = {**kwargs, self.name: cache}
             if isinstance(cache, EvictingCache) and _guesses(self.module, args, kwargs):
-                # transformers says so itself from 5.20 on.
+                # transformers does that itself from 5.20 on.
                 cache.activate_past_recording()
             try:
                 result = None if self.is_over else generate(*args, **kwargs)
@@ -462,11 +463,11 @@ def _option(name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _uses_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` would make a cache of the ordinary kind for itself."""
+    """Return whether `generate` would make a cache of the ordinary kind for itself."""
     use_cache, implementation = (_option(name, model, args, kwargs) for name in ("use_cache", "cache_implementation"))
     return use_cache is not False and implementation is None
 
 
 def _guesses(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` decodes with an assistant of any kind."""
+    """Return whether `generate` decodes with an assistant of any kind."""
     return any(_option(name, model, args, kwargs) is not None for name in ASSISTED)

@@ -1,22 +1,21 @@
-"""What happened in a cache: numbers per layer, what became of every token, and a table to read."""
+"""Reports on a cache: numbers per layer, the fate of every token, and a table as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from ...core.backend import load
 from ...core.eviction import Eviction
+from ...core.policy import Policy
 from ...core.selection import select, select_per_head
-from .layer import EvictingLayer, EvictionRecord
-
-if TYPE_CHECKING:
-    from .cache import EvictingCache
+from .layer import EvictingLayer
+from .record import EvictionRecord
 
 __all__ = ["Fate", "LayerStats", "Suppressions", "describe", "fates", "layer_stats", "scored"]
 
@@ -93,9 +92,9 @@ class LayerStats:
         Mean cosine of two different cached keys before and after the last eviction. None in a cache without
         ``record=True``.
     num_suppressed : numpy.ndarray, shape (batch, kv_heads), int64, or None
-        Tokens that the last eviction suppressed. None likewise.
+        Tokens that the last eviction suppressed. None without a record.
     suppressions : Suppressions or None
-        Which source suppressed which. None likewise.
+        Which source suppressed which. None without a record.
     """
 
     layer: int
@@ -116,13 +115,12 @@ class LayerStats:
 
 
 def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
-    """Describe one layer in numbers; copies to the host what lies elsewhere."""
+    """Describe one layer in numbers; copies to the host what is elsewhere."""
     record = layer.record
     if layer.valid is not None:
         num_kept = _host(layer.valid.sum(dim=-1))
     else:
-        rows = tuple(layer.keys.shape[:2]) if layer.is_initialized else (0, 0)
-        num_kept = np.full(rows, layer.num_stored, dtype=np.int64)
+        num_kept = np.full(tuple(layer.slots.keys.shape[:2]), layer.num_stored, dtype=np.int64)
     suppressed = None if record is None else _suppressed(record)
     return LayerStats(
         layer=index,
@@ -193,32 +191,44 @@ def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
     return importance, scores
 
 
-def describe(cache: EvictingCache) -> str:
-    """Describe a cache in plain text: totals, what was or was not evicted, and a line per layer."""
-    layers = cache.stats()
-    lines = [f"EvictingCache with policy {cache.policy}", _verdict(cache)]
-    if not any(each.num_seen for each in layers):
+def describe(
+    policy: Policy | None, layers: Sequence[EvictingLayer], stats: Sequence[LayerStats], *, num_seen: int, nbytes: int
+) -> str:
+    """Describe a cache in plain text: totals, what was or was not evicted, and a line per layer.
+
+    Parameters
+    ----------
+    policy : Policy or None
+    layers : sequence of EvictingLayer
+        Those that cache keys of the text.
+    stats : sequence of LayerStats
+        One per layer.
+    num_seen, nbytes : int
+        Tokens that the cache has seen, and bytes that it stores.
+
+    Returns
+    -------
+    str
+    """
+    lines = [f"EvictingCache with policy {policy}", _verdict(policy, layers, num_seen)]
+    if not any(each.num_seen for each in stats):
         return "\n".join(lines)
-    freed, seconds = sum(each.bytes_freed for each in layers), sum(each.seconds for each in layers)
-    lines.append(
-        f"{cache.nbytes / 1e6:.2f} MB stored, {freed / 1e6:.2f} MB freed, {seconds * 1e3:.1f} ms in evictions."
-    )
-    recorded = [each for each in layers if each.num_suppressed is not None]
+    freed, seconds = sum(each.bytes_freed for each in stats), sum(each.seconds for each in stats)
+    lines.append(f"{nbytes / 1e6:.2f} MB stored, {freed / 1e6:.2f} MB freed, {seconds * 1e3:.1f} ms in evictions.")
+    recorded = [each for each in stats if each.num_suppressed is not None]
     if recorded:
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)
         lines.append(f"{count} tokens were suppressed: the importance alone would have kept them.")
     table = [(*COLUMNS, *(RECORDED_COLUMNS if recorded else ()))]
-    table += [_row(each, with_record=bool(recorded)) for each in layers]
+    table += [_row(each, with_record=bool(recorded)) for each in stats]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines.append("")
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n".join(lines)
 
 
-def _verdict(cache: EvictingCache) -> str:
+def _verdict(policy: Policy | None, layers: Sequence[EvictingLayer], seen: int) -> str:
     """Describe in a sentence whether anything was dropped, and why not if not."""
-    seen = cache.num_seen
-    layers = [layer for layer in cache.attention_layers if layer.num_seen or not seen]
     ran = [layer for layer in layers if layer.num_evictions]
     if any(layer.num_dropped for layer in ran):
         times = sum(layer.num_evictions for layer in ran)
@@ -235,7 +245,7 @@ def _verdict(cache: EvictingCache) -> str:
         )
     elif not any(layer.evicts for layer in layers):
         return "Nothing was evicted: every layer has a sliding window and is left to itself."
-    elif cache.policy is None:
+    elif policy is None:
         return "Nothing was evicted: the cache has no policy, and evict(policy) was not called."
     else:
         return "Nothing was evicted yet: the eviction waits for crop() or the next forward call."
@@ -294,10 +304,10 @@ def _overruled(decision: Eviction, valid: HostArray) -> HostArray:
     give, backend = decision.backend.to_numpy, load("numpy")
     importance = give(decision.importance)
     protected = None if decision.protected is None else give(decision.protected)
-    if decision.head_budgets is None:
+    if decision.counts is None:
         alone = select(importance, decision.budget, protected=protected, valid=valid, backend=backend)
     else:
-        shares, width = give(decision.head_budgets), decision.kept.shape[-1]
+        shares, width = give(decision.counts), decision.kept.shape[-1]
         alone = select_per_head(importance, shares, width, protected, valid, backend=backend)
     _mark(found, alone, True)
     _mark(found, give(decision.kept), False)
@@ -349,7 +359,7 @@ def _edges(decision: Eviction, suppressed: HostArray, first_row: int, first_slot
 
 
 def _mark(found: HostArray, where: HostArray, value: Any, which: HostArray | None = None) -> None:
-    """Set `found` (batch, kv_heads, N) at some positions (batch, kv_heads, b); those outside 0 to N - 1 are none."""
+    """Set `found` (batch, kv_heads, N) at some positions (batch, kv_heads, b), but not outside 0 to N - 1."""
     is_there = (where >= 0) & (where < found.shape[-1])
     row, head, slot = np.nonzero(is_there if which is None else is_there & which)
     found[row, head, where[row, head, slot]] = value

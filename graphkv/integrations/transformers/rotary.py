@@ -1,7 +1,7 @@
-"""Turning cached keys to other positions, as the model itself was seen to turn them.
+"""Rotation of cached keys to other positions, as the model itself was seen to rotate them.
 
 Model files rotate keys in many ways: whole heads or a part of them, halves or neighbors, in some layers or none, by
-one position per token or by three, and an attention function is told of none of it. So nothing is inferred from names
+one position per token or by three, and an attention function learns none of it. So nothing is inferred from names
 of models: what turned the keys is read where the attention module has it, in the call that is going on, and the module
 is run once on an input of our own to see which numbers of a key it turns together. What does not fit is refused.
 """
@@ -23,7 +23,7 @@ from torch.nn import Module
 from ...core.errors import ArgumentError
 from . import versions
 
-__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "from_plain", "look", "turn"]
+__all__ = ["UNKNOWN", "Rotation", "check", "contiguous", "from_plain", "look", "rotate"]
 
 # The place of a token that could not be found.
 UNKNOWN = torch.iinfo(torch.int64).min
@@ -75,7 +75,7 @@ class Onlooker:
     values: torch.Tensor
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take note."""
+        """Keep keys and values, and break off."""
         self.keys, self.values = keys, values
         raise Enough
 
@@ -99,7 +99,7 @@ class Bare:
 
 
 def look(module: Module, known: Rotation | None, rows: int, first: int, num_new: int) -> tuple[Rotation, Any]:
-    """Find how a module turns its keys, and where its new tokens stand, from inside its forward call.
+    """Find how a module turns its keys, and the positions of its new tokens, from inside its forward call.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def from_plain(plain: Any, name: str, head_size: int) -> Rotation | None:
 
 
 def check(rotation: Rotation | None, places: torch.Tensor | None) -> Rotation:
-    """Return the rotation if keys at these places can be turned, or say why they cannot.
+    """Return the rotation if keys at these places can be rotated, or raise with the reason.
 
     Raises
     ------
@@ -208,10 +208,10 @@ def check(rotation: Rotation | None, places: torch.Tensor | None) -> Rotation:
     return rotation
 
 
-def turn(
+def rotate(
     keys: torch.Tensor, rotation: Rotation, places: torch.Tensor | None, to: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rotate keys from where they stand to other places.
+    """Rotate keys from their places to others.
 
     Parameters
     ----------
@@ -220,9 +220,9 @@ def turn(
     rotation : Rotation
         How they were rotated, see `check`.
     places : torch.Tensor, shape (batch, kv_heads, N, axes), integer
-        Where they stand.
+        Where they are.
     to : torch.Tensor, shape (batch, kv_heads, N, axes), integer, optional
-        Where they shall stand. None: back to before the rotary embedding.
+        Where they go. None: back to before the rotary embedding.
 
     Returns
     -------
@@ -249,7 +249,7 @@ def contiguous(
     Parameters
     ----------
     places : torch.Tensor, shape (batch, kv_heads, N, axes), integer
-        Where all tokens stand, dropped ones included.
+        Those of all tokens, dropped ones included.
     valid : torch.Tensor, shape (batch, kv_heads, N), bool, or None
     count : int
         How many are left.
@@ -355,7 +355,7 @@ def _found(module: Module, seen: Any, givers: list[Module], candidates: list[tor
     for each in measured:
         if not each.refusal and _is_explained(each, seen, candidates, num_new):
             return each
-    # What depends on the length explains nothing, but says why.
+    # What depends on the length explains nothing, but gives the reason.
     refused = [each for each in measured if each.refusal]
     return refused[0] if refused else _refused(module, "what turned its keys does not follow from positions alone")
 
@@ -508,7 +508,7 @@ def _is_same(wanted: torch.Tensor, got: torch.Tensor, size: torch.Tensor, tolera
 
 
 def _layouts(size: int, frequencies: torch.Tensor) -> Iterator[tuple[list[int], list[int]]]:
-    """List the ways in which pairs can stand in a head of some size: halves or neighbors, at its start or its end."""
+    """List the ways to place pairs in a head of some size: halves or neighbors, at its start or its end."""
     axes, columns = frequencies.shape
     for pairs in dict.fromkeys((columns // 2, columns, columns // (2 * axes))):
         for start in sorted({0, size - 2 * pairs}) if 0 < 2 * pairs <= size else ():

@@ -1,14 +1,14 @@
-"""Caches in files: a safetensors file, with what is no tensor as JSON in its header. Nothing in it is ever run."""
+"""Caches in safetensors files, with everything that is not a tensor as JSON in the header. Nothing is ever run."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import NoneType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import cache_utils
@@ -21,21 +21,23 @@ from ...core.backend import BUILT_IN, Backend, is_found_by_name
 from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from ...core.files import write_whole
 from ...core.policy import Policy
-from . import rotary, versions
+from . import fingerprint, rotary
+from .history import History
 from .hybrid import HybridEvictingLayer
-from .layer import EvictingLayer, Settings, Source
-
-if TYPE_CHECKING:
-    from .cache import EvictingCache
+from .layer import EvictingLayer
+from .queries import Queries
+from .settings import Settings
+from .slots import Slots
+from .source import Source
 
 __all__ = ["load_cache", "save_cache"]
 
 # Raised with every change that an older graphkv would misread.
 VERSION = 1
-# Under this name the header stands in the metadata of the file.
+# The header's name in the metadata of the file.
 HEADER = "graphkv_cache"
 
-# What is saved of a cache. Tests fail when an attribute stands in none of these tables, or one is gone.
+# What is saved of a cache. Tests fail when an attribute is in none of these tables, or one is gone.
 CACHE: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
     "num_guessed": (int,),
@@ -48,18 +50,10 @@ CACHE: dict[str, tuple[type, ...]] = {
 LAYERS = ("EvictingLayer", "HybridEvictingLayer", "LinearAttentionLayer", "DummyLayer")
 
 # What is saved of a layer.
-# Tensors, by their axes: the same word is the same length, that of the batch in all layers.
-TENSORS = {
-    "keys": ("batch", "kv_heads", "stored", "head_size"),
-    "values": ("batch", "kv_heads", "stored", "value_size"),
-    "positions": ("batch", "kv_heads", "stored"),
-    "places": ("batch", "kv_heads", "stored", "axes"),
-    "valid": ("batch", "kv_heads", "stored"),
-    "queries": ("batch", "query_heads", "num_queries", "head_size"),
-    "asked": ("batch", "num_queries"),
-    "num_hidden": ("batch",),
-}
-DTYPES = dict.fromkeys(("positions", "places", "asked", "num_hidden"), torch.int64) | {"valid": torch.bool}
+# Tensors, by their axes: the same word is the same length, that of the batch in all layers. Running sums are many.
+FIELDS = {each.name: each.metadata for kind in (Slots, Queries) for each in fields(kind) if each.name != "state"}
+TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIELDS.items()} | {"num_hidden": ("batch",)}
+DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | {"num_hidden": torch.int64}
 # Numbers, by their types.
 VALUES: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
@@ -78,7 +72,7 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"state", "row_budgets", "shared_by", "source", "rotation"}
+OTHERS = {"slots", "held", "row_budgets", "shared_by", "source", "rotation"}
 # The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
 
@@ -96,25 +90,30 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 # With the kinds of all layers, which are written once for all.
 SOURCE: dict[str, tuple[type, ...]] = {"index": (int,), "has_all_heads": (bool,), "has_whole_groups": (bool,)}
-# What two models must have in common for one to go on with the other's cache; their weights are not compared.
-MODEL = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "layer_types",
-    "sliding_window",
-    "rope_parameters",
-)
 
 
-def save_cache(cache: EvictingCache, path: str | os.PathLike[str], /) -> None:
+class Storable(Protocol):
+    """What a cache must have to be saved and loaded, besides the values of `CACHE`; an `EvictingCache`."""
+
+    settings: Settings
+    layers: list[Any]
+    history: History
+    num_seen: int
+
+    def check_finished(self) -> None:
+        """Refuse to go on from a forward pass that broke off."""
+
+    def activate_past_recording(self) -> None:
+        """Let evictions wait for a crop."""
+
+
+AnyCache = TypeVar("AnyCache", bound=Storable)
+
+
+def save_cache(cache: Storable, path: str | os.PathLike[str], /) -> None:
     """Write a cache into a file, see `EvictingCache.save`."""
     where, library = _path(path), _safetensors()
-    cache._check_finished()
+    cache.check_finished()
     settings, sources = cache.settings, [source for source in map(_source_of, cache.layers) if source is not None]
     header = {
         "version": VERSION,
@@ -124,7 +123,7 @@ def save_cache(cache: EvictingCache, path: str | os.PathLike[str], /) -> None:
         "backend": _backend_name(settings),
         "values": {name: getattr(cache, name) for name in CACHE},
         "num_summed": cache.history.num_summed,
-        "model": _description(sources[0]) if sources else None,
+        "model": fingerprint.describe_model(sources[0]) if sources else None,
         "layers": [_layer_header(layer, settings) for layer in cache.layers],
     }
     # Copies: no memory in common, no gaps.
@@ -140,7 +139,7 @@ def save_cache(cache: EvictingCache, path: str | os.PathLike[str], /) -> None:
 
 
 def load_cache(
-    make: Callable[..., EvictingCache],
+    make: Callable[..., AnyCache],
     path: str | os.PathLike[str],
     /,
     *,
@@ -148,7 +147,7 @@ def load_cache(
     policy: Policy | None,
     backend: Backend | str | None,
     device: torch.device | str | None,
-) -> EvictingCache:
+) -> AnyCache:
     """Read a cache from a file, see `EvictingCache.load`; `make` is the class."""
     if model is not None:
         checks.instance("model", model, torch.nn.Module)
@@ -192,7 +191,7 @@ def _source_of(layer: Any) -> Source | None:
     return layer.source if isinstance(layer, EvictingLayer) else None
 
 
-def _all_tensors(cache: EvictingCache) -> Iterator[tuple[str, torch.Tensor]]:
+def _all_tensors(cache: Storable) -> Iterator[tuple[str, torch.Tensor]]:
     """List what tensors a cache has, by the names that they get in the file."""
     if cache.history.sums is not None:
         yield "history.sums", cache.history.sums
@@ -213,10 +212,11 @@ def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
         return
+    found = vars(layer.slots) | ({} if layer.held is None else vars(layer.held)) | {"num_hidden": layer.num_hidden}
     for name in TENSORS:
-        if getattr(layer, name) is not None:
-            yield name, getattr(layer, name)
-    for name, sums in layer.state.items():
+        if found.get(name) is not None:
+            yield name, found[name]
+    for name, sums in layer.slots.state.items():
         yield f"state.{name}", sums
 
 
@@ -254,21 +254,6 @@ def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any
     }
 
 
-def _description(source: Source) -> dict[str, Any]:
-    """Describe the model that a layer's keys come from."""
-    if source.kind is None:
-        # Read from a file, without a model.
-        return dict(vars(source.config))
-    return _described(source.kind, source.config)
-
-
-def _described(kind: type, config: Any) -> dict[str, Any]:
-    found = {name: getattr(config, name, None) for name in MODEL}
-    found |= {"attention": kind.__name__, "layer_kinds": versions.layer_kinds(config)}
-    described: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return described
-
-
 def _backend_name(settings: Settings) -> str | None:
     backend = settings.backend
     if backend is None or (backend.name in BUILT_IN and is_found_by_name(backend)):
@@ -280,7 +265,7 @@ def _backend_name(settings: Settings) -> str | None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read a whole file, and check of the header what stands at the top."""
+    """Read a whole file, and check the top level of its header."""
     library = _safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
@@ -358,7 +343,7 @@ def _backend(header: Mapping[str, Any], backend: Backend | str | None) -> Backen
 
 
 def _fill(
-    cache: EvictingCache,
+    cache: Storable,
     header: Mapping[str, Any],
     tensors: dict[str, torch.Tensor],
     model: torch.nn.Module | None,
@@ -372,8 +357,8 @@ def _fill(
         )
     description = header["model"]
     if description is not None:
-        _check_description(description)
-    modules = {} if model is None or description is None else _attention_of(model, description)
+        fingerprint.check_description(description)
+    modules = {} if model is None or description is None else fingerprint.attention_of(model, description)
     values = _fields(header["values"], CACHE, "values")
     if values["is_waiting"]:
         cache.activate_past_recording()
@@ -385,16 +370,18 @@ def _fill(
         kinds: dict[str, tuple[type, ...]] = {"kind": (str,), "attention": (dict, NoneType), "linear": (dict, NoneType)}
         given = _fields(each, kinds, name)
         module = modules.get(number) or next(iter(modules.values()), None)
-        where = device or _device_of(module)
+        where = device or fingerprint.device_of(module)
         layer = _new_layer(given, name, cache.settings)
         if given["linear"] is not None:
             _fill_linear(layer, given["linear"], name, own, batch, where)
         if given["attention"] is not None:
             _fill_attention(layer, given["attention"], name, own, batch, where)
             source = given["attention"]["source"]
-            layer.source = _source(source, number, description, module)
+            if source is not None:
+                source = _fields(source, SOURCE, f"{name}.source")
+                layer.source = fingerprint.make_source(source, number, description, module)
             if number in modules and layer.source is not None and layer.source.has_all_heads:
-                _check_heads(layer, name, modules[number])
+                fingerprint.check_heads(layer, name, modules[number])
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         cache.layers.append(layer)
     for key, value in values.items():
@@ -402,7 +389,7 @@ def _fill(
     _fill_history(cache, header["num_summed"], tensors, device or "cpu", batch)
     if tensors:
         raise ArgumentError(f"it must hold no more tensors than a cache has; got {sorted(tensors)[:5]}")
-    cache._check_finished()
+    cache.check_finished()
 
 
 def _new_layer(given: Mapping[str, Any], name: str, settings: Settings) -> Any:
@@ -489,15 +476,17 @@ def _fill_attention(
         # As if the first tokens came: what transformers notes then differs from release to release.
         found = {key: tensor.to(device) for key, tensor in found.items()}
         layer.lazy_initialization(found["keys"], found["values"])
-        for key, tensor in found.items():
-            setattr(layer, key, tensor)
-        layer.state = {key: sums.to(device) for key, sums in state.items()}
+        stored = {each.name: found[each.name] for each in fields(Slots) if each.name in found}
+        layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
+        layer.num_hidden = found.get("num_hidden")
+        if "queries" in found:
+            layer.held = Queries(queries=found["queries"], asked=found.get("asked"))
     size = found["keys"].shape[-1] if found else 0
     layer.rotation = rotary.from_plain(given["rotation"], f"{name}.rotation", size)
     axes = 0 if layer.rotation is None else len(layer.rotation.frequencies)
-    if layer.places is not None and layer.places.shape[-1] != axes:
+    if "places" in found and found["places"].shape[-1] != axes:
         raise ArgumentError(
-            f"its {name}.places must have the {axes} axes of its rotation; got {layer.places.shape[-1]}"
+            f"its {name}.places must have the {axes} axes of its rotation; got {found['places'].shape[-1]}"
         )
     if given["row_budgets"] is not None:
         budgets = given["row_budgets"]
@@ -509,7 +498,7 @@ def _fill_attention(
 
 
 def _fill_history(
-    cache: EvictingCache,
+    cache: Storable,
     num_summed: int,
     tensors: dict[str, torch.Tensor],
     device: torch.device | str,
@@ -538,6 +527,8 @@ def _check_tensors(
     """Check that the tensors of a layer fit to each other, and their batch to that of other layers."""
     if not {"keys", "values"} <= set(found):
         raise ArgumentError(f"its {name} must have keys and values; got {sorted(found)}")
+    if "asked" in found and "queries" not in found:
+        raise ArgumentError(f"its {name} must have queries with its asked; got {sorted(found)}")
     own: dict[str, int] = {key: length for key, length in lengths.items() if key == "batch"}
     for key, tensor in found.items():
         axes, dtype = TENSORS[key], DTYPES.get(key)
@@ -580,70 +571,3 @@ def _check_positions(found: Mapping[str, torch.Tensor], layer: EvictingLayer, na
     is_right = bool((positions < seen).all() and (ascend | ~used[..., :-1]).all())
     if not is_right or ("valid" not in found and not bool(used.all())):
         raise ArgumentError(f"its {name}.positions must ascend below num_seen={seen}; they do not")
-
-
-def _check_description(description: Mapping[str, Any]) -> None:
-    kinds = description.get("layer_kinds")
-    is_right = type(description.get("num_hidden_layers")) is int and isinstance(kinds, list)
-    if set(description) != {"attention", "layer_kinds", *MODEL} or not is_right:
-        raise ArgumentError(f"its model must be described by attention, {', '.join(MODEL)}; got {sorted(description)}")
-
-
-def _source(
-    given: Any, number: int, description: Mapping[str, Any] | None, module: torch.nn.Module | None
-) -> Source | None:
-    """Restore where the keys come from; without a model, what is known of it without running anything."""
-    if given is None:
-        return None
-    if description is None:
-        raise ArgumentError(f"its model must be described, because layers.{number} has a source; got None")
-    options = _fields(given, SOURCE, f"layers.{number}.source")
-    if options["index"] != number:
-        raise ArgumentError(f"its layers.{number} must have itself as index; got {options['index']}")
-    options["layer_kinds"] = tuple(map(str, description["layer_kinds"]))
-    if module is None:
-        return Source(kind=None, config=SimpleNamespace(**description), **options)
-    return Source(kind=type(module), config=module.config, **options)
-
-
-def _attention_of(model: torch.nn.Module, description: Mapping[str, Any]) -> dict[int, torch.nn.Module]:
-    """Find the attention of every layer in a model, or say in what it is another model than that of the cache."""
-    candidates = [
-        each
-        for each in model.modules()
-        if type(each).__name__ == description["attention"] and hasattr(each, "config") and hasattr(each, "layer_idx")
-    ]
-    if not candidates:
-        raise ArgumentError(
-            f"model must be the one that the cache was filled by, with layers of {description['attention']}; "
-            f"{type(model).__name__} has none"
-        )
-    found: dict[int, torch.nn.Module] = {}
-    for module in candidates:
-        described = _described(type(module), module.config)
-        if described == description:
-            found.setdefault(int(module.layer_idx), module)  # type: ignore[arg-type]
-    if not found:
-        different = {
-            key: (description[key], described[key]) for key in description if description[key] != described[key]
-        }
-        words = ", ".join(f"{key}={mine!r} and not {its!r}" for key, (mine, its) in different.items())
-        raise ArgumentError(f"model must be the one that the cache was filled by, with {words}")
-    return found
-
-
-def _check_heads(layer: EvictingLayer, name: str, module: torch.nn.Module) -> None:
-    """Compare what is stored with what the model will append, where it says so by the width of its projections."""
-    for key, projection in (("keys", "k_proj"), ("values", "v_proj")):
-        width, tensor = getattr(getattr(module, projection, None), "out_features", None), getattr(layer, key)
-        if layer.is_initialized and width is not None and width != tensor.shape[1] * tensor.shape[-1]:
-            raise ArgumentError(
-                f"its {name}.{key} must have {width} numbers per token, as the model's {projection}; "
-                f"got {tensor.shape[1]} heads of {tensor.shape[-1]}"
-            )
-
-
-def _device_of(module: torch.nn.Module | None) -> torch.device | str:
-    """Return where a layer's keys will be; the host where that cannot be seen."""
-    parameter = None if module is None else next(module.parameters(), None)
-    return "cpu" if parameter is None or parameter.device.type == "meta" else parameter.device

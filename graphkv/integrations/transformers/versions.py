@@ -1,4 +1,4 @@
-"""What differs between the releases of transformers that we run on: 5.2 and later."""
+"""Differences between the supported releases of transformers, 5.2 and later."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def is_checkpointed(model: Any) -> bool:
 def layer_kinds(config: Any) -> tuple[str, ...]:
     """Return what kind of cache each layer of a decoder needs, in transformers' own words.
 
-    "dummy" stands for a layer that caches nothing, because it reads another layer's keys or has no attention.
+    "dummy" is a layer that caches nothing, because it reads another layer's keys or has no attention.
     """
     if hasattr(cache_utils, "get_layer_types_and_kwargs"):
         try:
@@ -82,7 +82,7 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         except AttributeError:
             # A kind without the field that its cache needs.
             return tuple(config.layer_types)
-    # Before 5.13 the rule stood in the constructor of DynamicCache.
+    # Before 5.13 the rule was in the constructor of DynamicCache.
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         only = "full_attention"

@@ -1,0 +1,254 @@
+"""The decision what one layer keeps: for all rows together, or row by row where rows differ in budget or padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from ...core.backend import Backend
+from ...core.errors import ArgumentError
+from ...core.eviction import Eviction, evict, observe, wants
+from ...core.layer import Memory
+from ...core.policy import Policy
+from . import rotary
+from .handover import from_backend, to_backend
+from .queries import Queries
+from .slots import Slots, gathered, in_line, padding_first
+
+__all__ = ["Decider", "Part", "are_ragged", "parted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The subject of one decision: some rows, and of a row with holes its last tokens once padding comes first.
+
+    Attributes
+    ----------
+    rows : slice
+        All rows of the batch, or one.
+    num_seen : int
+        Tokens that budgets are shares of.
+    num_tokens, num_summed : int or None
+        Of a row with holes: its tokens, and the first ones of them that running sums know.
+    num_queries : int or None
+        Queries that are those of tokens and not of padding; None if all may count.
+    budget : int or None
+        Instead of the policy's own.
+    is_at_rest : bool
+        Whether nothing new has come in this row, so that all of it stays.
+    """
+
+    rows: slice
+    num_seen: int
+    num_tokens: int | None = None
+    num_summed: int | None = None
+    num_queries: int | None = None
+    budget: int | None = None
+    is_at_rest: bool = False
+
+    def of(self, slots: Slots, order: torch.Tensor | None) -> Slots:
+        """Return the slots of this part."""
+        own = slots.rows(lambda x: x[self.rows])
+        if order is None or self.num_tokens is None:
+            return own
+        own = own.take(order[self.rows]).last(self.num_tokens)
+        return replace(own, state={name: sums[:, :, : self.num_summed] for name, sums in own.state.items()})
+
+
+def parted(
+    slots: Slots,
+    seen: Sequence[int],
+    *,
+    queries: Queries | None,
+    budgets: Sequence[int] | None,
+    has_holes: bool,
+    num_new: int | None,
+) -> tuple[list[Part], torch.Tensor | None]:
+    """Compute what is decided together, and an order of the slots that puts padding first where rows have holes.
+
+    All rows together, unless they have budgets of their own; or holes: then each row is what it would be alone.
+
+    Parameters
+    ----------
+    slots : Slots
+        `valid` only where the next token can see it.
+    seen : sequence of int
+        Tokens that each row has seen.
+    queries : Queries or None
+    budgets : sequence of int or None
+        One per row, instead of the policy's.
+    has_holes : bool
+        Whether padding has followed a token in any row.
+    num_new : int or None
+        A row without a token among that many newest slots is at rest. None: no row is.
+
+    Returns
+    -------
+    tuple of list of Part and torch.Tensor (batch, kv_heads, stored) or None
+    """
+    has_holes = has_holes and slots.valid is not None
+    if not has_holes and budgets is None:
+        return [Part(rows=slice(None), num_seen=max(seen, default=0))], None
+    parts = [
+        Part(rows=slice(row, row + 1), num_seen=count, budget=None if budgets is None else budgets[row])
+        for row, count in enumerate(seen)
+    ]
+    if slots.valid is None or not has_holes:
+        return parts, None
+    asked = None if queries is None else queries.asked
+    # Heads differ in what they have dropped, not in what is new.
+    num_old = next((sums.shape[2] for sums in slots.state.values()), 0)
+    split = [_without_padding(part, slots.valid, asked, num_old=num_old, num_new=num_new) for part in parts]
+    return split, padding_first(slots.valid)
+
+
+def _without_padding(
+    part: Part, valid: torch.Tensor, asked: torch.Tensor | None, *, num_old: int, num_new: int | None
+) -> Part:
+    """Reduce a part to the tokens and queries of its only row."""
+    row = part.rows.start
+    num_tokens = max(1, int(valid[row].sum(dim=-1).max()))
+    # Alone, a row without new tokens would not have been evicted.
+    is_at_rest = part.budget is None and num_new is not None and not bool(valid[row, 0, -num_new:].any())
+    return replace(
+        part,
+        num_seen=max(num_tokens, part.num_seen),
+        num_tokens=num_tokens,
+        num_summed=num_tokens - int(valid[row, 0, num_old:].sum()),
+        num_queries=None if asked is None else int((asked[row] >= 0).sum()),
+        budget=num_tokens if is_at_rest else part.budget,
+        is_at_rest=is_at_rest,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decider:
+    """One layer as a policy sees it.
+
+    Attributes
+    ----------
+    slots : Slots
+        `valid` only where the next token can see it.
+    queries : Queries or None
+    rotation : Rotation or None
+    parts, order
+        See `parted`.
+    layer, num_layers : int
+    backend : Backend
+    """
+
+    slots: Slots
+    queries: Queries | None
+    rotation: rotary.Rotation | None
+    parts: Sequence[Part]
+    order: torch.Tensor | None
+    layer: int
+    num_layers: int
+    backend: Backend
+
+    def evict(self, policy: Policy) -> tuple[Eviction, ...]:
+        """Let the policy choose what each part keeps."""
+        needs_unrotated = policy.needs().unrotated_keys
+        rotation = rotary.check(self.rotation, self.slots.places) if needs_unrotated else None
+        return tuple(self._evict(policy, part, rotation) for part in self.parts)
+
+    def _evict(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> Eviction:
+        slots = part.of(self.slots, self.order)
+        unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
+        decision = evict(
+            policy,
+            to_backend(slots.keys, self.backend),
+            **self._facts(policy, part, slots),
+            budget=part.budget,
+            tokens_seen=part.num_seen,
+            unrotated_keys=None if unrotated is None else to_backend(unrotated, self.backend),
+        )
+        _check(policy, decision)
+        return decision
+
+    def observe(self, policy: Policy) -> tuple[Memory, ...]:
+        """Return what the policy remembers of each part, without evicting anything."""
+        found = []
+        for part in self.parts:
+            slots = part.of(self.slots, self.order)
+            memory = observe(policy, to_backend(slots.keys, self.backend), **self._facts(policy, part, slots))
+            found.append(memory or Memory())
+        return tuple(found)
+
+    def wants(self, policy: Policy) -> list[float]:
+        """Return how much each row of this layer wants, see `Policy.wants`."""
+        result: list[float] = []
+        for part in self.parts:
+            slots = part.of(self.slots, self.order)
+            keys = to_backend(slots.keys, self.backend)
+            found = wants(policy, keys, **self._facts(policy, part, slots))
+            if found is None:
+                raise ArgumentError(f"wants of {type(policy).__name__} must return a number per row; got None")
+            result += [float(x) for x in self.backend.to_numpy(found)]
+        return result
+
+    def _facts(self, policy: Policy, part: Part, slots: Slots) -> dict[str, Any]:
+        """Collect the arguments that `evict`, `observe` and `wants` share, besides the keys."""
+        needs = policy.needs()
+        wanted = min(policy.num_queries(slots.count), slots.count)
+        if part.num_queries is not None:
+            wanted = min(wanted, part.num_queries)
+        arrays = {"values": slots.values if needs.values else None, "valid": slots.valid}
+        if self.queries is not None and wanted:
+            arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
+        given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
+        tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
+        state = Memory(tokens=tokens) if tokens else None
+        return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
+
+    def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""
+        return tensor if self.order is None else gathered(tensor, self.order)
+
+    def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
+        device, valid = self.slots.keys.device, self.slots.valid
+        kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
+        state = self.remembered([each.state for each in decisions])
+        if are_ragged(decisions):
+            # The newest tokens of all rows are aligned at the end.
+            kept, state = in_line(kept, state)
+        if self.order is None or valid is None:
+            return kept, state
+        first = torch.tensor([self.slots.count - decision.num_tokens for decision in decisions], device=device)
+        index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
+        return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
+
+    def remembered(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+        """Put what is remembered of each part's tokens below each other."""
+        device, found = self.slots.keys.device, [{} if each is None else each.tokens for each in memories]
+        return {name: _below([each[name] for each in found], self.backend, device, 0) for name in found[0]}
+
+
+def _check(policy: Policy, decision: Eviction) -> None:
+    """Refuse what a cache cannot store."""
+    name = type(policy).__name__
+    if decision.merge is not None:
+        raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
+    if decision.choice.levels is not None:
+        raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
+    if decision.state is not None and decision.state.layer:
+        kinds = sorted(decision.state.layer)
+        raise ArgumentError(f"policy must remember tokens only in a model's cache; {name} has {kinds} of the layer")
+
+
+def are_ragged(decisions: Sequence[Eviction]) -> bool:
+    """Return whether heads or rows may keep different numbers of tokens."""
+    return len(decisions) > 1 or decisions[0].counts is not None
+
+
+def _below(arrays: Sequence[Any], backend: Backend, device: torch.device, fill: int) -> torch.Tensor:
+    """Put arrays of the backend below each other; shorter rows are filled up at the front."""
+    rows = [from_backend(each, backend, device) for each in arrays]
+    width = max(row.shape[2] for row in rows)
+    sides = (0, 0) * (rows[0].ndim - 3)
+    return torch.cat([pad(row, (*sides, 0, width - row.shape[2]), value=fill) for row in rows])

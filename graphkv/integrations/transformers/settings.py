@@ -1,0 +1,22 @@
+"""The settings that all layers of a cache share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...core.backend import Backend
+from ...core.policy import Policy
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings that all layers of a cache share, see `EvictingCache`."""
+
+    policy: Policy | None
+    every: int | None
+    rerotate: bool
+    record: bool
+    num_queries: int
+    backend: Backend | None

@@ -1,0 +1,85 @@
+"""One reading of a prompt for many caches: rows put together, sums worked out once, keys from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...core.errors import ArgumentError
+from ...core.policy import Policy
+from .layer import EvictingLayer
+from .slots import Slots
+
+__all__ = ["running_state", "stacked", "with_state", "with_states_of", "with_stored"]
+
+# What layers of linear attention remember, by the number of the state.
+LINEAR = ("conv_states", "recurrent_states")
+
+
+def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
+    """Put the rows of layers below each other, see `EvictingCache.stacked`."""
+    result, all_slots = layers[0].copy(), [layer.slots for layer in layers]
+    if any(slots.positions is not None for slots in all_slots):
+        all_slots = [replace(layer.slots, positions=layer.true_positions) for layer in layers]
+    result.slots = Slots.stack([replace(slots, state={}) for slots in all_slots])
+    if any(layer.num_hidden is not None for layer in layers):
+        none = torch.zeros(1, dtype=torch.int64, device=result.slots.keys.device)
+        result.num_hidden = torch.cat([
+            none.expand(layer.slots.keys.shape[0]) if layer.num_hidden is None else layer.num_hidden for layer in layers
+        ])  # fmt: skip
+    result.has_holes = any(layer.has_holes for layer in layers)
+    result.held = result.row_budgets = result.shared_by = result.record = None
+    return result
+
+
+def with_states_of(result: Any, layers: Sequence[Any]) -> None:
+    """Put what the linear attention of all layers remembers into `result`, a copy of the first one."""
+    for name in LINEAR:
+        states: dict[int, Any] = getattr(result, name, {})
+        for number, state in states.items():
+            if state is not None:
+                states[number] = torch.cat([getattr(layer, name)[number] for layer in layers])
+
+
+def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) -> EvictingLayer:
+    """Return a layer that stores these keys and values of the tokens seen, see `EvictingCache.with_stored`."""
+    rows, stored = tuple(layer.slots.keys.shape[:2]), tuple(keys.shape[:3])
+    if stored[:2] != rows or tuple(values.shape[:3]) != stored or stored[2] > layer.num_seen:
+        raise ArgumentError(
+            f"keys_and_values must have shape (batch, kv_heads, b, D) with {rows} and b <= {layer.num_seen}; "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)} for layer {layer.index}"
+        )
+    twin, positions = layer.copy(), torch.arange(stored[2], device=keys.device)
+    twin.slots, twin.held = Slots(keys=keys, values=values, positions=positions.expand(stored)), None
+    return twin
+
+
+def with_state(layer: EvictingLayer, state: Mapping[str, torch.Tensor]) -> EvictingLayer:
+    """Return a layer that knows running sums of its first tokens, see `EvictingCache.with_states`."""
+    twin, rows, num_stored = layer.copy(), tuple(layer.slots.keys.shape[:2]), layer.num_stored
+    for name, sums in state.items():
+        shape = tuple(sums.shape)
+        if shape[:2] != rows or len(shape) < 3 or shape[2] > num_stored:
+            raise ArgumentError(
+                f"states must have shape (batch, kv_heads, S, ...) with {rows} and S <= {num_stored}; "
+                f"got {shape} for {name} of layer {layer.index}"
+            )
+        # What has been summed up cannot be taken back.
+        twin.num_new = min(twin.num_new, num_stored - shape[2])
+    twin.slots = replace(twin.slots, state=dict(state))
+    return twin
+
+
+def running_state(
+    layer: EvictingLayer, policy: Policy, state: Mapping[str, torch.Tensor] | None
+) -> Mapping[str, torch.Tensor]:
+    """Compute the running sums of a policy over all that is stored, see `EvictingCache.running_states`."""
+    if not layer.evicts:
+        return {}
+    decider = (layer if state is None else with_state(layer, state)).decider(policy, None)
+    if decider.order is not None:
+        raise ArgumentError("running_states must have rows without padding between their tokens; a row has some")
+    return decider.remembered(decider.observe(policy))
