@@ -242,7 +242,7 @@ def observe(
     check_state(policy, state, layer)
     check_needs(policy, layer, scores=False)
     with layer.backend.guarded(keys):
-        return _observed(policy, layer, state)
+        return _detached(_observed(policy, layer, state), layer)
 
 
 def wants(policy: Policy, keys: Array, /, *, state: Memory | None = None, **facts: Unpack[LayerFacts]) -> Array | None:
@@ -289,7 +289,7 @@ def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -
     if layer.num_tokens <= budget:
         return Eviction(
             choice=_everything(layer),
-            state=memory,
+            state=_detached(memory, layer),
             budget=budget,
             num_tokens=layer.num_tokens,
             backend=layer.backend,
@@ -308,10 +308,11 @@ def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -
         num_tokens=layer.num_tokens,
         backend=layer.backend,
     )
-    if memory is None:
+    remembered = _detached(memory, layer)
+    if remembered is None:
         return decision
-    kept = {name: decision.apply(x) for name, x in memory.tokens.items()}
-    return replace(decision, state=replace(memory, tokens=kept))
+    kept = {name: decision.apply(x) for name, x in remembered.tokens.items()}
+    return replace(decision, state=replace(remembered, tokens=kept))
 
 
 def _everything(layer: Layer, /) -> Choice:
@@ -322,12 +323,15 @@ def _everything(layer: Layer, /) -> Choice:
 
 
 def _observed(policy: Policy, layer: Layer, state: Memory | None, /) -> Memory | None:
-    """Return what the policy remembers now, without the gradients that led to it, or they would pile up."""
+    """Return what the policy remembers of all tokens."""
     # A prompt that fits may come without queries; nothing is known of it then, and the next call needs them all.
-    is_seen = policy.needs().state and (state is not None or has_rows(layer))
-    if not is_seen:
+    if not policy.needs().state or (state is None and not has_rows(layer)):
         return None
-    memory = state if state is not None and not layer.num_new else policy.observe(layer, state)
+    return state if state is not None and not layer.num_new else policy.observe(layer, state)
+
+
+def _detached(memory: Memory | None, layer: Layer, /) -> Memory | None:
+    """Cut a memory off from the gradients that led to it, which would pile up from call to call."""
     detach = layer.backend.detach
     if memory is None or detach is None:
         return memory
