@@ -66,11 +66,12 @@ INTEGRATION = "graphkv.integrations"
 autosummary_context = {
     "members_of": {
         **{f"graphkv.{entry.policy.__name__}": ", ".join(sorted(OWN & vars(entry.policy).keys())) for entry in ENTRIES},
-        **{f"graphkv.{name}": " " for name in ("Cost", "Eviction", "Graph", "Layer", "Policy", "Protection", "Signal")},
+        **{f"graphkv.{name}": " " for name in ("Choice", "Cost", "Eviction", "Graph", "Layer", "Memory", "Merge", "Policy", "Protection", "Signal")},
         f"{INTEGRATION}.transformers.EvictingCache": (
-            "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes"
+            "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes, "
+            "stacked, keep_queries, running_states, with_states, with_stored"
         ),
-        f"{INTEGRATION}.transformers.EvictingLayer": "evict, true_positions, num_stored, nbytes",
+        f"{INTEGRATION}.transformers.EvictingLayer": "queries, evict, true_positions, num_stored, nbytes",
         f"{INTEGRATION}.kvpress.GraphKVPress": "score, compress",
         f"{INTEGRATION}.kvpress.PolicyPress": "compression_ratio, compress",
     }
