@@ -16,7 +16,7 @@ from marked import renew
 from reports import records
 
 from graphkv.evaluation.records import Record
-from graphkv.evaluation.statistics import Comparison, compare, summarise
+from graphkv.evaluation.statistics import Comparison, compare, summarize
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ def story(read: Sequence[Record]) -> str:
 
 def means(read: Sequence[Record], task: str, mode: str) -> str:
     """Render mean NLL by policy and budget at one length."""
-    cells = summarise(read, "nll")
+    cells = summarize(read, "nll")
     found: Mapping[int, Mapping[str, float]] = {
         cell.budget: {name: one.mean for name, one in policies.items()}
         for cell, policies in cells.items()
@@ -106,7 +106,7 @@ def sentences(read: Sequence[Record]) -> dict[str, list[str]]:
     cells = {
         metric: {
             (cell.task, cell.mode, cell.budget): found
-            for cell, found in summarise(read, metric).items()
+            for cell, found in summarize(read, metric).items()
             if cell.length == LENGTH
         }
         for metric in ("nll", "match")

@@ -4,7 +4,7 @@ from canvas import Picture, color, main
 from palette import OTHER
 from reports import records
 
-from graphkv.evaluation.statistics import summarise
+from graphkv.evaluation.statistics import summarize
 
 LENGTH = 2048
 PARTS = {
@@ -19,7 +19,7 @@ DASHES = {"random": "2 3", "snapkv+graphkv": "6 3"}
 def curves() -> dict[str, dict[str, dict[int, float]]]:
     """Read the mean NLL by part, policy and budget; None stands for the full cache."""
     found: dict[str, dict[str, dict[int, float]]] = {name: {} for name in PARTS}
-    for cell, policies in summarise(records("standard/records.jsonl.gz"), "nll").items():
+    for cell, policies in summarize(records("standard/records.jsonl.gz"), "nll").items():
         for name, part in PARTS.items():
             if (cell.task, cell.mode, cell.length) == (*part, LENGTH) and cell.budget:
                 for policy, one in policies.items():

@@ -19,7 +19,7 @@ def budgets() -> dict[float, list[int]]:
     found = {}
     for floor in FLOORS:
         done = evict(AdaKV(SnapKV(budget=BUDGET, window=8), floor=floor), keys, queries=queries)
-        found[floor] = done.head_budgets[0].tolist()
+        found[floor] = done.counts[0].tolist()
     return found
 
 

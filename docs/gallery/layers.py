@@ -15,7 +15,7 @@ def budgets() -> dict[str, list[int]]:
     )
     pyramid = PyramidKV(budget=BUDGET, window=8)
     # Preferences are what a forward pass finds; here they rise and fall.
-    cake = CAKE(budget=BUDGET, window=8).layer_budgets([1 + min(layer, 31 - layer) for layer in range(32)], TOKENS)
+    cake = CAKE(budget=BUDGET, window=8).share_out([1 + min(layer, 31 - layer) for layer in range(32)], TOKENS)
     return {
         "SnapKV: all alike": [SnapKV(budget=BUDGET).layer_budget(TOKENS, layer, LAYERS) for layer in range(LAYERS)],
         "PyramidKV: fewer from layer to layer": [
