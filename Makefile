@@ -60,10 +60,12 @@ lint: .venv/installed-test
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python docs/gallery/draw.py --check
 	$(BIN)/python docs/names.py --check
 	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
+	$(BIN)/python docs/tables.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
 
 # A stamp comes last, so that an interrupted installation is made again.
@@ -98,5 +100,5 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/generated graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
 	rm -rf docs/results/*/figures docs/results/*/report.*

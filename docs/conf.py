@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import reading
 import reports
 
 import graphkv
@@ -33,7 +35,8 @@ copyright = author
 version = release = graphkv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
-exclude_patterns = ["_build", "generated"]
+exclude_patterns = ["_build", "*.inc.md"]
+templates_path = ["_templates"]
 nitpicky = True
 # Pages of Python and of NumPy are not fetched, so that a build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
@@ -47,7 +50,31 @@ myst_dmath_double_inline = True
 autodoc_mock_imports = ["kvpress"]
 autodoc_typehints = "none"  # dtypes and shapes stand in the docstrings
 autodoc_member_order = "bysource"
-autosummary_generate = False  # the tables on api.md point into that page
+# The tables of api.md make a page per object in docs/api; that of the policies is made from the catalog.
+POLICIES = Path(__file__).parent / "api-policies.inc.md"
+POLICIES.write_text(
+    "```{eval-rst}\n.. currentmodule:: graphkv\n\n.. autosummary::\n   :nosignatures:\n   :toctree: api\n\n"
+    + "".join(f"   {entry.policy.__name__}\n" for entry in ENTRIES)
+    + "```\n",
+    encoding="utf-8",
+)
+autosummary_generate = ["api.md", POLICIES.name]
+autosummary_generate_overwrite = True
+# The members that a page shows, where there are any: of a policy, what it has beside the stages and its options.
+OWN = {"official", "share_out", "wants"}
+INTEGRATION = "graphkv.integrations"
+autosummary_context = {
+    "members_of": {
+        **{f"graphkv.{entry.policy.__name__}": ", ".join(sorted(OWN & vars(entry.policy).keys())) for entry in ENTRIES},
+        **{f"graphkv.{name}": " " for name in ("Cost", "Eviction", "Graph", "Layer", "Policy", "Protection", "Signal")},
+        f"{INTEGRATION}.transformers.EvictingCache": (
+            "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes"
+        ),
+        f"{INTEGRATION}.transformers.EvictingLayer": "evict, true_positions, num_stored, nbytes",
+        f"{INTEGRATION}.kvpress.GraphKVPress": "score, compress",
+        f"{INTEGRATION}.kvpress.PolicyPress": "compression_ratio, compress",
+    }
+}
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 # In the types of parameters, our own classes are links and all other words are words.
@@ -62,9 +89,16 @@ html_title = f"graphkv {release}"
 html_static_path = ["_static"]
 html_css_files = ["graphkv.css"]
 html_math_renderer = "mathml"
-
-# What a policy's class documents beside its options; its stages are those of `Policy`.
-MEMBERS = {"official", "share_out", "wants"}
+# Links to a page's source, once pyproject.toml has the address of a repository.
+(REPOSITORY,) = re.findall(
+    r'^repository = "(.*)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+)
+if "example.org" not in REPOSITORY:
+    html_theme_options = {
+        "source_repository": f"{REPOSITORY}/",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 
 HAS_KIT = importlib.util.find_spec("graphkv.testing") is not None and (
     importlib.util.find_spec("graphkv.testing.suite") is not None
@@ -87,8 +121,11 @@ def _inline_math(translator: Any, node: nodes.math) -> None:
 
 
 def _display_math(translator: Any, node: nodes.math_block) -> None:
-    """Write a displayed equation, in a box that scrolls on a narrow screen."""
-    translator.body.append(f'<div class="math" tabindex="0">{_mathml(node, block=True)}</div>\n')
+    """Write a displayed equation."""
+    # A guess at its width in its own type, by which it shrinks where the screen is narrower.
+    drawn = _mathml(node, block=True)
+    width = 0.85 * len("".join(re.sub(r"<[^>]*>", "", drawn).split()))
+    translator.body.append(f'<div class="math" tabindex="0" style="--width: {width:.0f}">{drawn}</div>\n')
     raise nodes.SkipNode
 
 
@@ -96,7 +133,7 @@ class _Link(SphinxRole):
     """A name in code type, with a link if there is something to link to."""
 
     def target(self) -> tuple[str, str] | None:
-        """Give the kind and the full name of what to link to."""
+        """Return the kind and the full name of what to link to."""
         raise NotImplementedError
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
@@ -143,33 +180,6 @@ class PropertyRole(_Link):
         return ("func", f"graphkv.testing.suite.{self.text}") if HAS_KIT else None
 
 
-def _reference(body: str) -> str:
-    """Wrap a part of the reference for autodoc."""
-    return f"```{{eval-rst}}\n.. currentmodule:: graphkv\n\n{body}```\n"
-
-
-class PublicDirective(SphinxDirective):
-    """``{public}`` lists every public name with its first line."""
-
-    def run(self) -> list[nodes.Node]:
-        """List them."""
-        names = "".join(f"   {name}\n" for name in graphkv.__all__)
-        return self.parse_text_to_nodes(_reference(f".. autosummary::\n   :nosignatures:\n\n{names}"))
-
-
-class PoliciesDirective(SphinxDirective):
-    """``{policies}`` documents every policy of the catalog, with what it has beyond the stages."""
-
-    def run(self) -> list[nodes.Node]:
-        """Document them."""
-        classes = [
-            f".. autoclass:: {entry.policy.__name__}\n"
-            + (f"   :members: {', '.join(sorted(own))}\n" if (own := MEMBERS & vars(entry.policy).keys()) else "")
-            for entry in ENTRIES
-        ]
-        return self.parse_text_to_nodes(_reference("\n".join(classes)))
-
-
 class PropertiesDirective(SphinxDirective):
     """``{properties}`` documents every property of the conformance kit, if it is there."""
 
@@ -189,6 +199,5 @@ def setup(app: Sphinx) -> None:
     app.add_role("name", NameRole())
     app.add_role("property", PropertyRole())
     app.add_role("tested", TestedRole())
-    app.add_directive("policies", PoliciesDirective)
     app.add_directive("properties", PropertiesDirective)
-    app.add_directive("public", PublicDirective)
+    reading.setup(app)

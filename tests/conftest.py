@@ -46,3 +46,10 @@ def pytest_runtest_call(item: pytest.Item):
         return (yield)
     with strict.flags_for(callspec.params.get("backend") if callspec else None):
         return (yield)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> str:
+    """The folder of the model that the pages name by its hub id."""
+    model = pytest.importorskip("graphkv.evaluation.model", reason="SmolLM2 needs graphkv[demo]")
+    return str(model._converted_default(print))

@@ -292,7 +292,7 @@ def test_the_help_lists_the_backends_of_other_packages_too(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert "cupy, jax, numpy, third, torch" in " ".join(done.stdout.replace("│", " ").split())
+    assert "cupy, jax, mlx, numpy, third, torch" in " ".join(done.stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("disk full")])

@@ -147,8 +147,7 @@ def test_truth_agrees_with_the_oracle(layer):
     counts = {"num_sources": layer.num_sources, "num_neighbors": layer.num_neighbors}
     sources, neighbors, weights = truth.build_graph(layer.keys, layer.importance, **counts, valid=layer.valid)
     degrees = truth.degree(layer.keys, valid=layer.valid)
-    options = {"damping": 0.5, "rounds": 3, "valid": layer.valid}
-    ranked = truth.pagerank(layer.importance, layer.keys, **options)
+    ranked = truth.pagerank(layer.importance, layer.keys, damping=0.5, rounds=3, valid=layer.valid)
     kept = truth.select(layer.importance, layer.budget, protected=layer.protected, valid=layer.valid)
     for row in np.ndindex(*layer.leading):
         one = layer.take(row)
@@ -158,8 +157,7 @@ def test_truth_agrees_with_the_oracle(layer):
         assert neighbors[row].tolist() == edges.neighbors
         assert weights[row].tolist() == edges.weights
         np.testing.assert_allclose(degrees[row], oracle.degree(one.keys.tolist(), valid=mask), atol=1e-12)
-        options["valid"] = mask
-        wanted = oracle.pagerank(one.importance.tolist(), one.keys.tolist(), **options)
+        wanted = oracle.pagerank(one.importance.tolist(), one.keys.tolist(), damping=0.5, rounds=3, valid=mask)
         np.testing.assert_allclose(ranked[row], wanted, rtol=1e-9, atol=1e-9)
         protected = None if one.protected is None else one.protected.tolist()
         assert kept[row].tolist() == oracle.select(one.importance.tolist(), one.budget, protected=protected, valid=mask)
@@ -239,6 +237,8 @@ def test_every_public_policy_is_shipped_to_the_kit():
     public = {name for name in graphkv.__all__ if inspect.isclass(getattr(graphkv, name))}
     kinds = {name for name in public if issubclass(getattr(graphkv, name), graphkv.Policy)}
     concrete = {name for name in kinds if not inspect.isabstract(getattr(graphkv, name))}
+    # A wrapper that changes nothing is none yet, and `Given` holds arrays of one library.
+    concrete -= {"Wrapper", "Given"}
 
     assert {type(policy).__name__ for policy in policies.shipped(12).values()} == concrete
 

@@ -33,7 +33,7 @@ def segment_sum(values, index, num_segments, *, backend):
 
 
 def _flat(values, index, num_segments):
-    """Give every row segments of its own."""
+    """Number the segments of every row apart."""
     *leading, _ = values.shape
     first = np.arange(prod(leading)).reshape(*leading, 1) * num_segments
     return (index + first).ravel(), (*leading, num_segments)

@@ -28,7 +28,7 @@ def head_budgets(
     budget : int
         Tokens per head on average, at most N.
     least : array, shape (batch, kv_heads), integer in [0, budget]
-        What a head gets in any case.
+        Tokens that a head always gets.
     protected, valid : array, shape (batch, kv_heads, N), bool
         Protected tokens come first and padding last.
 
@@ -39,7 +39,7 @@ def head_budgets(
     """
     xp = backend.xp
     num_tokens = scores.shape[-1]
-    # 0 protected, 1 others, 2 padding: who comes first in a head.
+    # Order within a head: 0 protected, 1 others, 2 padding.
     tiers = xp.astype(~protected, xp.int32) + xp.astype(~valid, xp.int32)
     tiers = xp.where(valid, tiers, xp.full_like(tiers, 2))
     place = xp.argsort(primitives.top_k(scores, num_tokens, tiers, backend=backend), axis=-1)
@@ -55,7 +55,7 @@ def code_head_budgets(
     """Return the head budgets of the official code, whose sum may miss kv_heads x budget.
 
     With C the budget less the protected tokens, a head that has c of the best C x kv_heads tokens gets round(c (1 -
-    share) + floor(share C)), ties to even, beside its protected tokens.
+    share) + floor(share C)), ties to even, in addition to its protected tokens.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def code_head_budgets(
 
 
 def _count_best(scores: Array, budget: int, tiers: Array, /, *, backend: Backend) -> Array:
-    """Count, for every head, its tokens among the best budget x kv_heads of the layer: ties by head, then by index."""
+    """Count each head's tokens among the best budget x kv_heads of the layer: ties by head, then by index."""
     xp = backend.xp
     batch, kv_heads, num_tokens = scores.shape
     flat = (batch, kv_heads * num_tokens)
@@ -117,7 +117,7 @@ class AdaKV(Wrapper):
     propagation.
 
     The exact form forces every head's least first and fills up with the best of the rest. The paper and the official
-    code blend: (1 - floor) times the count without a floor, plus the floor. Both favour the same heads; where a floor
+    code blend: (1 - floor) times the count without a floor, plus the floor. Both favor the same heads; where a floor
     does not bind, the exact form is the optimum without a floor, and the blend is not. The official code's selection
     per query head (without its GQA option), its scaling of scores by head, and the uniform first layers of later
     versions are not expressed.
@@ -171,7 +171,7 @@ class AdaKV(Wrapper):
         Raises
         ------
         ArgumentTypeError
-            If `base` is no Policy.
+            If `base` is not a Policy.
         """
         return cls(base, floor=0.2, schedule="code")
 

@@ -1,4 +1,4 @@
-"""What the papers' scorers share, written in the array API standard."""
+"""Parts that the papers' scorers share, in the array API standard."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def last_rows(layer: Layer, window: int, /) -> Array:
 
 
 def received(layer: Layer, window: int, /) -> Array:
-    """Sum what each token gets from the last W positions, as `last_rows` would give it row by row.
+    """Sum the attention that each token receives from the last W positions, the rows of `last_rows`.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def received(layer: Layer, window: int, /) -> Array:
 
 
 def _last(layer: Layer, window: int, /) -> Array:
-    """Return the last W attention rows or queries, whichever are at hand."""
+    """Return the last W attention rows or queries, whichever were given."""
     rows: Array = layer.attention if layer.attention is not None else layer.queries
     return rows[:, :, rows.shape[2] - window :, :]
 

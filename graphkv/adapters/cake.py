@@ -1,4 +1,4 @@
-"""CAKE: layers whose attention is spread out and shifts get more tokens, decided while the layers come in."""
+"""CAKE: more tokens for layers whose attention is spread out and shifts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def preference(rows: Array, /, *, tau1: float = 1.0, tau2: float = 1.0, xp: Name
     past = _past(rows)
     axes = tuple(range(1, past.ndim))
     entropy = -xp.sum(past * xp.log(past + 1e-10), axis=axes)
-    # log(1 + 1e-10) may be a hair above 0.
+    # log(1 + 1e-10) may be slightly above 0.
     entropy = xp.maximum(entropy, xp.zeros_like(entropy))
     variance = xp.sum(_variance(past, xp=xp), axis=axes[:-1])
     return entropy ** (1 / tau1) * variance ** (1 / tau2)
@@ -77,7 +77,7 @@ def _variance(past: Array, /, *, xp: Namespace) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class CAKE(WindowPolicy):
-    r"""Keep tokens that the window attends to or changes its mind about, and give layers what they prefer.
+    r"""Keep tokens that the window attends to, steadily or in turns, and share budgets out by the layers' preferences.
 
     The importance of a past token is :math:`\operatorname{pool}(\operatorname{mean}_q A_{qj} + \gamma
     \operatorname{var}_q A_{qj})` over the last `window` queries, averaged over the query heads of its KV head. The
@@ -85,7 +85,7 @@ class CAKE(WindowPolicy):
 
     A layer's preference is :math:`H^{1/\tau_1} V^{1/\tau_2}`, with the entropy :math:`H` of its attention to the past
     and the sum :math:`V` of its variance over the window. This policy alone gives every layer the same budget. With the
-    preferences of all layers at hand, `share_out` makes every layer's budget, which `evict` takes.
+    preferences of all layers, `share_out` returns every layer's budget, which `evict` takes.
 
     Parameters
     ----------

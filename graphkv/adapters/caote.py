@@ -17,7 +17,7 @@ SMALLEST_REST = 1e-6
 
 
 def output_change(alpha: Array, values: Array, output: Array, /, *, xp: Namespace) -> Array:
-    r"""Length of the change of an attention output when one token is removed and the others share its attention.
+    r"""Compute how far an attention output moves when one token is removed and the others share its attention.
 
     .. math:: c_j = \frac{\alpha_j}{1 - \alpha_j} \lVert x - v_j \rVert_2
 
@@ -65,17 +65,17 @@ class CAOTE(Wrapper):
     ArgumentError
         When evicting without values.
     ArgumentTypeError
-        If `base` is no Policy or `fast` no bool.
+        If `base` is not a Policy or `fast` not a bool.
 
     Notes
     -----
     Exact for one token at a time; several at once go by the same scores, as in the paper. Padding and what the base
-    protects take no part in :math:`\alpha` and x, because a base is free in what it gives to protected tokens (SnapKV's
+    protects are excluded from :math:`\alpha` and x, because a base may score protected tokens as it likes (SnapKV's
     window holds places, no attention); they keep the base's score, which only matters among themselves. 1 - alpha is
     taken as at least 1e-6.
 
-    There is no public code, and the paper does not say what becomes of grouped query heads. A cache stores one value
-    per KV head, and a base hands over one score per KV head, so alpha is the score after the base's group reduction:
+    There is no public code, and the paper does not treat grouped query heads. A cache stores one value
+    per KV head, and a base has one score per KV head, so alpha is the score after the base's group reduction:
     the change of the group's mean output. The other way, the mean over the group of each query head's own change, needs
     the heads apart, which no wrapper over an arbitrary policy has. With one query head per KV head both are the same.
 
@@ -86,7 +86,7 @@ class CAOTE(Wrapper):
 
     Examples
     --------
-    The base gives 0.5, 0.3 and 0.2 of the attention. Token 2 has the least, but its value stands apart: without it the
+    The base gives 0.5, 0.3 and 0.2 of the attention. Token 2 has the least, but its value differs most: without it the
     output moves from 2.6 to 1, without token 1 to 3.29.
 
     >>> import numpy as np
@@ -116,7 +116,7 @@ class CAOTE(Wrapper):
         nothing = xp.zeros_like(found.scores)
         alpha = _shares(xp.where(candidates & (found.scores > 0), found.scores, nothing), xp=xp)
         weights = _shares(xp.astype(candidates, alpha.dtype), xp=xp) if self.fast else alpha
-        # What takes no part must not bring a NaN into the sum.
+        # Padding must not bring a NaN into the sum.
         values = xp.where(layer.valid[..., None], layer.values, xp.zeros_like(layer.values))
         output = weights[..., None, :] @ xp.astype(values, alpha.dtype)
         change = output_change(alpha, values, output, xp=xp)

@@ -1,4 +1,4 @@
-"""DefensiveKV: a token is worth the most that any query of the window gave it, and never less than average."""
+"""DefensiveKV: the most attention that any query of the window pays to a token, and never less than average."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def risks(rows: Array, valid: Array, /, *, kernel_size: int, xp: Namespace) -> A
 
 @dataclass(frozen=True, kw_only=True)
 class DefensiveKV(WindowPolicy):
-    r"""Keep the observation window, and of the past what any one of its queries attends to strongly.
+    r"""Keep the observation window, and the past tokens that any one of its queries attends to strongly.
 
     The importance of a past token is the largest attention that a query of the last `window` positions gives it, over
     all query heads of its KV head, each query's attention pooled along the tokens first. It is at least the mean of

@@ -17,7 +17,7 @@ __all__ = ["ExpectedAttention", "expected_logits", "moments"]
 
 
 def moments(queries: Array, counts: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
-    """Mean and covariance of the queries that count.
+    """Compute mean and covariance of the queries that count.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def moments(queries: Array, counts: Array, /, *, xp: Namespace) -> tuple[Array, 
 
 
 def expected_logits(mean: Array, covariance: Array, keys: Array, /, *, xp: Namespace) -> Array:
-    r"""Logarithm of the expected exponential of an attention logit, for Gaussian queries.
+    r"""Compute the logarithm of the expected exponential of an attention logit, for Gaussian queries.
 
     .. math:: \log E\left[e^{q \cdot k / \sqrt{D}}\right]
               = \frac{\mu \cdot k}{\sqrt{D}} + \frac{k^\top \Sigma\, k}{2 D}
@@ -66,7 +66,7 @@ def expected_logits(mean: Array, covariance: Array, keys: Array, /, *, xp: Names
 class ExpectedAttention(SinkPolicy):
     r"""Keep the tokens that future queries are expected to attend to, if they are distributed like those given.
 
-    With mean :math:`\mu` and covariance :math:`\Sigma` of the queries of one head, the expected unnormalised attention
+    With mean :math:`\mu` and covariance :math:`\Sigma` of the queries of one head, the expected unnormalized attention
     to token :math:`j` is :math:`e^{z_j}`, and the importance
 
     .. math::
@@ -81,7 +81,7 @@ class ExpectedAttention(SinkPolicy):
     budget : int or float
         Tokens to keep per KV head, sinks included; a float is a share of the tokens.
     num_sinks : int
-        First tokens, which are kept in any case. Their queries and keys stay out of the statistics.
+        First tokens, which are always kept. Their queries and keys stay out of the statistics.
     epsilon : float
         Added to the expected attention before the norm of the value, in [0, 1]. 0.02 in the paper.
     value_norm : bool
@@ -96,8 +96,8 @@ class ExpectedAttention(SinkPolicy):
 
     Notes
     -----
-    The moments are those of all queries that are given, the whole prompt's if possible (`Policy.num_queries` asks for
-    them), but those of padding and sinks. Importance is at least 0; that of a sink
+    The moments are those of all queries that are given, if possible the whole prompt's (`Policy.num_queries` requests
+    them), except those of padding and sinks. Importance is at least 0; that of a sink
     is 0, so that a budget below the sinks keeps the first of them.
 
     Rotary embeddings are where this form falls short of the paper. There the moments are those of queries *before* the
@@ -196,7 +196,7 @@ class ExpectedAttention(SinkPolicy):
 
 
 def _softmax(logits: Array, among: Array, /, *, xp: Namespace) -> Array:
-    """Softmax along the last axis among some tokens; zero for the others, and everywhere if there are none."""
+    """Compute the softmax along the last axis among some tokens; zero for the others, and if there are none."""
     logits = xp.where(among, logits, xp.full_like(logits, -xp.inf))
     highest = xp.max(logits, axis=-1, keepdims=True)
     weight = xp.exp(logits - xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest)))

@@ -1,4 +1,4 @@
-"""Scores that come from elsewhere, as a policy."""
+"""Scores from elsewhere, as a policy."""
 
 from __future__ import annotations
 

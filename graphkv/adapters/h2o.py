@@ -20,7 +20,7 @@ __all__ = ["H2O"]
 class H2O(SinkPolicy):
     r"""Keep the heavy hitters, the tokens with the most attention so far, and the newest tokens.
 
-    The importance of token :math:`j` is the attention that it has received from every query :math:`i` since it came,
+    The importance of token :math:`j` is the attention that it has received from every query :math:`i` so far,
 
     .. math:: s_j = \operatorname{reduce}_h \sum_{i \ge j} A_{hij},
 
@@ -38,7 +38,7 @@ class H2O(SinkPolicy):
     num_sinks : int
         First tokens that are kept as well.
     num_recent : int, optional
-        Newest tokens that are kept in any case; 0 is allowed. Default: half the budget, rounded down.
+        Newest tokens that are always kept; 0 is allowed. Default: half the budget, rounded down.
     group_reduction : str
         ``"mean"``, ``"max"`` or ``"sum"`` over the query heads of a KV head, of their accumulated attention.
     age_normalised : bool

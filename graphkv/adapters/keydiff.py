@@ -36,10 +36,10 @@ class KeyDiff(SinkPolicy):
 
     Notes
     -----
-    Importance has shape (batch, kv_heads, N) and lies in [-1, 1]; `propagate` makes both signs safe. The paper divides
+    Importance has shape (batch, kv_heads, N) and is in [-1, 1]; `propagate` makes both signs safe. The paper divides
     by the anchor's length as well, which changes no order. It works block by block on long prompts, which is one call
     of `evict` per block here. There is no official code, so there is no `official` preset. The paper's cheaper variant,
-    the mean of keys that are not normalised, is not offered.
+    the mean of keys that are not normalized, is not offered.
 
     References
     ----------

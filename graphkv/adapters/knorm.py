@@ -40,7 +40,7 @@ class KNorm(SinkPolicy):
     Notes
     -----
     Importance has shape (batch, kv_heads, N) and is never positive; `propagate` lowers negative scores as well. The
-    rotary embedding does not change norms. Models that normalise their keys (Qwen3, Gemma 3) have norms that say
+    rotary embedding does not change norms. Models that normalize their keys (Qwen3, Gemma 3) have norms that say
     little, and the ranking is then mostly noise.
 
     The official code rounds a share of the tokens up, leaves prompts below 2048 tokens and, in its experiments, the

@@ -36,7 +36,7 @@ class SettledBudgets(Wrapper):
 
 @dataclass(frozen=True)
 class LayerBudgets(SettledBudgets):
-    """Any policy, with one budget per layer that was worked out elsewhere.
+    """Any policy, with one budget per layer that was computed elsewhere.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class LayerBudgets(SettledBudgets):
     ArgumentError
         If a budget is negative or, in use, if the model has another number of layers.
     ArgumentTypeError
-        If `base` is no Policy or `budgets` no sequence of integers.
+        If `base` is not a Policy or `budgets` no sequence of integers.
 
     Examples
     --------
@@ -96,7 +96,7 @@ class LayerShares(SettledBudgets):
     ArgumentError
         If a share is negative or not finite or, in use, if the model has another number of layers.
     ArgumentTypeError
-        If `base` is no Policy or `shares` no sequence of numbers.
+        If `base` is not a Policy or `shares` no sequence of numbers.
 
     Examples
     --------
@@ -137,7 +137,7 @@ _budget_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=64)
 def _allocated(shares: tuple[float, ...], total: int, most: int, least: int, /) -> list[int]:
-    """Work the budgets of all layers out once, not once per layer."""
+    """Compute the budgets of all layers once, not once per layer."""
     return core_budgets.allocate(shares, total, most, least)
 
 
@@ -151,16 +151,16 @@ class PerLayer(Wrapper):
     Parameters
     ----------
     base : Policy
-        Speaks for all layers together: budgets, protected tokens, queries and running state.
+        Decides for all layers together: budgets, protected tokens, queries and memory.
     policies : sequence of Policy
         The lowest layers' policy first: each one `base` itself, or wrappers such as `GraphKV` around it.
 
     Raises
     ------
     ArgumentError
-        If there are no policies, or one of them does not stand on `base`.
+        If there are no policies, or one of them is not built on `base`.
     ArgumentTypeError
-        If `base` or a policy is none.
+        If `base` or a policy is not a Policy.
 
     Examples
     --------
@@ -182,7 +182,7 @@ class PerLayer(Wrapper):
             raise ArgumentError("policies must hold at least one policy; got none")
         for number, policy in enumerate(self.policies):
             checks.instance(f"policies[{number}]", policy, Policy)
-            if not _stands_on(policy, self.base):
+            if not _is_built_on(policy, self.base):
                 raise ArgumentError(f"policies[{number}] must be base or a wrapper around it; got {policy!r}")
         object.__setattr__(self, "policies", tuple(self.policies))
 
@@ -204,7 +204,7 @@ class PerLayer(Wrapper):
         return Cost(max(cost.flops for cost in costs), max(cost.bytes for cost in costs))
 
 
-def _stands_on(policy: Policy, base: Policy, /) -> bool:
+def _is_built_on(policy: Policy, base: Policy, /) -> bool:
     while policy != base and isinstance(policy, Wrapper):
         policy = policy.base
     return policy == base

@@ -52,7 +52,7 @@ def to_plain(value: Any, /) -> Any:
 
 
 def is_known(plain: Any, /) -> bool:
-    """Say whether `from_plain` can make what was written, by the names in it."""
+    """Return whether `from_plain` can make what was written, by the names in it."""
     if isinstance(plain, Mapping):
         return KIND in plain and all(is_known(each) for each in plain.values())
     return all(is_known(each) for each in plain) if isinstance(plain, list) else True
@@ -64,7 +64,7 @@ def from_plain(plain: Any, /) -> Any:
     Parameters
     ----------
     plain : dict, list, str, int, float, bool or None
-        Need not come from `to_plain`: anything may stand in a file.
+        Need not be from `to_plain`: a file may hold anything.
 
     Returns
     -------

@@ -84,7 +84,7 @@ def exact_schedule(num_layers: int, budget: int, num_tokens: int, least: int, be
 
 
 def code_schedule(num_layers: int, budget: int, num_tokens: int, window: int, beta: int, /) -> list[int]:
-    """Give the integer schedule of the public code, whose sum exceeds layers x budget.
+    """Return the integer schedule of the public code, whose sum exceeds layers x budget.
 
     With C the budget less the window: the first layer keeps 2 C - C // beta past tokens, each next one a whole number
     of tokens less. That step is rounded down, so up to layers x (layers - 2) / 2 tokens too many are kept. A prompt

@@ -54,7 +54,7 @@ class Varying(Protection):
     @property
     def count(self) -> int:
         """Tokens that are protected in a row without padding."""
-        return super().count + self.varying
+        return self.first + self.last + self.window + self.varying
 
     def mask(self, layer: Layer, memory: Memory | None = None, /) -> Array:
         """Mark sinks and recents, then the highest deviations."""

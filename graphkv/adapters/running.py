@@ -19,7 +19,7 @@ def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
     ----------
     total : array, shape (..., N)
     rows : array, shape (..., Q, E)
-        What Q queries give to the first E <= N tokens.
+        Attention of Q queries to the first E <= N tokens.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
 def new_rows(layer: Layer, block_size: int, /) -> Iterator[Array]:
     """Yield the attention of all new positions, a block of queries at a time, each row whole.
 
-    A row needs the keys up to its own position only, and all of them are at hand, so its softmax needs no second pass
+    A row needs the keys up to its own position only, and all of them are there, so its softmax needs no second pass
     and the N x N matrix never exists.
 
     Parameters
@@ -63,7 +63,7 @@ def new_rows(layer: Layer, block_size: int, /) -> Iterator[Array]:
 
 
 def newly_received(layer: Layer, block_size: int, /) -> Array:
-    """Sum what `new_rows` gives each token, without the rows where queries are at hand.
+    """Sum the attention of `new_rows` to each token; with queries, without holding the rows.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def sums_of(memory: Memory | None, /) -> Mapping[str, Array]:
 
 
 def _new_positions(layer: Layer, /) -> Array:
-    """Return the attention rows or the queries, whichever are at hand, of the new positions."""
+    """Return the attention rows or the queries, whichever were given, of the new positions."""
     rows: Array = layer.attention if layer.attention is not None else layer.queries
     return rows[:, :, rows.shape[2] - layer.num_new :, :]
 

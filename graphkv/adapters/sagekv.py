@@ -50,9 +50,9 @@ class SAGEKV(SinkPolicy):
     budget : int or float
         Tokens to keep per KV head, sinks and recents included; a float is a share of the tokens.
     num_sinks : int
-        First tokens that are kept in any case.
+        First tokens that are always kept.
     num_recent : int, optional
-        Newest tokens that are kept in any case; 0 is allowed. Default: half of what the sinks leave, rounded down.
+        Newest tokens that are always kept; 0 is allowed. Default: half of what the sinks leave, rounded down.
 
     Raises
     ------

@@ -14,7 +14,7 @@ __all__ = ["SnapKV", "votes"]
 
 
 def votes(received: Array, /, *, kernel_size: int, pooling: str, group_reduction: str, xp: Namespace) -> Array:
-    """Reduce what each past token gets from the window over query heads, then pool.
+    """Reduce the attention that each past token receives over query heads, then pool.
 
     Parameters
     ----------
@@ -36,10 +36,10 @@ def votes(received: Array, /, *, kernel_size: int, pooling: str, group_reduction
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(WindowPolicy):
-    """Keep the observation window, and of the past what its queries attend to.
+    """Keep the observation window, and the past tokens that its queries attend to.
 
-    The importance of a past token is the attention that it gets from the last `window` queries, summed, reduced over
-    the query heads of its KV head and pooled along the tokens. The window itself is always kept.
+    The importance of a past token is the attention that it receives from the last `window` queries, summed, reduced
+    over the query heads of its KV head and pooled along the tokens. The window itself is always kept.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ __all__ = ["TOVA", "layer_votes"]
 
 
 def layer_votes(rows: Array, /, *, xp: Namespace) -> Array:
-    """Average the attention of one query over all query heads, and give every KV head the same.
+    """Average the attention of one query over all query heads, the same for every KV head.
 
     Parameters
     ----------
@@ -53,14 +53,14 @@ class TOVA(SinkPolicy):
     Raises
     ------
     ArgumentError
-        If an option is out of range, or, when evicting, if the last query is not at hand.
+        If an option is out of range, or, when evicting, if the last query is not given.
     ArgumentTypeError
         If an option has the wrong type.
 
     Notes
     -----
     Importance has shape (batch, kv_heads, N), is at least 0 and the same for every KV head. Under `GraphKV` the heads
-    may part, because their keys differ. A row whose newest position is padding gives no attention: then all scores are
+    may differ, because their keys do. A row whose newest position is padding gives no attention: then all scores are
     equal, and the first tokens stay.
 
     The official code runs after the prompt and at every step; its rule is one call of `evict` each time. It works on

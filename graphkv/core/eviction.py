@@ -10,7 +10,8 @@ from .backend import Backend, resolve
 from .errors import ArgumentError
 from .layer import Layer, Memory
 from .merging import Merge
-from .policy import Assessment, Policy, Wrapper
+from .needs import check_needs, check_state, has_rows, name_of
+from .policy import Assessment, Policy
 from .selection import Choice
 from .types import Array, Graph
 
@@ -197,10 +198,10 @@ def evict(
     )
     num_tokens = _budget(policy, facts, budget, tokens_seen)
     policy = policy.at(facts.layer, facts.num_layers)
-    _check_state(policy, state, facts)
+    check_state(policy, state, facts)
     scores = facts.num_tokens > num_tokens
-    if scores or state is not None or _has_rows(facts):
-        _check_needs(policy, facts, scores=scores)
+    if scores or state is not None or has_rows(facts):
+        check_needs(policy, facts, scores=scores)
     with facts.backend.guarded(keys):
         return _evict(policy, facts, num_tokens, state)
 
@@ -238,10 +239,10 @@ def observe(
     checks.instance("policy", policy, Policy)
     layer = Layer(keys, num_new=_num_new(keys, state), **facts)
     policy = policy.at(layer.layer, layer.num_layers)
-    _check_state(policy, state, layer)
-    _check_needs(policy, layer, scores=False)
+    check_state(policy, state, layer)
+    check_needs(policy, layer, scores=False)
     with layer.backend.guarded(keys):
-        return _observed(policy, layer, state)
+        return _detached(_observed(policy, layer, state), layer)
 
 
 def wants(policy: Policy, keys: Array, /, *, state: Memory | None = None, **facts: Unpack[LayerFacts]) -> Array | None:
@@ -276,8 +277,8 @@ def wants(policy: Policy, keys: Array, /, *, state: Memory | None = None, **fact
     """
     checks.instance("policy", policy, Policy)
     layer = Layer(keys, num_new=_num_new(keys, state), **facts)
-    _check_state(policy, state, layer)
-    _check_needs(policy, layer, scores=policy.needs().wants)
+    check_state(policy, state, layer)
+    check_needs(policy, layer, scores=policy.needs().wants)
     with layer.backend.guarded(keys):
         return policy.wants(layer, _observed(policy, layer, state))
 
@@ -288,7 +289,7 @@ def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -
     if layer.num_tokens <= budget:
         return Eviction(
             choice=_everything(layer),
-            state=memory,
+            state=_detached(memory, layer),
             budget=budget,
             num_tokens=layer.num_tokens,
             backend=layer.backend,
@@ -307,10 +308,11 @@ def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -
         num_tokens=layer.num_tokens,
         backend=layer.backend,
     )
-    if memory is None:
+    remembered = _detached(memory, layer)
+    if remembered is None:
         return decision
-    kept = {name: decision.apply(x) for name, x in memory.tokens.items()}
-    return replace(decision, state=replace(memory, tokens=kept))
+    kept = {name: decision.apply(x) for name, x in remembered.tokens.items()}
+    return replace(decision, state=replace(remembered, tokens=kept))
 
 
 def _everything(layer: Layer, /) -> Choice:
@@ -321,12 +323,15 @@ def _everything(layer: Layer, /) -> Choice:
 
 
 def _observed(policy: Policy, layer: Layer, state: Memory | None, /) -> Memory | None:
-    """Return what the policy remembers now, without the gradients that led to it, or they would pile up."""
+    """Return what the policy remembers of all tokens."""
     # A prompt that fits may come without queries; nothing is known of it then, and the next call needs them all.
-    is_seen = policy.needs().state and (state is not None or _has_rows(layer))
-    if not is_seen:
+    if not policy.needs().state or (state is None and not has_rows(layer)):
         return None
-    memory = state if state is not None and not layer.num_new else policy.observe(layer, state)
+    return state if state is not None and not layer.num_new else policy.observe(layer, state)
+
+
+def _detached(memory: Memory | None, layer: Layer, /) -> Memory | None:
+    """Cut a memory off from the gradients that led to it, which would pile up from call to call."""
     detach = layer.backend.detach
     if memory is None or detach is None:
         return memory
@@ -334,10 +339,6 @@ def _observed(policy: Policy, layer: Layer, state: Memory | None, /) -> Memory |
         tokens={name: detach(x) for name, x in memory.tokens.items()},
         layer={name: detach(x) for name, x in memory.layer.items()},
     )
-
-
-def _has_rows(layer: Layer, /) -> bool:
-    return layer.queries is not None or layer.attention is not None
 
 
 def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_seen: int | None, /) -> int:
@@ -352,7 +353,7 @@ def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_see
     tokens = budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
     # With room for everything nothing is evicted, whatever the policy's budgets are.
     if policy.needs().settled and tokens != own and tokens < num_tokens:
-        raise ArgumentError(f"budget must be {own}, as {_name(policy)} has settled, or left out; got {budget}")
+        raise ArgumentError(f"budget must be {own}, as {name_of(policy)} has settled, or left out; got {budget}")
     return tokens
 
 
@@ -362,60 +363,3 @@ def _num_new(keys: Array, state: Memory | None, /) -> int | None:
         return None
     checks.instance("state", state, Memory)
     return max(0, int(keys.shape[2]) - state.num_tokens) if state.tokens else None
-
-
-def _check_state(policy: Policy, state: Memory | None, layer: Layer, /) -> None:
-    """Refuse what another policy, or another layer, has left."""
-    if state is None:
-        return
-    checks.instance("state", state, Memory)
-    names = tuple(sorted(policy.needs().state))
-    if not names:
-        raise ArgumentError(f"state must be None for {_name(policy)}, which remembers nothing; got {list(state.names)}")
-    if state.names != names:
-        raise ArgumentError(f"state must hold {list(names)} for {_name(policy)}; got {list(state.names)}")
-    rows, lengths = tuple(layer.valid.shape), {}
-    for name, x in state.tokens.items():
-        resolve(layer.backend, **{f"state.tokens[{name!r}]": x})
-        shape = tuple(x.shape)
-        if len(shape) < 3 or shape[:2] != rows[:2] or shape[2] > rows[2]:
-            raise ArgumentError(
-                f"state.tokens[{name!r}] must have shape (batch, kv_heads, S <= N, ...) = {rows}; got {shape}"
-            )
-        lengths[name] = shape[2]
-    if len(set(lengths.values())) > 1:
-        raise ArgumentError(f"state must hold arrays of one number of tokens S; got {lengths}")
-    for name, x in state.layer.items():
-        resolve(layer.backend, **{f"state.layer[{name!r}]": x})
-        if tuple(x.shape[:1]) != rows[:1]:
-            raise ArgumentError(
-                f"state.layer[{name!r}] must have shape (batch, ...) = {rows[:1]} + ...; got {tuple(x.shape)}"
-            )
-
-
-def _check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
-    """Refuse a layer that lacks what the policy needs: always what it observes, and what it scores by if it scores."""
-    needs = policy.needs()
-    if scores and needs.values and layer.values is None:
-        raise ArgumentError(f"values must be given for {_name(policy)}; got None")
-    if scores and needs.unrotated_keys and layer.unrotated_keys is None:
-        raise ArgumentError(f"unrotated_keys must be given for {_name(policy)}; got None")
-    if needs.queries == "none" or not (scores or needs.state):
-        return
-    has_rows = layer.attention is not None and not needs.logits
-    rows, argument = (layer.attention, "attention") if has_rows else (layer.queries, "queries")
-    given = 0 if rows is None else int(rows.shape[2])
-    least = {"window": policy.num_queries(layer.num_tokens), "new": layer.num_new, "all": min(1, layer.num_tokens)}
-    wanted = least[needs.queries]
-    if needs.state:
-        wanted = max(layer.num_new, wanted if scores and needs.queries != "new" else 0)
-    if given < wanted:
-        last = "the last position" if wanted == 1 else f"the last {wanted} positions"
-        what = f"all {wanted} new positions" if needs.state else last
-        raise ArgumentError(f"{argument} must hold {what} for {_name(policy)}; got {given if given else 'none'}")
-
-
-def _name(policy: Policy, /) -> str:
-    """Return the names of a policy's classes, as it is written: GraphKV(SnapKV)."""
-    name = type(policy).__name__
-    return f"{name}({_name(policy.base)})" if isinstance(policy, Wrapper) else name

@@ -1,4 +1,4 @@
-"""What becomes of dropped tokens that go into kept ones."""
+"""Merges: dropped tokens that go into kept ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an eviction policy is: a budget and a short list of stages."""
+"""The contract of an eviction policy: a budget and a short list of stages."""
 
 from __future__ import annotations
 

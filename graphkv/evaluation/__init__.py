@@ -13,7 +13,7 @@ mode           ``"aware"``: the question was in the cache when it was evicted; `
 policy         ``"full"``, or a name such as ``"snapkv"``, ``"snapkv+graphkv"``, ``"snapkv+degree"``
 budget         tokens to keep per KV head in the average layer, as asked for; null for ``"full"``
 tokens_kept    the same as measured; null in runs of schema 1, which did not measure it
-cache_bytes    bytes of all stored keys and values as measured; null likewise
+cache_bytes    bytes of all stored keys and values as measured; null in runs of schema 1
 nll            mean negative log-likelihood per token of the right answer, in nats: lower is better
 kl             mean KL divergence of the next-token distributions at the answer's places, full cache to evicted, in nats
 match          whether greedy decoding generates the right answer, token by token

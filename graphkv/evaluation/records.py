@@ -41,7 +41,7 @@ class Record:
     num_tokens : int
         Tokens in the cache when it was evicted.
     depth : float or None
-        Where the needle lies, in [0, 1]: tokens before it as a share of `length`.
+        Depth of the needle in [0, 1]: tokens before it as a share of `length`.
     split : str or None
         ``tuning`` or ``held-out``. None for rows of a data set.
     seed : int or None
@@ -70,7 +70,7 @@ class Record:
     output_error : float or None
         Relative error of the attention outputs, averaged over layers and heads. None where not asked for.
     attention_mass : float or None
-        Share of the full cache's attention that falls on kept tokens, likewise.
+        Share of the full cache's attention on kept tokens. None where not asked for.
     redundancy : float or None
         Mean cosine of two different kept keys of a head, averaged over layers and heads: the lower, the more diverse.
         None in runs that did not measure it.
@@ -110,7 +110,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """What identifies this record in its run."""
+        """The identity of this record in its run."""
         return record_key(self.prompt, self.question, self.mode, self.policy, self.budget, self.sinks)
 
     @property

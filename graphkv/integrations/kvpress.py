@@ -404,7 +404,7 @@ def _queries_of(layer: Any, keys: torch.Tensor, values: torch.Tensor, kwargs: di
             f"PolicyPress to see what its heads read; {kind.__name__} of layer {layer.layer_idx} does not (some do "
             "when loaded with attn_implementation='sdpa')"
         )
-    # A quantised cache gives back other numbers than it was given.
+    # A quantized cache gives back other numbers than it was given.
     is_rounded = isinstance(kwargs["past_key_values"], QuantizedCache)
     for name, cached, read in (("keys", keys, seen.key), ("values", values, seen.value)):
         if not _are_heads_of(cached, read, is_rounded):

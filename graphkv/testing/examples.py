@@ -1,7 +1,7 @@
-"""What every backend must do at the sizes of real models, and where mistakes hide: examples, and nothing drawn.
+"""Fixed examples of what every backend must do at the sizes of real models, and where mistakes hide.
 
-`suite` brings these properties along. Every input is the same in every run, so whoever fails here fails always. Long
-rows are held against `graphkv.testing.truth`.
+`suite` brings these properties along. Every input is the same in every run, so a backend that fails here always fails.
+Long rows are compared with `graphkv.testing.truth`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_long_rows_are_ranked(backend: Backend) -> None:
         tiers = random.integers(0, 4, shape, dtype=np.int32)
         for dtype in _dtypes(backend):
             x = asserts.make(backend, scores, dtype)
-            # Two tiers come as a mask at times.
+            # Two tiers are sometimes a mask.
             for some in (None, tiers, tiers > 1):
                 found = primitives.top_k(x, k, None if some is None else asserts.make(backend, some), backend=backend)
                 asserts.equal(found, truth.top_k(scores, k, some), backend=backend, like=x)
@@ -170,7 +170,7 @@ def test_segments_of_many_values(backend: Backend) -> None:
                     wanted = _segments(kind, exact, index, num_segments).astype(dtype)
                     asserts.equal(found, wanted, backend=backend, like=x)
             if num_values > 1024:
-                continue  # the rounding of so many factors is not the backend's fault
+                continue  # the rounding of this many factors is not the backend's fault
             for kind in ("product", "sum"):
                 narrow = general.astype(dtype)
                 x = asserts.make(backend, narrow, dtype)
@@ -193,7 +193,7 @@ def test_attention_received_in_real_shapes(backend: Backend) -> None:
         random = np.random.default_rng(num_tokens)
         queries = random.normal(size=(batch, kv_heads * groups, num_queries, head_size))
         keys = random.normal(size=(batch, kv_heads, num_tokens, head_size))
-        # The largest logits of all, for keys that come too late to be seen.
+        # The largest logits of all, for keys too late to be seen.
         keys[..., -1, :] = 8 * queries[:, ::groups, 0]
         valid = random.random((batch, kv_heads, num_tokens)) < 0.9
         valid[..., -1] = True
@@ -316,7 +316,7 @@ def test_keys_of_all_lengths(backend: Backend) -> None:
 
 
 def test_short_keys_never_make_edges_to_sources_or_padding(backend: Backend) -> None:
-    """Keys whose squares lose their last bits have longer directions than one; who may be a neighbor is no number."""
+    """Keys whose squares lose their last bits have longer directions than one; a token's candidacy is not a number."""
     for head_size in (2, 64):
         for dtype in _dtypes(backend):
             keys = np.full((6, head_size), 2.6e-23 if dtype == "float32" else 2.3e-162)
@@ -411,7 +411,7 @@ def test_duplicates_of_several_sources_fall_by_a_factor_each(backend: Backend) -
 
 
 def test_graphs_made_by_hand(backend: Backend) -> None:
-    """An edge reaches whom it names: a source, its own one, the same token twice; weights of any size are clipped."""
+    """An edge reaches the token that it names: a source, its own, one token twice; weights of any size are clipped."""
     neighbors = np.asarray([[0, 1, 2], [0, 2, 2], [4, 4, 3]])
     tame = np.asarray([[0.5, 0.25, 0.75], [0.5, 0.5, 0.25], [0.25, 0.25, 0.0]])
     wild = np.asarray([[1.5, -0.25, np.nan], [np.inf, -np.inf, 0.5], [2.0, 1.0, np.nan]])
@@ -436,7 +436,7 @@ def test_graphs_made_by_hand(backend: Backend) -> None:
 
 
 def test_mixed_dtypes_have_the_wider_result(backend: Backend) -> None:
-    """What is float64 is computed in float64, whatever stands beside it; sources are ranked in the scores' dtype."""
+    """What is float64 is computed in float64, whatever else is given; sources are ranked in the scores' dtype."""
     if "float64" not in _dtypes(backend):
         return
     random = np.random.default_rng(64)
@@ -699,7 +699,7 @@ def test_four_threads_at_once(backend: Backend) -> None:
             # Here, because a lazy library may compute only where it was asked to.
             for found in results:
                 _same_results(found, wanted[place], backend)
-        except BaseException as error:  # told below, in the test's own thread
+        except BaseException as error:  # reported below, in the test's own thread
             errors.append(error)
 
     interval = sys.getswitchinterval()
@@ -830,7 +830,7 @@ def _graph_is_close(
 
 
 def _rounding(exponent: int) -> float:
-    """How much more a product of so many factors may be off than one."""
+    """Return how much further a product of this many factors may be off than one factor."""
     return max(1.0, exponent / 16)
 
 
@@ -1012,7 +1012,7 @@ def _follow(policy: Any, backend: Backend, *, steps: int = 3) -> None:
     for step in range(1 + steps):
         new = _inputs(step, batch, kv_heads, num_tokens)
         asked.append(new.pop("queries"))
-        # Afterwards the last few positions: some policies ask for a window, others for what is new.
+        # Afterwards the last few positions: some policies read a window, others what is new.
         queries = np.concatenate(asked, axis=2)[:, :, 0 if step == 0 else -6 :]
         cache = {name: np.concatenate([cache[name], x], axis=2) if step else x for name, x in new.items()}
         found: list[Eviction] = []

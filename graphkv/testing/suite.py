@@ -1,12 +1,12 @@
-"""What every backend must do: one claim a function, on drawn inputs, over a ``backend`` fixture.
+"""Properties that every backend must have: one claim a function, on drawn inputs, over a ``backend`` fixture.
 
 The fixture must have pytest's ``session`` scope and give a `graphkv.Backend` (or a `graphkv.testing.Subject`). The
 option ``--graphkv-backend`` brings one; see `graphkv.testing` for writing it by hand.
 
-What needs no chance stands in `graphkv.testing.examples`, and runs with this module.
+Fixed examples are in `graphkv.testing.examples`, and run with this module.
 
 Claims about values are held against `graphkv.testing.oracle`, which is Python loops; the margin rule for inexact
-inputs stands in `graphkv.testing.asserts`.
+inputs is in `graphkv.testing.asserts`.
 """
 
 from __future__ import annotations
@@ -397,8 +397,8 @@ def test_decay_never_raises_and_enhance_never_lowers(
 @unhurried
 @given(data=DRAWS, signal=st.sampled_from(["decay", "enhance"]), exponent=st.integers(-6, 6))
 def test_the_product_is_scale_invariant(backend: Backend, data: Any, signal: str, exponent: int) -> None:
-    """Scores twice as large come out twice as large, and the same tokens are chosen."""
-    # Below 1, so that nothing comes near the smallest float32, where scaling rounds.
+    """Scores twice as large stay twice as large, and the same tokens are chosen."""
+    # Below 1, so that nothing is near the smallest float32, where scaling rounds.
     weights = st.floats(0, 0.9375, width=32)
     edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=weights))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
@@ -576,7 +576,7 @@ def test_degree_follows_a_permutation_of_tokens(backend: Backend, data: Any, num
 @unhurried
 @given(layer=strategies.layers(leading=st.just(()), min_tokens=1), data=DRAWS)
 def test_a_duplicate_raises_the_degree(backend: Backend, layer: Layer, data: Any) -> None:
-    """One more of the same kind: of N tokens with the mean cosine c come N + 1 with (N c + 1) / (N + 1)."""
+    """One more of the same kind: N tokens of mean cosine c become N + 1 of (N c + 1) / (N + 1)."""
     layer = _replaced(layer, valid=None)
     token = data.draw(st.integers(0, layer.num_tokens - 1))
     assume(np.any(layer.keys[token]))
@@ -760,7 +760,7 @@ def test_pagerank_only_moves_importance(backend: Backend, data: Any, num_tokens:
 @unhurried
 @given(data=DRAWS, num_tokens=st.integers(1, 8), exponent=st.integers(-6, 6))
 def test_pagerank_is_scale_invariant(backend: Backend, data: Any, num_tokens: int, exponent: int) -> None:
-    """Scores twice as large come out twice as large, and keys may be longer or shorter one by one."""
+    """Scores twice as large stay twice as large, and keys may be longer or shorter one by one."""
     layer = data.draw(strategies.layers(leading=st.just((2,)), min_tokens=num_tokens, max_tokens=num_tokens))
     importance = data.draw(strategies.scores((2, num_tokens), elements=strategies.exact()))
     # All alike, they would be nothing, which has no size.
@@ -778,7 +778,7 @@ def test_pagerank_is_scale_invariant(backend: Backend, data: Any, num_tokens: in
 @unhurried
 @given(data=DRAWS, num_tokens=st.integers(2, 8), damping=st.sampled_from([0.15, 0.5, 1.0]))
 def test_equal_tokens_have_equal_pagerank(backend: Backend, data: Any, num_tokens: int, damping: float) -> None:
-    """Wherever they stand, bit for bit, so that the lower index is kept of them."""
+    """Wherever they are, bit for bit, so that the lower index is kept of them."""
     fixed = strategies.layers(
         keys=strategies.general_keys, leading=st.just(()), min_tokens=num_tokens, max_tokens=num_tokens
     )
@@ -1188,7 +1188,7 @@ def test_eviction_gathers_what_is_kept(backend: Backend, layer: Layer, trailing:
 @unhurried
 @given(layer=strategies.layers(), signal=SIGNALS, dtype=st.sampled_from(FLOATS))
 def test_a_layer_agrees_with_numpy(backend: Backend, layer: Layer, signal: str, dtype: str) -> None:
-    """All three steps give what graphkv's own NumPy backend gives."""
+    """All three steps return what graphkv's own NumPy backend returns."""
     assume(asserts.wide(backend, dtype) == dtype)
     numpy = load("numpy")
 
@@ -1278,7 +1278,7 @@ def _same_graph(graph: Graph, expected: Graph, /, *, backend: Backend, like: Arr
 
 
 def _links(backend: Backend, graph: Graph, row: tuple[int, ...]) -> dict[tuple[int, int], float]:
-    """Give a row's edges that have an effect."""
+    """Return a row's edges that have an effect."""
     sources, neighbors = asserts.values(backend, graph.sources)[row], asserts.values(backend, graph.neighbors)[row]
     weights = asserts.values(backend, graph.weights)[row]
     return {(int(sources[k]), int(neighbors[k, m])): float(weights[k, m]) for k, m in np.argwhere(weights > 0).tolist()}
@@ -1349,7 +1349,7 @@ def _positive(edges: Edges) -> Iterator[tuple[int, ...]]:
 
 
 def _degree(backend: Backend, layer: Layer, dtype: str = "float32") -> tuple[Array, Array]:
-    """Give a layer's degrees. Gives the keys too, on whose device they must be."""
+    """Return a layer's degrees, and the keys, on whose device they must be."""
     keys = asserts.make(backend, layer.keys, dtype)
     return keys, degree(keys, valid=_mask(backend, layer.valid), backend=backend)
 
@@ -1431,7 +1431,7 @@ def _num_protected(data: Any, layer: Layer) -> int:
 
 def _evicted(backend: Backend, layer: Layer, num_protected: int, signal: Signal) -> tuple[Array, Eviction]:
     keys = asserts.make(backend, layer.keys, "float32")
-    # A budget of 0 is none: a policy keeps something, or the caller does not evict.
+    # A budget of 0 is not one: a policy keeps something, or the caller does not evict.
     base = graphkv.Given(
         budget=layer.budget,
         importance=asserts.make(backend, layer.importance, "float32"),

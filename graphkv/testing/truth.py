@@ -1,7 +1,7 @@
 """The steps once more, whole arrays at a time in float64: the truth on rows too long for the loops of `oracle`.
 
 Written from the specification like the oracle, in NumPy, and sharing no code with `graphkv.core`. Where inputs are
-exact (keys of plus and minus one, say) it is exact as well, ties included.
+exact (such as keys of plus and minus one) it is exact as well, ties included.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def propagate(
     strength: float = 1.0,
     dtype: str = "float64",
 ) -> NDArray[np.float64]:
-    """Send the sources' signal along every edge; a factor has the range of `dtype`, as the specification says."""
+    """Send the sources' signal along every edge; a factor has the range of `dtype`, as in the specification."""
     score = importance.astype(np.float64)
     weights = np.clip(np.nan_to_num(weights.astype(np.float64), nan=0.0, posinf=1, neginf=0), 0, 1)
     factor, reached = np.ones(score.shape), np.zeros(score.shape, np.bool_)

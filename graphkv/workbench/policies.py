@@ -13,24 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..adapters import (
-    CAKE,
-    CAOTE,
-    H2O,
-    SAGEKV,
-    TOVA,
-    AdaKV,
-    ExpectedAttention,
-    KeyDiff,
-    KNorm,
-    LayerShares,
-    PerLayer,
-    PyramidKV,
-    Random,
-    RoCo,
-    SnapKV,
-    StreamingLLM,
-)
+from ..adapters import LayerShares, PerLayer, catalog
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.graphkv import GraphKV
 from ..core.policy import Policy, Wrapper
@@ -40,20 +23,7 @@ from .presets import Preset, load_preset
 
 __all__ = ["BASES", "WRAPPERS", "base_of", "call", "make_policy", "make_preset", "own_module", "with_budget"]
 
-BASES: dict[str, Callable[..., Policy]] = {
-    "random": Random,
-    "streaming-llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "pyramidkv": PyramidKV,
-    "h2o": H2O,
-    "tova": TOVA,
-    "cake": CAKE,
-    "roco": RoCo,
-    "sagekv": SAGEKV,
-    "expected-attention": ExpectedAttention,
-    "knorm": KNorm,
-    "keydiff": KeyDiff,
-}
+BASES: dict[str, Callable[..., Policy]] = dict(catalog.BASES)
 # ``+graphkv`` is ``GraphKV(base)``, with the options of the paper's signal.
 SIGNALS: dict[str, type[Signal]] = {
     "graphkv": Decay,
@@ -69,10 +39,10 @@ def _graph(signal: type[Signal], base: Policy, /, *, unrotated: bool = False, **
     return GraphKV(base, signal(**options), unrotated)
 
 
+# `GraphKV` is in the catalog too, under the name of the paper's signal.
 WRAPPERS: dict[str, Callable[..., Policy]] = {
     **{name: partial(_graph, signal) for name, signal in SIGNALS.items()},
-    "adakv": AdaKV,
-    "caote": CAOTE,
+    **{name: wrapper for name, wrapper in catalog.WRAPPERS.items() if name not in SIGNALS},
 }
 
 
@@ -99,7 +69,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     Raises
     ------
     ArgumentError
-        If the name or an option is unknown, a preset is none, or what a module holds is no policy.
+        If the name or an option is unknown, a preset is not valid, or a module has no such policy.
 
     Examples
     --------

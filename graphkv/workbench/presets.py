@@ -39,7 +39,7 @@ class Preset:
     sinks : int or None
         First tokens that are always kept. None: what the base does by itself.
     graph : tuple of str
-        Wrappers over the base for groups of successive layers, the lowest first; an empty string is none. No groups: no
+        Wrappers over the base for groups of successive layers, the lowest first; empty: without. No groups: no
         wrappers.
     layer_budgets : tuple of int or float
         Proportions in which layers share the budget, one per layer. Empty: alike.

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
@@ -17,7 +17,7 @@ from pydoc_data import topics
 from ..core.errors import ArgumentError
 from .files import read_file
 
-__all__ = ["Text", "language_reference", "read_text", "standard_library"]
+__all__ = ["Text", "language_reference", "listed", "read_text", "standard_library"]
 
 MODULES = (argparse, ast, configparser, difflib, inspect, textwrap)
 
@@ -90,6 +90,12 @@ def read_text(path: Path, /) -> Text:
     if not documents:
         raise ArgumentError(f"--text {path} must hold text; it is empty")
     return Text(name=path.name, documents=documents)
+
+
+def listed(words: Sequence[str | int], /) -> str:
+    """Join words like a, b and c."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _documents(contents: Iterable[str]) -> tuple[tuple[str, ...], ...]:

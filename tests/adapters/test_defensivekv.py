@@ -46,7 +46,7 @@ def test_importance_equals_loops(backend, window, kernel_size, pads):
     policy = DefensiveKV(budget=9, window=window, kernel_size=kernel_size)
     valid = np.arange(21) >= np.asarray([[0], [pads]])
 
-    found = evict(
+    done = evict(
         policy,
         make(backend, KEYS, np.float64),
         queries=make(backend, QUERIES, np.float64),
@@ -54,7 +54,7 @@ def test_importance_equals_loops(backend, window, kernel_size, pads):
         backend=backend,
     )
 
-    importance = backend.to_numpy(found.importance)
+    importance = backend.to_numpy(done.importance)
     for row in range(2):
         expected = by_loops(KEYS[row].tolist(), QUERIES[row].tolist(), valid[row].tolist(), window, kernel_size)
         real = valid[row, : 21 - window]

@@ -17,7 +17,7 @@ SCORES = np.asarray([1.0, 3.0, 2.0])
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Give a function that installs a package with one module and one entry point, as pip would."""
+    """Return a function that installs a package with one module and one entry point, as pip would."""
     monkeypatch.setattr(core_backend, "LOADED", {})
     monkeypatch.syspath_prepend(tmp_path)
 

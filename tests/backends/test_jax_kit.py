@@ -30,8 +30,8 @@ LEFT_OUT = (
     "test_an_array_changed_in_place_is_read_again",
     "test_four_threads_at_once",
 )
-# The claims about ranking, in which the second backend differs. XLA sorts subnormal numbers as zeros, so the places
-# of special scores are not among them; that is why the shipped backend has a top_k of its own.
+# The claims about ranking, which is where the second backend differs. XLA sorts subnormal numbers as zeros, so the
+# places of special scores are not among them: that is why the shipped backend has a top_k of its own.
 RANKED = (
     "test_among_duplicates_the_importance_decides",
     "test_exactly_the_budget_is_kept",

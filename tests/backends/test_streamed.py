@@ -18,7 +18,7 @@ FIELDS = ("sources", "neighbors", "weights")
 
 
 def both(name, keys, importance, **options):
-    """Give the graph of a backend, and that of the same without its override."""
+    """Return the graph of a backend, and that of the same without its override."""
     backend = load(name)
     keys, importance = backend.xp.asarray(keys), backend.xp.asarray(importance)
     if options.get("valid") is not None:

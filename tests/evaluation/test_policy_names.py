@@ -89,7 +89,7 @@ def test_sinks_are_kept_by_every_policy(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("best", "--policy must be one of full, random"),
+        ("best", "--policy must be one of full, snapkv"),
         ("snapkv+graph", "--policy must be one of"),
         ("full+graphkv", "--policy must be one of"),
         ("snapkv(window)", "options like window=8"),

@@ -51,7 +51,7 @@ class SlowReference:
         return out.transpose(0, 1)[None].to(kwargs.get("dtype", torch.float32)), None
 
     def _left(self, before, count, sliding_window):
-        """Say which positions are left for which query, bool (kv_heads, queries, positions)."""
+        """Return which positions are left for which query, bool (kv_heads, queries, positions)."""
         kv_heads = len(before[0])
         left = torch.zeros(kv_heads, count, count, dtype=torch.bool)
         start = 0
@@ -79,7 +79,7 @@ class SlowReference:
         return torch.cat(rows)
 
     def _policy_of(self, layer, query, key, value, config):
-        """Give the policy; where budgets depend on all layers, read the preferences of a first run."""
+        """Return the policy; where budgets depend on all layers, read the preferences of a first run."""
         if not self.policy.needs().wants:
             return self.policy
         first = self.calls[0]
@@ -105,7 +105,7 @@ class SlowReference:
         return (torch.tensor(rows) >= self.num_pads)[None].numpy()
 
     def _replay(self, policy, layer, num_layers, query, key, value, sliding_window):
-        """Give what is left before each call: lists of positions, one per head, and where their keys stand."""
+        """Return what is left before each call: lists of positions, one per head, and where their keys stand."""
         kv_heads = key.shape[0]
         stored = [[] for _ in range(kv_heads)]
         stands = [[] for _ in range(kv_heads)]

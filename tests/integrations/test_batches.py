@@ -48,7 +48,7 @@ def masks(row):
 
 
 def read_batch(model, cache, ids):
-    """Give the logits of all rows, each at its own positions."""
+    """Return the logits of all rows, each at its own positions."""
     mask = torch.stack([torch.cat(masks(row)) for row in range(len(SHOWN))]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits, start = [], 0

@@ -89,7 +89,7 @@ def mean_cosine(keys, valid):
 
 
 def suppressed_by_loops(record):
-    """Give {(row, head, slot)} by sorting, and {(row, head, slot, source slot): weight} by walking the edges."""
+    """Return {(row, head, slot)} by sorting, and {(row, head, slot, source slot): weight} by walking the edges."""
     tokens, edges, first = set(), {}, 0
     for decision in record.decisions:
         to_list = lambda x, give=decision.backend.to_numpy: None if x is None else give(x).tolist()  # noqa: E731

@@ -18,7 +18,7 @@ BATCH, HEADS, STORED = 3, 2, 5
 
 
 def numbers(*sizes, dtype=torch.float32):
-    """Tell every number from every other."""
+    """Make every number different."""
     shape = (BATCH, HEADS, STORED, *sizes)
     return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
 
@@ -68,7 +68,7 @@ def test_first_and_last_cut_every_array_and_append_puts_it_together_again():
         assert_equal(first, of_each(full(), lambda x: x[:, :, :left]))  # noqa: B023
         assert_equal(last, of_each(full(), lambda x: x[:, :, left:]))  # noqa: B023
         assert (first.count, last.count) == (left, STORED - left)
-        assert_equal(first.append(last), full())
+        assert_equal(first.append(vars(last)), full())
 
 
 def test_rows_and_stack_treat_every_array_alike():
@@ -107,25 +107,25 @@ def test_a_ragged_take_leaves_unused_slots_that_nobody_sees():
 
 def test_what_new_slots_lack_does_not_grow_and_is_filled_when_it_matters():
     bare = Slots(keys=numbers(4), values=numbers(3))
-    grown = full().append(bare)
+    grown = full().append(vars(bare))
     assert grown.count == 2 * STORED
     assert_equal(
         grown,
         replace(full(), keys=torch.cat([numbers(4)] * 2, dim=2), values=torch.cat([full().values, numbers(3)], dim=2)),
     )
 
-    late = bare.append(full())
+    late = bare.append(vars(full()))
     for name, fill in (("positions", -1), ("places", UNKNOWN), ("valid", True)):
         assert (getattr(late, name)[:, :, :STORED] == fill).all()
         assert torch.equal(getattr(late, name)[:, :, STORED:], getattr(full(), name))
     assert not late.state["sums"][:, :, :STORED].any()
     # A token whose place came to nobody's notice.
-    placed = full().append(bare).reaching("places", full().places[:, :, :2])
+    placed = full().append(vars(bare)).reaching("places", full().places[:, :, :2])
     assert (placed.places[:, :, STORED:-2] == UNKNOWN).all()
     assert torch.equal(placed.places[:, :, -2:], full().places[:, :, :2])
     index = torch.full((BATCH, HEADS, 1), 2 * STORED - 1)
-    assert (full().append(bare).take(index).places == UNKNOWN).all()
-    assert not full().append(bare).take(index).state["counts"].any()
+    assert (full().append(vars(bare)).take(index).places == UNKNOWN).all()
+    assert not full().append(vars(bare)).take(index).state["counts"].any()
 
 
 def test_a_stack_fills_up_what_some_of_its_parts_lack():
@@ -146,7 +146,7 @@ def test_true_positions_end_at_the_last_token_seen_until_some_are_held():
 
 def test_nothing_is_written_into_and_a_clone_shares_nothing():
     slots, before = full(), full()
-    slots.append(slots).take(torch.zeros(BATCH, HEADS, 2, dtype=torch.int64))
+    slots.append(vars(slots)).take(torch.zeros(BATCH, HEADS, 2, dtype=torch.int64))
     for array in arrays(slots.clone().last(2)).values():
         array.zero_()
     assert_equal(slots, before)

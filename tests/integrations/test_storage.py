@@ -392,7 +392,7 @@ def test_the_warning_of_growth_is_not_given_again(ids, tmp_path):
 @each_case
 def test_every_attribute_of_a_layer_is_saved_or_listed_as_not_saved(case, ids):
     _, cache = in_the_middle(case, ids)
-    inside = {each.name for kind in (Slots, Queries) for each in dataclasses.fields(kind)}
+    inside = {*(each.name for each in dataclasses.fields(Slots)), *Queries._fields}
     tables = [set(storage.TENSORS) - inside, set(storage.VALUES), storage.OTHERS, storage.NOT_SAVED]
     linear = [set(storage.LINEAR), set(storage.LINEAR_TENSORS), storage.LINEAR_OTHERS, storage.LINEAR_NOT_SAVED]
     expected = {"EvictingLayer": set.union(*tables), "LinearAttentionLayer": set.union(*linear)}
@@ -417,7 +417,7 @@ def test_every_attribute_of_a_cache_is_saved_or_follows():
     follows = {"settings", "layers", "layer_class_to_replicate", "offloading", "_latest"}
 
     assert set(vars(EvictingCache())) == {*storage.CACHE, "history", *follows}
-    assert set(vars(EvictingCache().history)) == {"num_summed", "sums", "recent"}
+    assert set(vars(EvictingCache().history)) == {"num_summed", "sums", "recent", "num_recent"}
 
 
 def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
@@ -432,7 +432,7 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         layer.budget, layer.num_evictions, layer.num_dropped, layer.bytes_freed, layer.seconds = 21, 22, 23, 24, 2.5
         layer.num_new, layer.sliding_window, layer.evicts, layer.due_at, layer.record_past = 26, 27, False, 28, True
         layer.certain, layer.has_holes = 29, True
-        layer.held = dataclasses.replace(layer.held, asked=torch.arange(layer.held.count).repeat(2, 1))
+        layer.held = layer.held._replace(asked=torch.arange(layer.held.num_queries).repeat(2, 1))
         layer.num_hidden = torch.tensor([0, 3])
         layer.slots = dataclasses.replace(
             layer.slots,
@@ -449,10 +449,11 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
     assert made.history.num_summed == 6
     assert made.history.sums.tolist() == [2**62, -5]
     assert [each.tolist() for each in made.history.recent] == [each.tolist() for each in cache.history.recent]
+    assert len(made.history) == 6 + 3 + 1
     for layer, copied in zip(cache.layers, made.layers, strict=True):
         assert copied.queries is not None
-        assert_same_tensors(copied.slots, layer.slots)
-        assert_same_tensors(copied.held, layer.held)
+        assert_same_tensors(vars(copied.slots), vars(layer.slots))
+        assert_same_tensors(copied.held._asdict(), layer.held._asdict())
         for name, value in vars(layer).items():
             if name in {"settings", "record", "slots", "held"}:
                 continue
@@ -466,8 +467,9 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
 
 def assert_same_tensors(one, other):
     """In every field, and all of them are there."""
-    for name, value in vars(other).items():
-        found = getattr(one, name)
+    assert one.keys() == other.keys()
+    for name, value in other.items():
+        found = one[name]
         if name == "state":
             assert found.keys() == value.keys()
             assert all(torch.equal(found[each], value[each]) for each in value)

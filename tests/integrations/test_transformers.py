@@ -366,7 +366,7 @@ def test_misuse_of_a_cache_is_refused(model, prompts):
         with pytest.raises(ArgumentError, match="it is empty"):
             cache.evict(POLICIES["snapkv"])
         model(prompts, **with_cache(model, cache))
-        with pytest.raises(ArgumentError, match="queries must be given"):
+        with pytest.raises(ArgumentError, match="queries must hold the last"):
             cache.evict(POLICIES["snapkv"])
     with pytest.raises(ArgumentTypeError, match="num_queries must be an integer"):
         EvictingCache(num_queries=1.5)

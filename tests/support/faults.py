@@ -371,7 +371,7 @@ def elsewhere(importance, graph, /, *, signal, rounds, accumulation, strength, b
 
 
 def by_numpy(scores, budget, protected, valid, /, *, backend):
-    """Gives an array of another library."""
+    """Return an array of another library."""
     return select(
         scores.numpy(),
         budget,

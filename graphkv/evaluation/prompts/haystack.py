@@ -73,7 +73,7 @@ class Haystack:
         Parameters
         ----------
         seed : int
-            Says where. Neighboring seeds lie far apart, and many seeds spread evenly.
+            Decides where. Neighboring seeds are far apart, and many seeds spread evenly.
         num_tokens : int
 
         Returns

@@ -31,7 +31,7 @@ class Question:
     task : str
     kind : str or None
     depth : float or None
-        Where the needle lies, in [0, 1]: tokens before it as a share of the prompt's.
+        Depth of the needle in [0, 1]: tokens before it as a share of the prompt's.
     ids : tuple of int
         What follows the prompt, up to where the answer begins. At least one token.
     answer : tuple of int

@@ -8,13 +8,14 @@ the prompt ends with, so that the likelihood of an answer is about the answer an
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import pi
 from random import Random
 from string import ascii_lowercase, ascii_uppercase
 
 from ...core.errors import ArgumentError
+from ...workbench.text import listed
 
 __all__ = ["DEPTHS", "TASKS", "Riddle", "Task", "task_names"]
 
@@ -133,7 +134,7 @@ def multi_value(random: Random, seed: int) -> Riddle:
         inserts=_spread(random, [f"One of the secret numbers of the {key} is {value}." for value in values]),
         question=f"What are all the secret numbers of the {key}?",
         prefix=f"The secret numbers of the {key} are",
-        answer=_listed(values),
+        answer=listed(values),
         references=tuple(values),
         max_new_tokens=64,
     )
@@ -142,12 +143,12 @@ def multi_value(random: Random, seed: int) -> Riddle:
 def multi_query(random: Random, seed: int) -> Riddle:
     """Hide numbers under 4 keys and ask for all of them."""
     keys, values = _keys(random, 4), _values(random, "number", 4)
-    named = _listed([f"the {key}" for key in keys])
+    named = listed([f"the {key}" for key in keys])
     return Riddle(
         inserts=_spread(random, [_hidden("number", key, value) for key, value in zip(keys, values, strict=True)]),
         question=f"What are the secret numbers of {named}, in this order?",
         prefix=f"The secret numbers of {named} are",
-        answer=_listed(values),
+        answer=listed(values),
         references=tuple(values),
         max_new_tokens=64,
     )
@@ -164,7 +165,7 @@ def variable_tracking(random: Random, seed: int) -> Riddle:
         inserts=_spread(random, steps),
         question=f"Variables were assigned in the text above. Which variables hold the value {value} in the end?",
         prefix=f"The variables that hold the value {value} are",
-        answer=_listed(names),
+        answer=listed(names),
         references=tuple(names),
     )
 
@@ -198,7 +199,7 @@ def common_words(random: Random, words: list[str], size: int) -> tuple[str, Ridd
         inserts=(),
         question="Some words come more often than others in the list above. Which are the 10 most frequent words?",
         prefix="The 10 most frequent words of the list are",
-        answer=_listed(common),
+        answer=listed(common),
         references=tuple(common),
         max_new_tokens=96,
     )
@@ -216,7 +217,7 @@ def frequent_words(random: Random, words: list[str], size: int) -> tuple[str, Ri
         inserts=(),
         question="The text above is made of code words; dots mean nothing. Which are the 3 most frequent code words?",
         prefix="The 3 most frequent code words are",
-        answer=_listed(made_up[1:4]),
+        answer=listed(made_up[1:4]),
         references=tuple(made_up[1:4]),
     )
 
@@ -224,11 +225,6 @@ def frequent_words(random: Random, words: list[str], size: int) -> tuple[str, Ri
 def _spread(random: Random, paragraphs: list[str]) -> tuple[tuple[float, str], ...]:
     """Draw different depths for paragraphs, in their order."""
     return tuple(zip(sorted(random.sample(DEPTHS, len(paragraphs))), paragraphs, strict=True))
-
-
-def _listed(words: Sequence[str]) -> str:
-    """Join words like a, b and c."""
-    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 TASKS: dict[str, Task] = {

@@ -11,6 +11,7 @@ import numpy as np
 from ...core import checks
 from ...core.errors import ArgumentError
 from ...workbench.names import FULL
+from ...workbench.text import listed
 from .. import statistics
 from ..records import Record
 from ..statistics import METRICS
@@ -27,7 +28,6 @@ from .wording import (
     gain_of,
     gain_words,
     length_words,
-    listed,
     mean_words,
     probability_words,
     range_words,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from math import isfinite
 
 from ..statistics import METRICS, Comparison, Interval
@@ -17,7 +17,6 @@ __all__ = [
     "gain_of",
     "gain_words",
     "length_words",
-    "listed",
     "mean_words",
     "probability_words",
     "range_words",
@@ -96,9 +95,3 @@ def range_words(values: Collection[float], digits: int) -> str:
     """Write the mean of some values, with their range where they differ."""
     mean, least, most = (f"{value:.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
     return mean if least == most else f"{mean} ({least} to {most})"
-
-
-def listed(values: Sequence[int | str]) -> str:
-    """Join words like a, b and c."""
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -30,7 +30,7 @@ NO_GRAPH = ""
 MOST_NEIGHBORS = 16
 MOST_ROUNDS = 3
 MOST_EXPONENT = 32
-# A layer's share lies between the average divided and multiplied by this.
+# A layer's share is between the average divided and multiplied by this.
 WIDEST = 4.0
 STEP = 0.25
 

@@ -56,7 +56,7 @@ class Part:
         if order is None or self.num_tokens is None:
             return own
         own = own.take(order[self.rows]).last(self.num_tokens)
-        return replace(own, state={name: sums[:, :, : self.num_summed] for name, sums in own.state.items()})
+        return own.having(state={name: sums[:, :, : self.num_summed] for name, sums in own.state.items()})
 
 
 def parted(

@@ -22,35 +22,41 @@ class History:
         self.num_summed = 0
         self.sums: torch.Tensor | None = None
         self.recent: list[torch.Tensor] = []
+        self.num_recent = 0
 
     def __len__(self) -> int:
-        return self.num_summed + sum(ids.shape[1] for ids in self.recent)
+        # Asked at every step, so it must not go through all of them.
+        return self.num_summed + self.num_recent
 
     def copy(self) -> History:
         """Return a history that goes its own way."""
         twin = History()
-        twin.num_summed, twin.sums, twin.recent = self.num_summed, self.sums, list(self.recent)
+        twin.num_summed, twin.sums = self.num_summed, self.sums
+        twin.recent, twin.num_recent = list(self.recent), self.num_recent
         return twin
 
     def append(self, ids: torch.Tensor, *, keep: int) -> None:
         """Go on with ids (batch, tokens); at least `keep` of the newest tokens can be taken back afterwards."""
         self.recent.append(ids.detach())
-        surplus = len(self) - self.num_summed - keep
+        self.num_recent += ids.shape[1]
+        surplus = self.num_recent - keep
         while self.recent and self.recent[0].shape[1] <= surplus:
             ids = self.recent.pop(0)
             sums = _sums(ids, self.num_summed)
             self.sums = sums if self.sums is None else self.sums + sums.to(self.sums.device)
             self.num_summed += ids.shape[1]
+            self.num_recent -= ids.shape[1]
             surplus -= ids.shape[1]
 
     def take_back(self, num_tokens: int) -> None:
         """Forget the newest tokens."""
-        left = len(self) - num_tokens
-        while self.recent and len(self) > left:
+        surplus = min(num_tokens, self.num_recent)
+        self.num_recent -= surplus
+        while surplus:
             ids = self.recent.pop()
-            surplus = len(self) + ids.shape[1] - left
             if surplus < ids.shape[1]:
                 self.recent.append(ids[:, : ids.shape[1] - surplus])
+            surplus -= min(surplus, ids.shape[1])
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Reorder, repeat or select rows of the batch."""

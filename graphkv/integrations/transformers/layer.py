@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -115,20 +114,19 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.awaits_queries = True
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._append(Slots(keys=key_states, values=value_states))
+        self._append({"keys": key_states, "values": value_states})
         return self.slots.keys, self.slots.values
 
-    def _append(self, new: Slots) -> None:
-        """Append tokens at the next positions."""
-        shape, start = new.keys.shape[:3], self.num_seen
-        if self.slots.positions is not None:
-            positions = torch.arange(start, start + new.count, device=new.keys.device)
-            new = replace(new, positions=positions.expand(shape))
-        if self.slots.valid is not None and new.valid is None:
-            new = replace(new, valid=new.keys.new_ones(shape, dtype=torch.bool))
-        self.slots = self.slots.append(new)
-        self.num_seen += new.count
-        self.num_new += new.count
+    def _append(self, arrays: dict[str, Any]) -> None:
+        """Append tokens, given by their arrays, at the next positions."""
+        keys, start, slots = arrays["keys"], self.num_seen, self.slots
+        self.num_seen = end = start + keys.shape[2]
+        self.num_new += end - start
+        if slots.positions is not None:
+            arrays["positions"] = torch.arange(start, end, device=keys.device).expand(keys.shape[:3])
+        if slots.valid is not None and arrays.get("valid") is None:
+            arrays["valid"] = keys.new_ones(keys.shape[:3], dtype=torch.bool)
+        self.slots = slots.append(arrays)
 
     def note_padding(self, padding: torch.Tensor | None, num_new: int) -> None:
         """Note which tokens are padding, shape (batch, tokens seen or new tokens), before the attention."""
@@ -147,7 +145,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         valid = padding[rows[..., None], where.clamp(min=0)] | (where < 0)
         if self.slots.valid is not None:
             valid = self.slots.valid & valid
-        self.slots = replace(self.slots, valid=valid)
+        self.slots = self.slots.having(valid=valid)
         hidden = (~padding).sum(dim=1)
         if self.num_hidden is not None and offset:
             hidden = hidden + self.num_hidden
@@ -156,7 +154,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             asked = self.held.positions(self.num_seen - num_new)
             where = asked - offset
             asked = torch.where(padding[rows, where.clamp(min=0)] | (where < 0), asked, -1)
-            self.held = replace(self.held, asked=asked)
+            self.held = self.held._replace(asked=asked)
         self.has_holes = self.has_holes or bool((valid[:, :, :-1] & ~valid[:, :, 1:]).any())
 
     def after_attention(
@@ -188,8 +186,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return
         if self.record_past:
             wanted += query.shape[2]
-        new = Queries.of(query, scaling, self.slots.valid, self.num_seen)
-        held = new if self.held is None else self.held.append(new, self.num_seen - new.count)
+        held = Queries.of(query, scaling, self.slots.valid, self.num_seen)
+        if self.held is not None:
+            held = self.held.append(held, self.num_seen - query.shape[2])
         self.held = (held.padding_first() if self.has_holes else held).last(wanted)
 
     def note_places(self, module: torch.nn.Module, num_new: int) -> None:
@@ -229,7 +228,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def rejoin(self, newest: Slots) -> None:
         """Append tokens that `split_off` took out."""
         if newest.count:
-            self._append(newest)
+            self._append({**vars(newest)})
 
     def evict(self, policy: Policy, *, backend: Backend | None = None) -> tuple[Eviction, ...]:
         """Shrink to what the policy keeps.
@@ -316,7 +315,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if self.sliding_window is None:
             return self.slots
         in_window = self.true_positions > self.num_seen - self.sliding_window
-        return replace(self.slots, valid=in_window if self.slots.valid is None else self.slots.valid & in_window)
+        return self.slots.having(valid=in_window if self.slots.valid is None else self.slots.valid & in_window)
 
     @property
     def seen_by_row(self) -> list[int]:
@@ -329,21 +328,21 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
         before = self.slots
         if kept.shape[-1] == before.count and not is_ragged:
-            self.slots = replace(before, state=state)
+            self.slots = before.having(state=state)
             return
         rotation = rotary.check(self.rotation, before.places) if self.settings.rerotate else None
         positions, num_dropped = self.true_positions, before.count - kept.shape[-1]
-        after = replace(before, positions=positions, state={}).take(kept, has_unused=is_ragged)
+        after = before.having(positions=positions, state={}).take(kept, has_unused=is_ragged)
         if is_ragged and after.positions is not None:
             # Reads numbers back from the device, which equal heads and rows never do.
             num_dropped = int(((positions >= 0).sum(dim=-1) - (after.positions >= 0).sum(dim=-1)).max())
         if rotation is not None and before.places is not None:
             # Contiguous up to the last token seen: new tokens go on at their true positions.
             to = rotary.contiguous(before.places, before.valid, after.count, after.valid)
-            after = replace(after, keys=rotary.rotate(after.keys, rotation, after.places, to), places=to)
+            after = after.having(keys=rotary.rotate(after.keys, rotation, after.places, to), places=to)
         self.num_dropped += num_dropped
         self.bytes_freed += before.nbytes - after.nbytes
-        self.slots = replace(after, state=state)
+        self.slots = after.having(state=state)
 
     def _queries_after(self, policy: Policy, budget: int) -> Queries | None:
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
@@ -435,10 +434,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def queries(self) -> torch.Tensor | None:
         """The last queries that a coming eviction needs."""
         return None if self.held is None else self.held.queries
-
-    @queries.setter
-    def queries(self, queries: torch.Tensor | None) -> None:
-        self.held = None if queries is None else Queries(queries=queries)
 
     @property
     def index(self) -> int:

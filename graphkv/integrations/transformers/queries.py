@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +12,7 @@ from .slots import gathered
 __all__ = ["Queries"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Queries:
+class Queries(NamedTuple):
     """The last queries of a layer, as an immutable value.
 
     Attributes
@@ -24,10 +23,8 @@ class Queries:
         Positions of the tokens that asked, -1 for padding. None as long as there was no padding.
     """
 
-    queries: torch.Tensor = field(
-        metadata={"axes": ("batch", "query_heads", "num_queries", "head_size"), "dtype": None}
-    )
-    asked: torch.Tensor | None = field(default=None, metadata={"axes": ("batch", "num_queries"), "dtype": torch.int64})
+    queries: torch.Tensor
+    asked: torch.Tensor | None = None
 
     @classmethod
     def of(cls, query: torch.Tensor, scaling: float | None, valid: torch.Tensor | None, end: int) -> Queries:
@@ -43,21 +40,21 @@ class Queries:
         if scaling is not None and abs(scaling * head_size**0.5 - 1) > 1e-6:
             query = query * (scaling * head_size**0.5)
         if valid is None:
-            return cls(queries=query)
+            return cls(query)
         # Heads differ in what they have dropped, not in what is new.
         asked = torch.where(valid[:, 0, -count:], torch.arange(end - count, end, device=query.device), -1)
-        return cls(queries=query, asked=asked)
+        return cls(query, asked)
 
     @property
-    def count(self) -> int:
+    def num_queries(self) -> int:
         """Q."""
-        return int(self.queries.shape[2])
+        return self.queries.shape[2]
 
     def positions(self, end: int) -> torch.Tensor:
         """Return the positions of the tokens that asked (batch, Q): the last ones before `end` if they are not held."""
         if self.asked is not None:
             return self.asked
-        return torch.arange(end - self.count, end, device=self.queries.device).expand(self.queries.shape[0], -1)
+        return torch.arange(end - self.num_queries, end, device=self.queries.device).expand(self.queries.shape[0], -1)
 
     def append(self, new: Queries, end: int) -> Queries:
         """Add the queries of tokens that came after `end`."""
@@ -68,7 +65,7 @@ class Queries:
         """Return the newest queries."""
         if not count:
             return None
-        if self.count <= count:
+        if self.num_queries <= count:
             return self
         # A copy, so that the rest is freed.
         queries = self.queries[:, :, -count:].clone()
@@ -86,7 +83,7 @@ class Queries:
         """Forget the queries of the newest tokens, those from `end` on."""
         if has_holes and self.asked is not None:
             return Queries(queries=self.queries, asked=torch.where(self.asked < end, self.asked, -1)).padding_first()
-        left = max(0, self.count - count)
+        left = max(0, self.num_queries - count)
         return Queries(queries=self.queries[:, :, :left], asked=None if self.asked is None else self.asked[:, :left])
 
     def rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Queries:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
     """Put the rows of layers below each other, see `EvictingCache.stacked`."""
     result, all_slots = layers[0].copy(), [layer.slots for layer in layers]
     if any(slots.positions is not None for slots in all_slots):
-        all_slots = [replace(layer.slots, positions=layer.true_positions) for layer in layers]
-    result.slots = Slots.stack([replace(slots, state={}) for slots in all_slots])
+        all_slots = [layer.slots.having(positions=layer.true_positions) for layer in layers]
+    result.slots = Slots.stack([slots.having(state={}) for slots in all_slots])
     if any(layer.num_hidden is not None for layer in layers):
         none = torch.zeros(1, dtype=torch.int64, device=result.slots.keys.device)
         result.num_hidden = torch.cat([
@@ -69,7 +68,7 @@ def with_state(layer: EvictingLayer, state: Mapping[str, torch.Tensor]) -> Evict
             )
         # What has been summed up cannot be taken back.
         twin.num_new = min(twin.num_new, num_stored - shape[2])
-    twin.slots = replace(twin.slots, state=dict(state))
+    twin.slots = twin.slots.having(state=dict(state))
     return twin
 
 

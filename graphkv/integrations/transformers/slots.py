@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -47,7 +47,7 @@ class Slots:
         The positions that the first P stored keys are rotated by, which may be the caller's own.
     valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         False for padding and unused slots. None if there are none.
-    state : mapping of str to torch.Tensor, shape (batch, kv_heads, S, ...)
+    state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         A policy's running sums of the first S stored tokens.
     """
 
@@ -58,7 +58,7 @@ class Slots:
         default=None, metadata=per_token("axes", dtype=torch.int64, fill=rotary.UNKNOWN)
     )
     valid: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=True))
-    state: Mapping[str, torch.Tensor] = field(default_factory=dict, metadata=per_token())
+    state: dict[str, torch.Tensor] = field(default_factory=dict, metadata=per_token())
 
     @classmethod
     def empty(cls, keys: torch.Tensor, values: torch.Tensor) -> Slots:
@@ -68,7 +68,7 @@ class Slots:
     @property
     def count(self) -> int:
         """Slots per row and head."""
-        return int(self.keys.shape[2])
+        return self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -81,17 +81,21 @@ class Slots:
             return self.positions
         return torch.arange(end - self.count, end, device=self.keys.device).expand(*self.keys.shape[:2], -1)
 
-    def append(self, new: Slots) -> Slots:
-        """Add slots at the end. Arrays that the new ones lack do not grow."""
-        count = self.count
-        return Slots(**{
-            name: _joined(getattr(self, name), getattr(new, name), count, fill) for name, fill in FILLS.items()
-        })  # fmt: skip
+    def having(self, **arrays: Any) -> Slots:
+        """Return slots with some arrays in place of theirs."""
+        return _made({**self.__dict__, **arrays})
+
+    def append(self, new: Mapping[str, Any]) -> Slots:
+        """Add slots at the end, given by their arrays; arrays that they lack do not grow."""
+        arrays, count = {**self.__dict__}, self.keys.shape[2]
+        for name, array in new.items():
+            if array is not None:
+                arrays[name] = _joined(arrays[name], array, count, FILLS[name])
+        return _made(arrays)
 
     def reaching(self, name: str, new: torch.Tensor) -> Slots:
         """Return slots whose array of this name ends with `new`, for the last tokens stored."""
-        joined = _joined(getattr(self, name), new, self.count - new.shape[2], FILLS[name])
-        return replace(self, **{name: joined})
+        return self.having(**{name: _joined(self.__dict__[name], new, self.count - new.shape[2], FILLS[name])})
 
     def first(self, count: int) -> Slots:
         """Return the oldest slots."""
@@ -112,8 +116,7 @@ class Slots:
         if not has_unused:
             return taken
         is_used = index >= 0
-        return replace(
-            taken,
+        return taken.having(
             positions=None if taken.positions is None else taken.positions.masked_fill(~is_used, -1),
             valid=is_used if taken.valid is None else taken.valid & is_used,
         )
@@ -135,7 +138,7 @@ class Slots:
 
     def _each(self, change: Callable[[torch.Tensor, Any], torch.Tensor]) -> Slots:
         """Change every tensor; `change` gets the fill of its array as well."""
-        return Slots(**{name: _changed(getattr(self, name), change, fill) for name, fill in FILLS.items()})
+        return self.having(**{name: _changed(getattr(self, name), change, fill) for name, fill in FILLS.items()})
 
 
 class OfSlots(Generic[Stored]):
@@ -153,36 +156,41 @@ class OfSlots(Generic[Stored]):
 
     def __set__(self, layer: Any, value: Stored) -> None:
         if layer.is_initialized:
-            layer.slots = replace(layer.slots, **{self.name: value})
+            layer.slots = layer.slots.having(**{self.name: value})
 
 
 FILLS = {each.name: each.metadata["fill"] for each in fields(Slots)}
 
 
+def _made(arrays: dict[str, Any]) -> Slots:
+    """Make slots of all their arrays in a fraction of the constructor's time: every step of decoding does so."""
+    slots = object.__new__(Slots)
+    slots.__dict__.update(arrays)
+    return slots
+
+
 def _changed(stored: Stored, change: Callable[[torch.Tensor, Any], torch.Tensor], fill: Any) -> Stored:
-    if isinstance(stored, torch.Tensor):
-        return change(stored, fill)  # type: ignore[return-value]
-    if isinstance(stored, Mapping):
+    if isinstance(stored, dict):
         return {name: change(each, fill) for name, each in stored.items()}  # type: ignore[return-value]
-    return stored
+    return None if stored is None else change(stored, fill)  # type: ignore[arg-type, return-value]
 
 
 def _joined(stored: Any, new: Any, count: int, fill: Any) -> Any:
     """Append to an array of `count` slots."""
-    if isinstance(stored, Mapping):
-        names = {**stored, **new}
-        return {name: _joined(stored.get(name), new.get(name), count, fill) for name in names} if names else stored
-    if new is None or not new.shape[2]:
-        return stored
-    before = new[:, :, :0] if stored is None else stored
-    return torch.cat([_reaching(before, count, fill), new], dim=2)
+    if isinstance(new, dict):
+        return {**stored, **{name: _joined(stored.get(name), each, count, fill) for name, each in new.items()}}
+    if stored is None or stored.shape[2] != count:
+        if not new.shape[2]:
+            return stored
+        stored = _reaching(new[:, :, :0] if stored is None else stored, count, fill)
+    return torch.cat([stored, new], dim=2)
 
 
 def _stacked(arrays: Sequence[Any], slots: Sequence[Slots], fill: Any) -> Any:
     first = next((each for each in arrays if each is not None), None)
     if first is None:
         return None
-    if isinstance(first, Mapping):
+    if isinstance(first, dict):
         names = dict.fromkeys(name for each in arrays for name in each)
         return {name: _stacked([each.get(name) for each in arrays], slots, fill) for name in names}
     rows = [

@@ -51,9 +51,13 @@ LAYERS = ("EvictingLayer", "HybridEvictingLayer", "LinearAttentionLayer", "Dummy
 
 # What is saved of a layer.
 # Tensors, by their axes: the same word is the same length, that of the batch in all layers. Running sums are many.
-FIELDS = {each.name: each.metadata for kind in (Slots, Queries) for each in fields(kind) if each.name != "state"}
-TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIELDS.items()} | {"num_hidden": ("batch",)}
-DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | {"num_hidden": torch.int64}
+FIELDS = {each.name: each.metadata for each in fields(Slots) if each.name != "state"}
+TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIELDS.items()} | {
+    "queries": ("batch", "query_heads", "num_queries", "head_size"),
+    "asked": ("batch", "num_queries"),
+    "num_hidden": ("batch",),
+}
+DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | dict.fromkeys(("asked", "num_hidden"), torch.int64)
 # Numbers, by their types.
 VALUES: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
@@ -212,7 +216,7 @@ def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
         return
-    found = vars(layer.slots) | ({} if layer.held is None else vars(layer.held)) | {"num_hidden": layer.num_hidden}
+    found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | {"num_hidden": layer.num_hidden}
     for name in TENSORS:
         if found.get(name) is not None:
             yield name, found[name]
@@ -511,6 +515,7 @@ def _fill_history(
         history.sums = tensors.pop("history.sums").to(device)
     while (name := f"history.recent.{len(history.recent)}") in tensors:
         history.recent.append(tensors.pop(name).to(device))
+    history.num_recent = sum(ids.shape[-1] for ids in history.recent if ids.ndim)
     rows = batch.get("batch", 0)
     sums_fit = history.sums is None or (history.sums.dtype == torch.int64 and tuple(history.sums.shape) == (rows,))
     ids_fit = all(
