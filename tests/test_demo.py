@@ -139,7 +139,7 @@ def refused(capsys, out, *arguments):
         (["--budget=-4"], "--budget must be at least 1 token; got '-4'"),
         (["--budget", "120%"], "--budget must lie above 0% and be at most 100%; got '120%'"),
         (["--budget", "lots"], "--budget must be a number of tokens or a percentage"),
-        (["--policy", "best"], "--policy must be one of full, random, streaming-llm, snapkv"),
+        (["--policy", "best"], "--policy must be one of full, snapkv, defensivekv"),
         (["--policy", "snapkv+graph"], "--policy must be one of"),
         (["--policy", "full+graphkv"], "--policy must be one of"),
         (["--backend", "fortran"], "backend must be one of"),

@@ -98,7 +98,7 @@ def test_rung_2_can_fail(tmp_path):
         "from dataclasses import replace\n"
         "from graphkv.core.backend import load\n"
         "def test_it():\n"
-        "    bad = replace(load('cupy'), top_k=lambda s, k, t=None, *, backend: cupy.argsort(-s, stable=True)[..., :k])\n"
+        "    bad = replace(load('cupy'), top_k=lambda s, k, t, *, backend: cupy.argsort(-s, stable=True)[..., :k])\n"
         "    graphkv.select(cupy.ones(4), 2, backend=bad)\n"
     )
 

@@ -165,7 +165,7 @@ def test_the_full_cache_is_always_there_and_first():
         (["--suite", "slow"], "--suite must be one of quick, standard; got 'slow'"),
         (["--suite", "quick", "--config", "x.toml"], "exclude each other"),
         (["--config", "missing.toml"], "missing.toml cannot be read"),
-        (["--policy", "best"], "--policy must be one of full, random"),
+        (["--policy", "best"], "--policy must be one of full, snapkv"),
         (["--task", "haystack"], "--task must be one of needle"),
         (["--split", "test"], "split must be one of ['held-out', 'tuning']"),
         (["--mode", "both"], "modes must be one of"),

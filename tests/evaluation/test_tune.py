@@ -222,7 +222,7 @@ def test_another_search_does_not_continue_this_one(tuned, tiny, capsys):
         (("--budget", "240"), "--budget must be below every --length, 240; got 240"),
         (("--base", "snapkv+graphkv"), "--base must be a policy without a graph"),
         (("--base", "full"), "base must be one of random"),
-        (("--base", "best"), "--policy must be one of full, random"),
+        (("--base", "best"), "--policy must be one of full, snapkv"),
     ],
 )
 def test_wrong_options_are_refused(tiny, tmp_path, capsys, more, message):
