@@ -63,27 +63,11 @@ autosummary_generate_overwrite = True
 # The members that a page shows, where there are any: of a policy, what it has beside the stages and its options.
 OWN = {"official", "share_out", "wants"}
 INTEGRATION = "graphkv.integrations"
-VALUES = (
-    "Choice", "Cost", "Eviction", "Graph", "Layer", "Memory", "Merge", "Policy", "Protection", "Signal",
-)  # fmt: skip
+VALUES = ("Choice", "Cost", "Eviction", "Graph", "Layer", "Memory", "Merge", "Policy", "Protection", "Signal")
 autosummary_context = {
     "members_of": {
         **{f"graphkv.{entry.policy.__name__}": ", ".join(sorted(OWN & vars(entry.policy).keys())) for entry in ENTRIES},
-        **{
-            f"graphkv.{name}": " "
-            for name in (
-                "Choice",
-                "Cost",
-                "Eviction",
-                "Graph",
-                "Layer",
-                "Memory",
-                "Merge",
-                "Policy",
-                "Protection",
-                "Signal",
-            )
-        },
+        **{f"graphkv.{name}": " " for name in VALUES},
         f"{INTEGRATION}.transformers.EvictingCache": (
             "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes, "
             "stacked, keep_queries, running_states, with_states, with_stored"

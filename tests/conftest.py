@@ -51,5 +51,5 @@ def pytest_runtest_call(item: pytest.Item):
 @pytest.fixture(scope="session")
 def default_model() -> str:
     """The folder of the model that the pages name by its hub id."""
-    model = pytest.importorskip("graphkv.evaluation.model", reason="SmolLM2 needs graphkv[demo]")
+    model = pytest.importorskip("graphkv.workbench.model", reason="SmolLM2 needs graphkv[demo]")
     return str(model._converted_default(print))
