@@ -60,10 +60,12 @@ lint: .venv/installed-test
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
 	$(BIN)/python docs/figures/draw.py --check
+	$(BIN)/python docs/gallery/draw.py --check
 	$(BIN)/python docs/names.py --check
 	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
+	$(BIN)/python docs/tables.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
 
 # A stamp comes last, so that an interrupted installation is made again.
@@ -75,6 +77,8 @@ docs: .venv/installed-test
 
 .venv/installed-test: .venv/installed-demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing,tune]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --only-binary mlx,mlx-cpu,mlx-metal --editable '.[mlx]' || \
+		echo 'MLX has no wheel for this machine: what tests it will be skipped.'
 	touch $@
 
 # `demo` brings what it takes to read the demo's model here too.
@@ -96,5 +100,5 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/generated graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
 	rm -rf docs/results/*/figures docs/results/*/report.*

@@ -1,4 +1,4 @@
-"""How fast graphkv is, as ratios of what it does to the work that cannot be avoided.
+"""Speed, as ratios to the work that cannot be avoided.
 
 ``make bench`` measures everything, prints one table and writes ``results.json``, from which
 ``docs/performance.md`` is made. ``python -m benchmarks --only graph --rounds 5`` measures a part of it,

@@ -122,7 +122,7 @@ def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
 
 
 def contests(device: str = "cpu") -> dict[str, Contest]:
-    """Give all contests by name, those with kvpress under names that start with "kvpress"."""
+    """Return all contests by name, those with kvpress under names that start with "kvpress"."""
     wait: Any = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     where = ("torch", device)
     found = []
@@ -136,7 +136,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
                 at_most=1.5,
                 measure_memory=True,
                 memory_at_most=96.0 if shape.num_tokens == 32768 else None,
-                synchronise=wait,
+                synchronize=wait,
             )
         )
     if device == "cpu":
@@ -160,7 +160,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
                 of="all-pairs redundancy",
                 to="graph step",
                 at_least=15.0 if num_tokens == 8192 else None,
-                synchronise=wait,
+                synchronize=wait,
             )
         )
     for name, small, large in (
@@ -177,7 +177,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
                 of=f"graph step at twice the {name}",
                 to="graph step",
                 at_most=2.2 if name == "N" else None,
-                synchronise=wait,
+                synchronize=wait,
             )
         )
     for num_tokens in (2048, 8192):
@@ -190,7 +190,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
                 at_most=1.3 if num_tokens == 2048 else None,
                 measure_memory=True,
                 memory_at_most=160.0 if num_tokens == 8192 else None,
-                synchronise=wait,
+                synchronize=wait,
             )
         )
     found.append(
@@ -202,7 +202,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
             at_most=0.5,
             measure_memory=True,
             memory_share_at_most=0.15,
-            synchronise=wait,
+            synchronize=wait,
         )
     )
     return {contest.name: contest for contest in found}

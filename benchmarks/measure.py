@@ -38,7 +38,7 @@ class Contest:
         Target of that memory as a share of the memory of `to`.
     measure_memory : bool
         Whether memory is of interest.
-    synchronise : callable, optional
+    synchronize : callable, optional
         Waits for the device.
     """
 
@@ -51,7 +51,7 @@ class Contest:
     memory_at_most: float | None = None
     memory_share_at_most: float | None = None
     measure_memory: bool = False
-    synchronise: Call = field(default=lambda: None)
+    synchronize: Call = field(default=lambda: None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +84,21 @@ def in_turns(contest: Contest, rounds: int, *, tiny: bool = False) -> tuple[floa
     calls = contest.make(tiny)
     for call in calls:
         call()
-    contest.synchronise()
+    contest.synchronize()
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):
         # Whoever goes first finds another machine than who follows.
         for side in (0, 1) if turn % 2 else (1, 0):
             start = time.perf_counter()
             calls[side]()
-            contest.synchronise()
+            contest.synchronize()
             seconds[side].append(time.perf_counter() - start)
     ratios = [of / to for of, to in zip(*seconds, strict=True)]
     return median(seconds[0]), median(seconds[1]), median(ratios)
 
 
 def peak_memory(contest: Contest, side: int, device: str, *, tiny: bool = False) -> float:
-    """Give by how many MB one call raises the peak memory. Meant for a fresh process, and on the CPU for Linux."""
+    """Return by how many MB one call raises the peak memory: in a fresh process, on Linux for the CPU."""
     # What a library sets up once is no memory of the call.
     contest.make(True)[side]()
     call = contest.make(tiny)[side]
@@ -119,7 +119,7 @@ def peak_memory(contest: Contest, side: int, device: str, *, tiny: bool = False)
 
 
 def _high_water() -> float:
-    """Give the most memory that this process has held so far, in MB."""
+    """Return the most memory that this process has held so far, in MB."""
     # Not resource.getrusage: its maximum is handed down from the parent process.
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))

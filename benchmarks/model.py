@@ -1,8 +1,7 @@
-"""End to end on SmolLM2-135M: what eviction costs next to the prefill, and what it gives to decoding."""
+"""End to end on SmolLM2-135M: what eviction costs next to the prefill, and what decoding gains."""
 
 from __future__ import annotations
 
-import pydoc_data.topics
 import time
 from statistics import median
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 
 from graphkv import Degree, GraphKV, SnapKV
-from graphkv.evaluation.model import DEFAULT_MODEL, load_model
 from graphkv.integrations.transformers import EvictingCache, observing
-from graphkv.integrations.transformers.versions import with_cache
+from graphkv.workbench.forward import next_logits, read
+from graphkv.workbench.model import DEFAULT_MODEL, load_model
+from graphkv.workbench.text import language_reference
 
 from .measure import Row
 
@@ -25,26 +25,26 @@ DECODED = 16
 
 def _prompt(tokenizer: Any, num_tokens: int) -> Any:
     """Take real English, because the cache of random tokens is like no other."""
-    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    text = "\n\n".join(language_reference().paragraphs)
     return tokenizer(text, return_tensors="pt").input_ids[:, :num_tokens]
 
 
 def _prefill(model: Any, prompt: Any) -> tuple[EvictingCache, float]:
-    """Read the prompt. Gives its full cache and the seconds."""
+    """Read the prompt; return its full cache and the seconds."""
     cache = EvictingCache(num_queries=POLICY.num_queries(prompt.shape[1]))
     with observing(model):
         start = time.perf_counter()
-        model(prompt, **with_cache(model, cache), logits_to_keep=1)
+        read(model, prompt, cache)
         return cache, time.perf_counter() - start
 
 
 def _decode(model: Any, cache: EvictingCache, first: Any) -> float:
-    """Give the seconds of `DECODED` greedy tokens."""
+    """Return the seconds of `DECODED` greedy tokens."""
     token = first
     with observing(model):
         start = time.perf_counter()
         for _ in range(DECODED):
-            token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(dim=-1)
+            token = next_logits(model, token, cache).argmax(dim=-1)
         return time.perf_counter() - start
 
 

@@ -14,7 +14,7 @@ __all__ = ["kvpress_snapkv"]
 
 
 def kvpress_snapkv(keys: Any, queries: Any, budget: int, window: int) -> Call:
-    """Give a call that scores with `SnapKVPress.score` and takes the best `budget` tokens.
+    """Return a call that scores with `SnapKVPress.score` and takes the best `budget` tokens.
 
     The press projects queries itself and rotates them; here the projection hands out the given ones and the rotation
     is by zero, so neither side is charged for making queries.

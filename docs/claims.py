@@ -1,4 +1,4 @@
-"""What the prose of results/index.md says in numbers: sentences made from the records, which must stand on the page."""
+"""The claims of results/index.md in numbers: sentences made from the records, which must be on the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from graphkv.evaluation.records import Record
-from graphkv.evaluation.statistics import Cell, Comparison, compare, summarise
+from graphkv.evaluation.statistics import Cell, Comparison, compare, summarize
+from graphkv.workbench.names import base_name
 
 __all__ = ["claims", "missing"]
 
@@ -87,15 +88,15 @@ def _degree_over_keydiff(found: Sequence[Comparison]) -> Iterable[str]:
     known = [_over(_of(found, AWARE), base) for base in ("snapkv", "pyramidkv")]
     unknown = [_over(_of(found, AGNOSTIC), base) for base in ("snapkv", "pyramidkv", "h2o")]
     least = min(_count(each, "better") for each in known)
-    yield f"SnapKV and PyramidKV with the graph are better in {least} of {len(known[0])} cells"
+    yield f"SnapKV and PyramidKV with the degree are better in {least} of {len(known[0])} cells"
     least, most = min(_count(each, "worse") for each in unknown), max(_count(each, "better") for each in unknown)
     yield (
-        f"KeyDiff alone is better in {least} of {len(unknown[0])} cells and the graph over SnapKV, PyramidKV or H2O "
+        f"KeyDiff alone is better in {least} of {len(unknown[0])} cells and the degree over SnapKV, PyramidKV or H2O "
         f"in {_word(most)}"
     )
     text = _over(_of(found, CONTINUATION), "snapkv", "pyramidkv", "h2o")
     cells = "every cell" if _count(text, "better") == len(text) else f"{_count(text, 'better')} of {len(text)} cells"
-    yield f"the graph over these three is better in {cells}"
+    yield f"the degree over these three is better in {cells}"
 
 
 def _paper_over_base(found: Sequence[Comparison]) -> Iterable[str]:
@@ -134,7 +135,7 @@ def _more_bases(records: Sequence[Record]) -> Iterable[str]:
 
 
 def _sinks(records: Sequence[Record]) -> Iterable[str]:
-    cells = summarise(records, "nll")
+    cells = summarize(records, "nll")
     loss = {
         ((cell.task, cell.mode), policy): found.mean - cells[cell._replace(sinks=4)][policy].mean
         for cell, policies in cells.items()
@@ -171,7 +172,7 @@ def _tuning(tuning: Mapping[str, Sequence[Record]]) -> Iterable[str]:
 
 
 def signed(text: str) -> str:
-    """Give numbers true minus signs."""
+    """Replace hyphens before numbers by minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -184,7 +185,7 @@ def _of(found: Iterable[Comparison], *parts: tuple[str, str]) -> list[Comparison
 
 
 def _over(found: Iterable[Comparison], *bases: str) -> list[Comparison]:
-    return [one for one in found if one.policy.partition("+")[0] in bases]
+    return [one for one in found if base_name(one.policy) in bases]
 
 
 def _only(found: Sequence[Comparison]) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import reading
 import reports
 
 import graphkv
+from graphkv.adapters.catalog import ENTRIES
 
 # numpydoc links words such as "int" to pages that are not part of this build.
 xref.DEFAULT_LINKS.clear()
@@ -32,7 +35,8 @@ copyright = author
 version = release = graphkv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
-exclude_patterns = ["_build", "generated"]
+exclude_patterns = ["_build", "*.inc.md"]
+templates_path = ["_templates"]
 nitpicky = True
 # Pages of Python and of NumPy are not fetched, so that a build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(numpy|scipy|pytest)(\..*)?")]
@@ -46,7 +50,49 @@ myst_dmath_double_inline = True
 autodoc_mock_imports = ["kvpress"]
 autodoc_typehints = "none"  # dtypes and shapes stand in the docstrings
 autodoc_member_order = "bysource"
-autosummary_generate = False  # the tables on api.md point into that page
+# The tables of api.md make a page per object in docs/api; that of the policies is made from the catalog.
+POLICIES = Path(__file__).parent / "api-policies.inc.md"
+POLICIES.write_text(
+    "```{eval-rst}\n.. currentmodule:: graphkv\n\n.. autosummary::\n   :nosignatures:\n   :toctree: api\n\n"
+    + "".join(f"   {entry.policy.__name__}\n" for entry in ENTRIES)
+    + "```\n",
+    encoding="utf-8",
+)
+autosummary_generate = ["api.md", POLICIES.name]
+autosummary_generate_overwrite = True
+# The members that a page shows, where there are any: of a policy, what it has beside the stages and its options.
+OWN = {"official", "share_out", "wants"}
+INTEGRATION = "graphkv.integrations"
+VALUES = (
+    "Choice", "Cost", "Eviction", "Graph", "Layer", "Memory", "Merge", "Policy", "Protection", "Signal",
+)  # fmt: skip
+autosummary_context = {
+    "members_of": {
+        **{f"graphkv.{entry.policy.__name__}": ", ".join(sorted(OWN & vars(entry.policy).keys())) for entry in ENTRIES},
+        **{
+            f"graphkv.{name}": " "
+            for name in (
+                "Choice",
+                "Cost",
+                "Eviction",
+                "Graph",
+                "Layer",
+                "Memory",
+                "Merge",
+                "Policy",
+                "Protection",
+                "Signal",
+            )
+        },
+        f"{INTEGRATION}.transformers.EvictingCache": (
+            "policy, evict, stats, report, crop, activate_past_recording, copy, save, load, nbytes, "
+            "stacked, keep_queries, running_states, with_states, with_stored"
+        ),
+        f"{INTEGRATION}.transformers.EvictingLayer": "queries, evict, true_positions, num_stored, nbytes",
+        f"{INTEGRATION}.kvpress.GraphKVPress": "score, compress",
+        f"{INTEGRATION}.kvpress.PolicyPress": "compression_ratio, compress",
+    }
+}
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 # In the types of parameters, our own classes are links and all other words are words.
@@ -54,7 +100,6 @@ numpydoc_xref_param_type = True
 numpydoc_xref_ignore = "all"
 numpydoc_xref_aliases = {
     **{name: f"graphkv.{name}" for name in graphkv.__all__ if name[0].isupper()},
-    **{name: f"graphkv.core.{name}" for name in ("Assessment", "LayerInputs", "LayerShape", "Requirements")},
 }
 
 html_theme = "furo"
@@ -62,6 +107,16 @@ html_title = f"graphkv {release}"
 html_static_path = ["_static"]
 html_css_files = ["graphkv.css"]
 html_math_renderer = "mathml"
+# Links to a page's source, once pyproject.toml has the address of a repository.
+(REPOSITORY,) = re.findall(
+    r'^repository = "(.*)"$', (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+)
+if "example.org" not in REPOSITORY:
+    html_theme_options = {
+        "source_repository": f"{REPOSITORY}/",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 
 HAS_KIT = importlib.util.find_spec("graphkv.testing") is not None and (
     importlib.util.find_spec("graphkv.testing.suite") is not None
@@ -84,8 +139,11 @@ def _inline_math(translator: Any, node: nodes.math) -> None:
 
 
 def _display_math(translator: Any, node: nodes.math_block) -> None:
-    """Write a displayed equation, in a box that scrolls on a narrow screen."""
-    translator.body.append(f'<div class="math" tabindex="0">{_mathml(node, block=True)}</div>\n')
+    """Write a displayed equation."""
+    # A guess at its width in its own type, by which it shrinks where the screen is narrower.
+    drawn = _mathml(node, block=True)
+    width = 0.85 * len("".join(re.sub(r"<[^>]*>", "", drawn).split()))
+    translator.body.append(f'<div class="math" tabindex="0" style="--width: {width:.0f}">{drawn}</div>\n')
     raise nodes.SkipNode
 
 
@@ -93,7 +151,7 @@ class _Link(SphinxRole):
     """A name in code type, with a link if there is something to link to."""
 
     def target(self) -> tuple[str, str] | None:
-        """Give the kind and the full name of what to link to."""
+        """Return the kind and the full name of what to link to."""
         raise NotImplementedError
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
@@ -117,7 +175,7 @@ class NameRole(_Link):
         """Link to what api.md documents."""
         if self.text in graphkv.__all__:
             return "obj", f"graphkv.{self.text}"
-        return ("obj", self.text) if self.text.startswith("graphkv.core.primitives.") else None
+        return ("obj", self.text) if self.text.startswith("graphkv.core.") else None
 
 
 class TestedRole(SphinxRole):
@@ -160,3 +218,4 @@ def setup(app: Sphinx) -> None:
     app.add_role("property", PropertyRole())
     app.add_role("tested", TestedRole())
     app.add_directive("properties", PropertiesDirective)
+    reading.setup(app)

@@ -6,13 +6,14 @@ Sphinx has them built before it reads the pages. They are built again when recor
 from __future__ import annotations
 
 import gzip
-import os
 import tempfile
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-from graphkv import evaluation
+from graphkv import evaluation, workbench
+from graphkv.core.files import write_whole
 from graphkv.evaluation.records import Record, read_header, read_records
 from graphkv.evaluation.report import make_report
 
@@ -57,9 +58,7 @@ def _build(run: str) -> dict[str, str]:
     for path, content in contents.items():
         # Whole or not at all, and not again where nothing changes: another build may be reading.
         if found.get(f"{run}/{path}") != sha256(content).hexdigest():
-            scratch = folder / f"report.{os.getpid()}"
-            scratch.write_bytes(content)
-            scratch.replace(folder / path)
+            write_whole(folder / path, partial(Path.write_bytes, data=content))
     for path in found.keys() - {f"{run}/{path}" for path in contents}:
         (RESULTS / path).unlink(missing_ok=True)
     found = _digests(folder)
@@ -69,7 +68,8 @@ def _build(run: str) -> dict[str, str]:
 
 def _origin(folder: Path) -> str:
     """Digest everything that a report is made from."""
-    code = [Path(__file__), *sorted(path for place in evaluation.__path__ for path in Path(place).glob("*.py"))]
+    rooms = [Path(place) for room in (evaluation, workbench) for place in room.__path__]
+    code = [Path(__file__), *sorted(path for room in rooms for path in room.rglob("*.py"))]
     parts = [path.read_bytes() for path in (folder / "records.jsonl.gz", folder / "run.json", *code)]
     return sha256(b"".join(sha256(part).digest() for part in (VERSIONS.encode(), *parts))).hexdigest()
 

@@ -17,6 +17,7 @@ from reports import RESULTS, VERSIONS, build, records
 
 from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Comparison, Interval, compare
+from graphkv.workbench.names import base_name
 
 PAGE = RESULTS / "index.md"
 DIGESTS = RESULTS / "reports.sha256"
@@ -67,7 +68,7 @@ def counts(comparisons: dict[str, list[Comparison]]) -> str:
         for base, name in BASES.items():
             body.append([kind, name])
             for part in PARTS.values():
-                seen = Counter(one.verdict for one in found if one.policy.startswith(base) and part_of(one) == part)
+                seen = Counter(one.verdict for one in found if base_name(one.policy) == base and part_of(one) == part)
                 body[-1].append(f"{seen['better']} / {seen['open']} / {seen['worse']}")
     return rows(["", "base", *PARTS.values()], body)
 

@@ -1,73 +1,69 @@
-"""Write the table of what each policy needs into policies.md, from what the classes declare.
+"""Write the tables of all policies into policies.md, from the catalog and from what the classes declare.
 
-``python docs/support.py`` rewrites the table between its two marks, ``--check`` only says whether it is current.
+``python docs/support.py`` rewrites the tables between their marks, ``--check`` only checks that they are current.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
-from typing import Any
 
 from marked import renew
 
-import graphkv
-from graphkv.core import LayerShape, Policy, Wrapper
+from graphkv import Random
+from graphkv.adapters.catalog import ENTRIES, Entry
+from graphkv.core import Cost, LayerShape, Policy, Requirements
 
 PAGE = Path(__file__).parent / "policies.md"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
-# Fields without a default, beyond budget and base.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "LayerBudgets": {"budgets": (512,)},
-    "LayerShares": {"shares": (1,)},
-    "PerLayer": {"policies": (graphkv.SnapKV(budget=512),)},
-}
+# Costs nothing, so that a wrapper's cost is its own.
+BASE = Random(budget=512)
 
 
-def policies() -> list[Policy]:
-    """Give one value of every public policy; a wrapper stands on SnapKV."""
-    found = []
-    for name in graphkv.__all__:
-        kind = getattr(graphkv, name)
-        if not (isinstance(kind, type) and issubclass(kind, Policy)) or inspect.isabstract(kind) or kind is Wrapper:
-            continue
-        options = OPTIONS.get(name, {})
-        make: Any = kind
-        is_wrapper = issubclass(kind, Wrapper)
-        found.append(make(graphkv.SnapKV(budget=512), **options) if is_wrapper else make(budget=512, **options))
-    return found
+def name_of(entry: Entry) -> str:
+    """Return the class as a link."""
+    return f"{{py:class}}`graphkv.{entry.policy.__name__}`"
 
 
-def table() -> str:
-    """Render the table in Markdown."""
-    lines = [
-        "| policy | values | queries | running state | couples | fused attention | extra MFLOP | largest temporary |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for policy in policies():
-        name, own = type(policy).__name__, policy.requirements
-        over = isinstance(policy, Wrapper)
-        # A wrapper's row shows what it adds to its base.
-        flops, size = own.flops(policy, SHAPE), own.bytes(policy, SHAPE)
-        cells = [
-            f"{{py:class}}`graphkv.{name}`" + (" (adds)" if over else ""),
-            "yes" if own.values else "-",
-            own.queries if own.queries != "none" else "-",
-            "yes" if own.state else "-",
-            "heads" if own.couples_heads else "layers" if own.preferences else "-",
-            "yes" if own.fused_attention else "no",
-            f"{flops / 1e6:.1f}" if flops else "-",
-            f"{size / 2**20:.1f} MiB" if size else "-",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+def row(*cells: str) -> str:
+    """Join the cells of one row."""
+    return f"| {' | '.join(cells)} |"
+
+
+def policies() -> str:
+    """Render what each policy ranks by and protects, in Markdown."""
+    lines = [row("policy", "`--policy`", "importance", "protects", "paper"), row(*["---"] * 5)]
+    for entry in ENTRIES:
+        command = f"`{'+' * entry.is_wrapper}{entry.name}`" if entry.name else "-"
+        paper = f"[{entry.paper}](https://arxiv.org/abs/{entry.paper})" if entry.paper else "-"
+        lines.append(row(name_of(entry), command, entry.importance, entry.protects, paper))
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Rewrite the page, or check it."""
-    return renew(PAGE, {"support table": table()})
+def support() -> str:
+    """Render what each policy needs and costs, in Markdown."""
+    header = ("policy", "values", "queries", "memory", "couples", "extra MFLOP", "largest temporary")
+    return "\n".join([row(*header), row(*["---"] * len(header)), *map(_support, ENTRIES)]) + "\n"
+
+
+def _support(entry: Entry) -> str:
+    """Render one policy."""
+    own: Requirements = entry.policy.requirements
+    # Options that no policy has by default may hold other policies, whose costs are theirs.
+    made: Policy | None = None
+    if not entry.holds_arrays and not entry.needed(BASE):
+        made = entry.make(BASE if entry.is_wrapper else SHAPE.budget)
+    cost = made.cost(SHAPE) if made else Cost()
+    return row(
+        name_of(entry) + " (adds)" * entry.is_wrapper,
+        "yes" if own.values else "-",
+        own.queries if own.queries != "none" else "-",
+        "yes" if own.state else "-",
+        "heads" if own.couples_heads else "layers" if own.wants else "-",
+        f"{cost.flops / 1e6:.1f}" if cost.flops else "-",
+        f"{cost.bytes / 2**20:.1f} MiB" if cost.bytes else "-",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(renew(PAGE, {"policies table": policies(), "support table": support()}))

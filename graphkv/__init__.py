@@ -3,96 +3,14 @@
 Importing this package imports no array library; the first call imports the one of its arrays.
 """
 
-from .adapters import (
-    CAKE,
-    CAOTE,
-    H2O,
-    SAGEKV,
-    TOVA,
-    AdaKV,
-    ExpectedAttention,
-    KeyDiff,
-    KNorm,
-    LayerBudgets,
-    LayerShares,
-    PerLayer,
-    PyramidKV,
-    Random,
-    RoCo,
-    SnapKV,
-    StreamingLLM,
-)
-from .core import (
-    ArgumentError,
-    ArgumentTypeError,
-    Backend,
-    BackendError,
-    BackendUnavailableError,
-    Bar,
-    Decay,
-    Degree,
-    Enhance,
-    Eviction,
-    Graph,
-    GraphKV,
-    GraphKVError,
-    GraphKVWarning,
-    PageRank,
-    Policy,
-    Signal,
-    build_graph,
-    degree,
-    evict,
-    fuse,
-    pagerank,
-    preference,
-    propagate,
-    select,
-)
+import typing as _typing
+
+# What is public there is public here: neither the steps nor the policies are listed twice.
+from .adapters import *  # noqa: F403
+from .core import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 - in the order of sorted(), as a test asks
-    "AdaKV",
-    "ArgumentError",
-    "ArgumentTypeError",
-    "Backend",
-    "BackendError",
-    "BackendUnavailableError",
-    "Bar",
-    "CAKE",
-    "CAOTE",
-    "Decay",
-    "Degree",
-    "Enhance",
-    "Eviction",
-    "ExpectedAttention",
-    "Graph",
-    "GraphKV",
-    "GraphKVError",
-    "GraphKVWarning",
-    "H2O",
-    "KNorm",
-    "KeyDiff",
-    "LayerBudgets",
-    "LayerShares",
-    "PageRank",
-    "PerLayer",
-    "Policy",
-    "PyramidKV",
-    "Random",
-    "RoCo",
-    "SAGEKV",
-    "Signal",
-    "SnapKV",
-    "StreamingLLM",
-    "TOVA",
-    "build_graph",
-    "degree",
-    "evict",
-    "fuse",
-    "pagerank",
-    "preference",
-    "propagate",
-    "select",
-]
+# Type checkers take the names from the imports, see `graphkv.adapters`.
+if not _typing.TYPE_CHECKING:
+    __all__ = sorted([*adapters.__all__, *core.__all__])  # noqa: F405, PLE0605

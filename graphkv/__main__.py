@@ -8,9 +8,9 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and give its exit code: 0 done, 2 refused, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 2 refused, 130 interrupted."""
     try:
-        from .cli import run  # noqa: PLC0415 - the command line is an extra; without it say which
+        from .cli import run  # noqa: PLC0415 - an extra, which is named where it is missing
     except ImportError as error:
         print(f"graphkv: the command line needs: pip install 'graphkv[demo]' ({error})", file=sys.stderr)
         return 2

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .core import ArgumentError, BackendUnavailableError, GraphKVError
+from .core.backend import BUILT_IN, ENTRY_POINTS
 
 __all__ = ["app", "parse_budget", "run"]
 
 INTERRUPTED = 130
+# Those of this package, and those that installed packages offer.
+BACKENDS = sorted({*BUILT_IN, *(offer.name for offer in entry_points(group=ENTRY_POINTS))})
+OWN = "package.module:NAME is a policy of your own"
+
+Backend = Annotated[str, typer.Option(help=f"Who decides what is kept: {', '.join(BACKENDS)}.")]
+Budget = Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")]
+Document = Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")]
+Lengths = Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a prompt before the question. Repeatable.")]
+Model = Annotated[
+    str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(help=f"A method such as snapkv; +graphkv puts the graph on top, +degree ours; {OWN}. Repeatable."),
+]
+PromptText = Annotated[
+    Path | None, typer.Option(help="File or folder of text for the prompts. Default: Python's language reference.")
+]
+Question = Annotated[
+    str | None, typer.Option(help="Question about the document. Default: about a fact that is placed in it.")
+]
+RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of the random policy.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="What to ask, such as needle; tasks joined by + share their prompts. Repeatable."),
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -23,28 +53,35 @@ def graphkv() -> None:
     """KV-cache eviction that knows about near-duplicates."""
 
 
+@contextmanager
+def _extra(command: str, extra: str) -> Iterator[None]:
+    """Name the extra that a command needs where an import fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise BackendUnavailableError(f"graphkv {command} needs: pip install 'graphkv[{extra}]' ({error})") from error
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given, as values of a file of settings."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in options.items() if value is not None
+    }
+
+
 @app.command()
 def demo(
-    model: Annotated[
-        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")] = None,
-    question: Annotated[
-        str | None, typer.Option(help="Question about the document. Default: about a fact that is placed in it.")
-    ] = None,
+    model: Model = None,
+    text: Document = None,
+    question: Question = None,
     answer: Annotated[
         str | None, typer.Option(help="Expected answer. Default: the fact, or what the full cache answers.")
     ] = None,
-    budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="full, or a method such as snapkv, keydiff; +graphkv puts the graph on top, +degree ours. Repeatable."
-        ),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
+    budget: Budget = "512",
+    policy: Policies = None,
+    backend: Backend = "torch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
+    seed: RandomSeed = 0,
     output: Annotated[Path, typer.Option(help="Folder for report.json and kept.png.")] = Path("graphkv-demo"),
 ) -> None:
     """Evict a real model's KV cache by several policies, and compare their answers.
@@ -52,7 +89,8 @@ def demo(
     The prompt is read once. Every policy evicts its own copy of that cache and answers from what is left.
     """
     tokens = parse_budget(budget)
-    from .demo.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
+    with _extra("demo", "demo"):
+        from .demo.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
 
     main(
         model=model,
@@ -70,28 +108,28 @@ def demo(
 
 @app.command()
 def inspect(
-    model: Annotated[
-        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")] = None,
-    question: Annotated[
-        str | None, typer.Option(help="Question about the document. Default: about a fact that is placed in it.")
-    ] = None,
-    budget: Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")] = "512",
+    model: Model = None,
+    text: Document = None,
+    question: Question = None,
+    budget: Budget = "512",
     policy: Annotated[
-        str, typer.Option(help="A method such as snapkv, h2o or keydiff; +graphkv puts the graph on top, +degree ours.")
+        str,
+        typer.Option(help=f"A method such as snapkv; +graphkv puts the graph on top, +degree ours; {OWN}."),
     ] = "snapkv+graphkv",
-    backend: Annotated[str, typer.Option(help="Who decides what is kept: numpy, torch, jax or cupy.")] = "torch",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random policy.")] = 0,
+    backend: Backend = "torch",
+    seed: RandomSeed = 0,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Layer to look at first. Default: where most was suppressed.")
     ] = None,
-    head: Annotated[int | None, typer.Option(min=0, help="KV head to look at first. Default: likewise.")] = None,
+    head: Annotated[
+        int | None, typer.Option(min=0, help="KV head to look at first. Default: where most was suppressed.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for inspect.png and inspect.html.")] = Path("graphkv-inspect"),
 ) -> None:
     """Evict one prompt by one policy, and show token by token what was kept, dropped or suppressed, and by whom."""
     tokens = parse_budget(budget)
-    from .demo.inspect import main  # noqa: PLC0415 - torch and transformers take seconds to import
+    with _extra("inspect", "demo"):
+        from .demo.inspect import main  # noqa: PLC0415 - torch and transformers take seconds to import
 
     main(
         model=model,
@@ -111,23 +149,14 @@ def inspect(
 def evaluate(
     suite: Annotated[str | None, typer.Option(help="Settings that come with graphkv: quick or standard.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of your own.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="What to ask, such as needle; tasks joined by + share their prompts. Repeatable."),
-    ] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens of a prompt before the question. Repeatable.")
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(help="A method such as snapkv; +graphkv puts the graph on top, +degree ours. Repeatable."),
-    ] = None,
+    model: Model = None,
+    task: Tasks = None,
+    length: Lengths = None,
+    policy: Policies = None,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="Tokens to keep per KV head. Repeatable.")] = None,
     sinks: Annotated[
-        list[int] | None, typer.Option(min=0, help="First tokens that every policy keeps. Repeatable. Default: 4.")
+        list[int] | None,
+        typer.Option(min=0, help="First tokens to keep before all others. Repeatable. Default: 4."),
     ] = None,
     mode: Annotated[
         list[str] | None,
@@ -139,9 +168,7 @@ def evaluate(
     generate: Annotated[
         bool | None, typer.Option("--generate/--no-generate", help="Let the model answer, and score the text.")
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="File or folder of text for the prompts. Default: Python's language reference.")
-    ] = None,
+    text: PromptText = None,
     data: Annotated[
         Path | None,
         typer.Option(help="File of rows with context, question and answers, one JSON object per line, to ask instead."),
@@ -158,39 +185,35 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch per process. Default: the cores shared out.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the run; a run that is there is continued.")] = Path(
-        "graphkv-eval"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder of the run; a run in it is continued.")] = Path("graphkv-eval"),
 ) -> None:
     """Measure how well a model answers from caches that are evicted by several policies.
 
     Every prompt is read once and serves all policies and budgets. A run that was interrupted goes on where it stopped.
     """
-    given = {
-        "model": model,
-        "tasks": task,
-        "lengths": length,
-        "policies": policy,
-        "budgets": budget,
-        "sinks": sinks,
-        "modes": mode,
-        "prompts": prompts,
-        "split": split,
-        "seed": seed,
-        "generate": generate,
-        "closeness": closeness,
-        "text": None if text is None else str(text),
-        "data": None if data is None else str(data),
-        "metric": metric,
-        "batch": batch,
-    }
-    try:
-        from .evaluation.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
-        from .evaluation.config import load_config  # noqa: PLC0415
-    except ImportError as error:
-        raise BackendUnavailableError(f"graphkv eval needs: pip install 'graphkv[eval]' ({error})") from error
-    settings = load_config(suite, config, {name: value for name, value in given.items() if value is not None})
-    main(settings, output=output, workers=workers, threads=threads)
+    with _extra("eval", "eval"):
+        from .evaluation.runs.command import main  # noqa: PLC0415 - torch and transformers take seconds to import
+        from .evaluation.runs.config import load_config  # noqa: PLC0415
+
+    given = _given(
+        model=model,
+        tasks=task,
+        lengths=length,
+        policies=policy,
+        budgets=budget,
+        sinks=sinks,
+        modes=mode,
+        prompts=prompts,
+        split=split,
+        seed=seed,
+        generate=generate,
+        closeness=closeness,
+        text=text,
+        data=data,
+        metric=metric,
+        batch=batch,
+    )
+    main(load_config(suite, config, given), output=output, workers=workers, threads=threads)
 
 
 @app.command()
@@ -202,30 +225,29 @@ def report(
             help="What to report, such as nll, kl, match or score. Repeatable. Default: nll, and score or match."
         ),
     ] = None,
-    effect: Annotated[float, typer.Option(help="Difference for which the number of prompts needed is given.")] = 0.1,
+    effect: Annotated[float, typer.Option(help="Difference to compute the number of prompts needed for.")] = 0.1,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report, in the run.")] = None,
 ) -> None:
     """Write what a run found as Markdown and as one HTML page with plots."""
-    try:
-        from .evaluation.report import main  # noqa: PLC0415 - matplotlib and scipy take seconds to import
-    except ImportError as error:
-        raise BackendUnavailableError(f"graphkv report needs: pip install 'graphkv[eval]' ({error})") from error
+    with _extra("report", "eval"):
+        from .evaluation.report.command import main  # noqa: PLC0415 - matplotlib and scipy take seconds to import
+
     main(run, output=output, metrics=metric or [], effect=effect)
 
 
 @app.command()
 def tune(
-    base: Annotated[str, typer.Option(help="Policy under the graph, such as snapkv or h2o(num_recent=32).")] = "snapkv",
+    base: Annotated[
+        str, typer.Option(help=f"Policy under the graph, such as snapkv or h2o(num_recent=32); {OWN}.")
+    ] = "snapkv",
     budget: Annotated[int, typer.Option(min=1, help="Tokens to keep per KV head in the average layer.")] = 256,
-    model: Annotated[
-        str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="As of graphkv eval. Repeatable.")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=1, help="As of graphkv eval. Repeatable.")] = None,
+    model: Model = None,
+    task: Tasks = None,
+    length: Lengths = None,
     mode: Annotated[
         str, typer.Option(help="agnostic: questions come after the eviction; aware: they are in the cache before it.")
     ] = "agnostic",
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that are always kept.")] = 4,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens to keep before all others.")] = 4,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per task and length to tune on.")] = 8,
     held_out: Annotated[int, typer.Option(min=1, help="Prompts per task and length to report on.")] = 40,
     metric: Annotated[str, typer.Option(help="What to improve: nll, kl, match or score.")] = "nll",
@@ -237,37 +259,35 @@ def tune(
         int, typer.Option(min=0, help="Layers whose budgets are searched together; 0: budgets stay.")
     ] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
-    text: Annotated[Path | None, typer.Option(help="As of graphkv eval.")] = None,
+    text: PromptText = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. Default: one per core.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for preset.toml; a search that is there is continued.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for preset.toml; a search in it is continued.")] = Path(
         "graphkv-tune"
     ),
 ) -> None:
     """Search for graph options and layer budgets that suit a model and its tasks, and write them as a preset.
 
-    Candidates are chosen on the tuning split; what the best one is worth is measured on the held-out split.
+    Candidates are chosen on the tuning split; the best one is measured on the held-out split.
     """
-    try:
-        from .evaluation.config import load_config  # noqa: PLC0415 - torch and transformers take seconds to import
-        from .evaluation.tune import main  # noqa: PLC0415
-    except ImportError as error:
-        raise BackendUnavailableError(f"graphkv tune needs: pip install 'graphkv[tune]' ({error})") from error
-    given = {
-        "tasks": task,
-        "lengths": length,
-        "modes": [mode],
-        "policies": [base],
-        "budgets": [budget],
-        "sinks": [sinks],
-        "prompts": prompts,
-        "split": "tuning",
-        "generate": metric == "score",
-        "model": model,
-        "text": None if text is None else str(text),
-    }
-    config = load_config(None, None, {name: value for name, value in given.items() if value is not None})
+    with _extra("tune", "tune"):
+        from .evaluation.runs.config import load_config  # noqa: PLC0415 - torch and transformers take seconds to import
+        from .evaluation.tuning.command import main  # noqa: PLC0415
+
+    given = _given(
+        model=model,
+        tasks=task,
+        lengths=length,
+        modes=[mode],
+        policies=[base],
+        budgets=[budget],
+        sinks=[sinks],
+        prompts=prompts,
+        split="tuning",
+        generate=metric == "score",
+        text=text,
+    )
     main(
-        config,
+        load_config(None, None, given),
         held_out=held_out,
         metric=metric,
         evaluations=evaluations,
@@ -299,9 +319,9 @@ def parse_budget(text: str) -> int | float:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command and give its exit code."""
+    """Run a command and return its exit code."""
     try:
-        # Outside standalone mode Typer gives the exit code of --help and of Ctrl-C instead of exiting.
+        # Outside standalone mode Typer returns the exit code of --help and of Ctrl-C instead of exiting.
         code = app(arguments, prog_name="graphkv", standalone_mode=False) or 0
     except GraphKVError as error:
         return _refuse(str(error))

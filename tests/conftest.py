@@ -8,12 +8,12 @@ import pytest
 from hypothesis import settings
 
 from graphkv.testing import describe, label
-from tests.subjects import SUBJECTS, strict
+from tests.support.subjects import SUBJECTS, strict
 
 settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
-settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None, print_blob=True)
-# For a library that compiles at every new shape.
-settings.register_profile("quick", max_examples=5, deadline=None, database=None, derandomize=True, print_blob=True)
+settings.register_profile("thorough", max_examples=2_000, deadline=None, database=None, print_blob=True)
+# For a library that compiles at every new shape. What must be caught is caught by fixed examples.
+settings.register_profile("quick", max_examples=2, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("GRAPHKV_HYPOTHESIS", "default"))
 
 
@@ -46,3 +46,10 @@ def pytest_runtest_call(item: pytest.Item):
         return (yield)
     with strict.flags_for(callspec.params.get("backend") if callspec else None):
         return (yield)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> str:
+    """The folder of the model that the pages name by its hub id."""
+    model = pytest.importorskip("graphkv.evaluation.model", reason="SmolLM2 needs graphkv[demo]")
+    return str(model._converted_default(print))

@@ -29,8 +29,8 @@ from graphkv import (
 )
 from graphkv.core.backend import load
 from graphkv.testing import asserts, label
-from tests import strict
-from tests.subjects import NUMPY
+from tests.support import strict
+from tests.support.subjects import NUMPY
 
 # Not the ids of the kit: only libraries differ in what they let through.
 LIBRARIES = [NUMPY, load("torch"), strict.STRICT]
@@ -280,13 +280,13 @@ STEP_TABLE = {
     ),
     "missing unrotated keys": value(
         lambda c: c.evict(GraphKV(StreamingLLM(budget=3), unrotated=True), c.array(1, 2, 6, 3)),
-        "unrotated_keys must be given for GraphKV with unrotated=True; got None",
+        "unrotated_keys must be given for GraphKV(StreamingLLM); got None",
     ),
     "layer out of range": value(lambda c: c.evict(layer=2, num_layers=2), "layer must be below num_layers=2; got 2"),
     "no layers": value(lambda c: c.evict(num_layers=0), "num_layers must be at least 1; got 0"),
     "missing queries": value(
         lambda c: c.evict(SnapKV(budget=4, window=2), c.array(1, 2, 6, 3)),
-        "queries must be given for SnapKV: the last window=2 positions; got None",
+        "queries must hold the last 2 positions for SnapKV; got none",
     ),
     "gathering another N": value(
         lambda c: c.evict().apply(c.array(1, 2, 7)),

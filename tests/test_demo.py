@@ -13,8 +13,8 @@ from graphkv.__main__ import main
 from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.evaluation import model as demo_model
-from graphkv.evaluation.policies import BASES
+from graphkv.workbench import model as demo_model
+from graphkv.workbench.policies import BASES
 from tests.integrations.tiny import save_tiny_llama
 
 
@@ -162,8 +162,8 @@ def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, mess
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must not be empty"),
-        (b" \n\n \n", "must not be empty"),
+        (b"", "must hold text; it is empty"),
+        (b" \n\n \n", "must hold text; it is empty"),
         (b"\xff\xfe\x00", "cannot be read: not UTF-8 text"),
     ],
 )
@@ -260,6 +260,39 @@ def test_a_missing_library_is_named():
     assert run.returncode == 2
     assert "pip install 'graphkv[demo]'" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "extra"),
+    [
+        (["demo"], "graphkv.demo.app", "demo"),
+        (["inspect"], "graphkv.demo.inspect", "demo"),
+        (["eval"], "graphkv.evaluation.runs.command", "eval"),
+        (["report", "run"], "graphkv.evaluation.report.command", "eval"),
+        (["tune"], "graphkv.evaluation.tuning.command", "tune"),
+    ],
+)
+def test_every_command_names_the_extra_that_it_lacks(monkeypatch, capsys, arguments, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert f"graphkv {arguments[0]} needs: pip install 'graphkv[{extra}]'" in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_the_help_lists_the_backends_of_other_packages_too(tmp_path):
+    info = tmp_path / "thirdparty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[graphkv.backends]\nthird = thirdparty:BACKEND\n")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); from graphkv.__main__ import main; main(['demo', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "cupy, jax, mlx, numpy, third, torch" in " ".join(done.stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("disk full")])

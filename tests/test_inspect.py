@@ -85,7 +85,7 @@ class Reader(HTMLParser):
 
 
 def content(path):
-    """Give the data of a page."""
+    """Return the data of a page."""
     page = Reader(path.read_text(encoding="utf-8"))
     assert [attributes.get("id") for tag, attributes in page.tags if tag == "script"] == ["data", None]
     return json.loads(page.scripts[0])

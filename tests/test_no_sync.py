@@ -27,7 +27,7 @@ from graphkv import (
 )
 from graphkv.core.backend import load
 from graphkv.testing import label, variants
-from tests import faults
+from tests.support import faults
 
 
 def arrays():

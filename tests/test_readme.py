@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_transformers_quickstart_runs():
-    _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     ids = torch.randint(1, 97, (1, 600), generator=torch.Generator().manual_seed(0))
     model = tiny_llama(max_position_embeddings=1024)
     names = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
@@ -23,7 +23,7 @@ def test_the_transformers_quickstart_runs():
 
 
 def test_the_array_quickstart_is_short():
-    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert block.count(">>>") < 10
     assert block.count("...") == 0
 

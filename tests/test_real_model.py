@@ -9,9 +9,9 @@ import torch
 from graphkv import GraphKV, Random, SnapKV, StreamingLLM
 from graphkv.__main__ import main
 from graphkv.demo.prompt import make_prompt
-from graphkv.evaluation.model import load_model
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
+from graphkv.workbench.model import load_model
 
 pytestmark = pytest.mark.slow
 QUESTIONS = ("\n\nQuestion: What is a namespace?\nAnswer:", "\n\nQuestion: And what is a module?\nAnswer:")

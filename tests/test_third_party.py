@@ -20,6 +20,8 @@ from graphkv.testing import suite
 BACKEND_SOURCE = '''
 """graphkv on array-api-strict: what the standard lacks, in the standard's own words."""
 
+from functools import partial
+
 import array_api_strict as xp
 import numpy as np
 
@@ -30,7 +32,7 @@ def to_numpy(x):
     return np.asarray(x.to_device(xp.Device("CPU_DEVICE")))
 
 
-def top_k(scores, k, tiers=None, *, xp):
+def top_k(scores, k, tiers, *, backend):
     """Sort by score, then stably by tier; NaN is a tier of its own, after the numbers."""
     is_nan = xp.isnan(scores)
     tier = xp.astype(is_nan, xp.int64)
@@ -42,7 +44,7 @@ def top_k(scores, k, tiers=None, *, xp):
     return order[..., :k]
 
 
-def by_segment(values, index, num_segments, reduce, nothing, *, xp):
+def by_segment(values, index, num_segments, *, reduce, nothing, backend):
     """A table of segments by values: large, but short to write."""
     segments = xp.arange(num_segments, dtype=index.dtype, device=index.device)
     hit = index[..., None, :] == segments[:, None]
@@ -55,8 +57,8 @@ BACKEND = Backend(
     to_numpy=to_numpy,
     library="array_api_strict",
     top_k=top_k,
-    segment_product=lambda values, index, n, *, xp: by_segment(values, index, n, xp.prod, 1, xp=xp),
-    segment_sum=lambda values, index, n, *, xp: by_segment(values, index, n, xp.sum, 0, xp=xp),
+    segment_product=partial(by_segment, reduce=xp.prod, nothing=1),
+    segment_sum=partial(by_segment, reduce=xp.sum, nothing=0),
     guard=lambda array: np.errstate(all="ignore"),
 )
 '''
@@ -67,8 +69,8 @@ import dataclasses
 from stranger.backend import BACKEND
 
 
-def without_tiers(scores, k, tiers=None, *, xp):
-    return BACKEND.top_k(scores, k, xp=xp)
+def without_tiers(scores, k, tiers, *, backend):
+    return BACKEND.top_k(scores, k, None, backend=backend)
 
 
 BROKEN = dataclasses.replace(BACKEND, name="broken", top_k=without_tiers)

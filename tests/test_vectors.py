@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import graphkv
-from graphkv.testing.subject import OPTIONAL
+from graphkv.testing.subject import OPTIONAL, label
+from tests.support.subjects import SUBJECTS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
 sys.path.insert(0, str(FOLDER))
@@ -22,12 +23,13 @@ CASES = [pytest.param(case, id=f"{file}-{case['name']}") for file, cases in vect
 PORTABLE = dict.fromkeys(OPTIONAL)
 
 
-@pytest.fixture(scope="module", params=["numpy", "torch", "array_api_strict"])
+@pytest.fixture(scope="module", params=["numpy", "torch", "mlx", "array_api_strict"])
 def library(request):
-    module = pytest.importorskip(request.param)
     if request.param == "array_api_strict":
+        module = pytest.importorskip(request.param)
         return graphkv.Backend(name="array_api_strict", xp=module, to_numpy=np.asarray)
-    return importlib.import_module(f"graphkv.backends.{request.param}").BACKEND
+    found = [subject for subject in SUBJECTS if label(subject) == request.param]
+    return found[0] if found else pytest.skip(f"{request.param} is not installed")
 
 
 @pytest.fixture(scope="module", params=["own", "portable"])
@@ -94,9 +96,10 @@ def test_tolerance_is_for_finite_weights_and_scores_only():
 def test_vectors_catch_a_wrong_backend():
     numpy_backend = importlib.import_module("graphkv.backends.numpy").BACKEND
 
-    def later_index_first(scores, k, tiers=None, *, xp):
+    def later_index_first(scores, k, tiers, *, backend):
         last = scores.shape[-1] - 1
-        return last - numpy_backend.top_k(scores[..., ::-1], k, None if tiers is None else tiers[..., ::-1], xp=xp)
+        tiers = None if tiers is None else tiers[..., ::-1]
+        return last - numpy_backend.top_k(scores[..., ::-1], k, tiers, backend=backend)
 
     wrong = replace(numpy_backend, top_k=later_index_first)
     case = next(case for case in vectors.load()["order"] if case["name"] == "all_equal")

@@ -8,7 +8,7 @@ import numpy as np
 from graphkv import Backend
 
 
-def top_k(scores, k, tiers=None, *, xp):
+def top_k(scores, k, tiers, *, backend):
     """Rank: lower tier, then numbers before NaN, then higher score, then lower index."""
     is_nan = np.isnan(scores)
     tiers = np.zeros(scores.shape, np.int32) if tiers is None else tiers
@@ -17,7 +17,7 @@ def top_k(scores, k, tiers=None, *, xp):
     return best_first[..., :k]
 
 
-def segment_product(values, index, num_segments, *, xp):
+def segment_product(values, index, num_segments, *, backend):
     """Multiply the values of each row that share an index; 1 where there are none."""
     target, shape = _flat(values, index, num_segments)
     product = np.ones(prod(shape), values.dtype)
@@ -25,7 +25,7 @@ def segment_product(values, index, num_segments, *, xp):
     return product.reshape(shape)
 
 
-def segment_sum(values, index, num_segments, *, xp):
+def segment_sum(values, index, num_segments, *, backend):
     """Add the values of each row that share an index; 0 where there are none."""
     target, shape = _flat(values, index, num_segments)
     total = np.bincount(target, weights=values.ravel(), minlength=prod(shape))
@@ -33,7 +33,7 @@ def segment_sum(values, index, num_segments, *, xp):
 
 
 def _flat(values, index, num_segments):
-    """Give every row segments of its own."""
+    """Number the segments of every row apart."""
     *leading, _ = values.shape
     first = np.arange(prod(leading)).reshape(*leading, 1) * num_segments
     return (index + first).ravel(), (*leading, num_segments)

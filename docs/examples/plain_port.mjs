@@ -9,7 +9,7 @@ import { readFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
-const CORE = ["order", "build_graph", "propagate", "degree", "fuse", "select", "figure", "counts"];
+const CORE = ["order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "figure", "counts"];
 const SMALLEST_FACTOR = 1e-6;
 const SMALLEST_POWER = 1e-24;
 const LARGEST_POWER = 1e24;
@@ -117,6 +117,25 @@ function fuse(importance, degrees, fusion, exponent, valid) {
       scores[j] = fusion === "max_rank" ? Math.max(first, second) : (first + second) / 2;
     }
   });
+  return scores;
+}
+
+// The scores after importance has flowed between like tokens, by way of one sum of directions a round.
+function pagerank(importance, keys, damping, rounds, valid, narrow) {
+  if (damping === 0 || rounds === 0) return importance;
+  const tokens = range(keys.length).filter((j) => (!valid || valid[j]) && Number.isFinite(importance[j]));
+  const directions = tokens.map((j) => direction(keys[j], narrow) ?? keys[j].map(() => 0));
+  const lowest = Math.min(0, ...tokens.map((j) => importance[j]));
+  const size = sum(tokens.map((j) => importance[j] - lowest));
+  const home = tokens.map((j) => (size ? (importance[j] - lowest) / size : 1 / tokens.length));
+  let central = home;
+  for (const _ of range(tokens.length ? rounds : 0)) {
+    const anchor = directions[0].map((_, d) => sum(directions.map((one, place) => central[place] * one[d])));
+    const near = directions.map((one) => sum(central) + dot(one, anchor));
+    central = near.map((arriving, place) => (damping * arriving) / sum(near) + (1 - damping) * home[place]);
+  }
+  const scores = [...importance];
+  tokens.forEach((j, place) => (scores[j] = central[place] * (size || 1)));
   return scores;
 }
 
@@ -231,6 +250,14 @@ const STEPS = {
     const lead = lastOff(importance.shape);
     const found = zip(rows(importance, lead), rows(degrees, lead), rows(valid, lead)).map(([score, c, ok]) =>
       fuse(score, c, fusion, exponent, ok),
+    );
+    return { scores: pack(found, lead, importance.shape.at(-1)) };
+  },
+  pagerank({ importance, keys, damping, rounds, valid }) {
+    const lead = lastOff(importance.shape);
+    const narrow = ![keys.dtype, importance.dtype].includes("float64");
+    const found = zip(rows(importance, lead), rows(keys, lead), rows(valid, lead)).map(([score, key, ok]) =>
+      pagerank(score, key, damping, rounds, ok, narrow),
     );
     return { scores: pack(found, lead, importance.shape.at(-1)) };
   },

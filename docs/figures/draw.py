@@ -17,6 +17,10 @@ from graphkv import build_graph, propagate, select
 HERE = Path(__file__).parent
 WIDTH, LEFT, STEP, BAR = 600, 54, 82, 46
 SOURCE, NEIGHBOR, OTHER, KEPT, FAINT, INK = "#c2410c", "#2563eb", "#94a3b8", "#15803d", "#cbd5e1", "#0f172a"
+DARK = (
+    f'@media(prefers-color-scheme:dark){{[fill="{INK}"]{{fill:#e6e6e3}}[stroke="{INK}"]{{stroke:#e6e6e3}}'
+    'rect[fill="#ffffff"]{fill:#131416}}'
+)
 
 IMPORTANCE = [0.1, 0.6, 0.3, 1.2, 0.3, 0.7, 1.1]
 TO_4 = [0.10, 0.21, 0.16, 1.0, 0.40, 0.50, 0.0]
@@ -24,18 +28,17 @@ TO_7 = [0.05, 0.03, 0.70, 0.0, 0.23, 0.60, 1.0]
 
 
 def keys() -> np.ndarray:
-    """Give keys of length one with the similarities of the paper's figure: (to token 4, to token 7, the rest)."""
+    """Return keys of length one with the similarities of the paper's figure: (to token 4, to token 7, the rest)."""
     return np.asarray([[a, b, sqrt(max(0.0, 1 - a * a - b * b))] for a, b in zip(TO_4, TO_7, strict=True)])
 
 
 def picture(title: str, height: int, body: list[str]) -> str:
-    """Put shapes on a white card, which reads well on a light and on a dark page."""
+    """Put shapes together; ink, and the paper behind labels, follow a light or a dark screen."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'font-family="Helvetica, Arial, sans-serif" font-size="17" fill="{INK}" text-anchor="middle">'
     )
-    card = f'<rect width="{WIDTH}" height="{height}" rx="10" fill="#ffffff"/>'
-    return "\n".join([head, f"<title>{title}</title>", card, *body, "</svg>"]) + "\n"
+    return "\n".join([head, f"<title>{title}</title>", f"<style>{DARK}</style>", *body, "</svg>"]) + "\n"
 
 
 def words(x: float, y: float, text: str, **style: str) -> str:
@@ -45,7 +48,7 @@ def words(x: float, y: float, text: str, **style: str) -> str:
 
 
 def middle(token: int) -> float:
-    """Give the x of a token."""
+    """Return the x of a token."""
     return LEFT + STEP * token
 
 

@@ -879,7 +879,7 @@ FILES = {
 
 
 def in_float64(item: dict[str, Any]) -> dict[str, Any]:
-    """Give the case with float64 in place of float32."""
+    """Return the case with float64 in place of float32."""
     return json.loads(json.dumps(item["arguments"]).replace('"float32"', '"float64"'))
 
 
@@ -902,7 +902,7 @@ def work_out(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(narrow: Any, wide: Any) -> Any:
-    """Give the numbers of `wide` with the dtypes of `narrow`."""
+    """Return the numbers of `wide` with the dtypes of `narrow`."""
     if isinstance(narrow, dict):
         return {key: narrow[key] if key == "dtype" else merge(narrow[key], wide[key]) for key in narrow}
     return wide

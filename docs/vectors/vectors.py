@@ -66,7 +66,7 @@ def array(value: dict[str, Any], backend: graphkv.Backend) -> Any:
     """Make an array of the backend from ``{"dtype": ..., "shape": ..., "data": ...}``."""
     wanted = np.asarray(decode(value["data"]), dtype=value["dtype"]).reshape(value["shape"])
     try:
-        made = backend.xp.asarray(wanted)
+        made = (getattr(backend, "from_numpy", None) or backend.xp.asarray)(wanted)
         is_there = str(value["dtype"]) in str(made.dtype)
     except (TypeError, ValueError) as error:
         raise NotApplicableError(f"{value['dtype']} in {backend.name}") from error
@@ -110,11 +110,10 @@ def run(case: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
 
 
 def _rank(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
-    top_k = backend.top_k or primitives.top_k
     scores = primitives.widen(given["scores"], xp=backend.xp)
     # As in the three steps, a count is clipped before the primitive sees it.
     k = min(given["k"], scores.shape[-1])
-    return {"order": shown(top_k(scores, k, given["tiers"], xp=backend.xp), backend)}
+    return {"order": shown(primitives.top_k(scores, k, given["tiers"], backend=backend), backend)}
 
 
 def _build_graph(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
@@ -186,7 +185,7 @@ STEPS = {
 
 
 def shown(x: Any, backend: graphkv.Backend, *, valid: Any = None) -> dict[str, Any]:
-    """Give an array as ``{"dtype": ..., "shape": ..., "data": ...}``; null where `valid` is False."""
+    """Return an array as ``{"dtype": ..., "shape": ..., "data": ...}``; null where `valid` is False."""
     host = np.asarray(backend.to_numpy(x))
     data = host.astype(object)
     if valid is not None:
@@ -195,7 +194,7 @@ def shown(x: Any, backend: graphkv.Backend, *, valid: Any = None) -> dict[str, A
 
 
 def edges(graph: graphkv.Graph, valid: Any, backend: graphkv.Backend) -> dict[str, Any]:
-    """Give a graph as its shapes, and for each row its valid sources and its edges of weight above 0."""
+    """Return a graph as its shapes, and for each row its valid sources and its edges of weight above 0."""
     sources, neighbors, weights = (backend.to_numpy(x) for x in (graph.sources, graph.neighbors, graph.weights))
     mask = np.ones((*sources.shape[:-1], graph.num_tokens), bool) if valid is None else backend.to_numpy(valid)
     rows = []
@@ -216,7 +215,7 @@ def edges(graph: graphkv.Graph, valid: Any, backend: graphkv.Backend) -> dict[st
 
 
 def differences(expected: Any, got: Any, tolerance: dict[str, float] | None, where: str = "") -> list[str]:
-    """Say where a result differs from what is expected: null matches anything, numbers within the tolerance."""
+    """Return where a result differs from what is expected: null matches anything, numbers within the tolerance."""
     if isinstance(expected, dict) and isinstance(got, dict):
         if expected.keys() != got.keys():
             return [f"{where or 'result'}: expected {sorted(expected)}, got {sorted(got)}"]

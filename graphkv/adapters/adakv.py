@@ -7,7 +7,10 @@ from typing import ClassVar
 
 from ..core import budgets, checks, primitives
 from ..core.backend import Backend
-from ..core.policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
+from ..core.errors import ArgumentError
+from ..core.layer import Cost, Layer, LayerShape
+from ..core.policy import Assessment, Policy, Requirements, Wrapper
+from ..core.selection import Choice, select_per_head
 from ..core.types import Array
 
 __all__ = ["AdaKV", "code_head_budgets", "head_budgets"]
@@ -25,7 +28,7 @@ def head_budgets(
     budget : int
         Tokens per head on average, at most N.
     least : array, shape (batch, kv_heads), integer in [0, budget]
-        What a head gets in any case.
+        Tokens that a head always gets.
     protected, valid : array, shape (batch, kv_heads, N), bool
         Protected tokens come first and padding last.
 
@@ -34,12 +37,12 @@ def head_budgets(
     array, shape (batch, kv_heads), int64
         The sum over the heads is exactly kv_heads x budget.
     """
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     num_tokens = scores.shape[-1]
-    # 0 protected, 1 others, 2 padding: who comes first in a head.
+    # Order within a head: 0 protected, 1 others, 2 padding.
     tiers = xp.astype(~protected, xp.int32) + xp.astype(~valid, xp.int32)
     tiers = xp.where(valid, tiers, xp.full_like(tiers, 2))
-    place = xp.argsort(top_k(scores, num_tokens, tiers, xp=xp), axis=-1)
+    place = xp.argsort(primitives.top_k(scores, num_tokens, tiers, backend=backend), axis=-1)
     forced = place < xp.astype(least, place.dtype)[..., None]
     # Over all heads: 0 forced, 1 others; 2 and 3 the same among padding, so that filling up spreads over the heads.
     tiers = xp.astype(~forced, xp.int32) + 2 * xp.astype(~valid, xp.int32)
@@ -49,10 +52,10 @@ def head_budgets(
 def code_head_budgets(
     scores: Array, budget: int, share: float, protected: Array, valid: Array, num_protected: int, /, *, backend: Backend
 ) -> Array:
-    """Give the head budgets of the official code, whose sum may miss kv_heads x budget.
+    """Return the head budgets of the official code, whose sum may miss kv_heads x budget.
 
     With C the budget less the protected tokens, a head that has c of the best C x kv_heads tokens gets round(c (1 -
-    share) + floor(share C)), ties to even, beside its protected tokens.
+    share) + floor(share C)), ties to even, in addition to its protected tokens.
 
     Returns
     -------
@@ -69,18 +72,13 @@ def code_head_budgets(
 
 
 def _count_best(scores: Array, budget: int, tiers: Array, /, *, backend: Backend) -> Array:
-    """Count, for every head, its tokens among the best budget x kv_heads of the layer: ties by head, then by index."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    """Count each head's tokens among the best budget x kv_heads of the layer: ties by head, then by index."""
+    xp = backend.xp
     batch, kv_heads, num_tokens = scores.shape
     flat = (batch, kv_heads * num_tokens)
-    best = top_k(xp.reshape(scores, flat), kv_heads * budget, xp.reshape(tiers, flat), xp=xp)
+    best = primitives.top_k(xp.reshape(scores, flat), kv_heads * budget, xp.reshape(tiers, flat), backend=backend)
     head = best // num_tokens
     return xp.stack([xp.sum(xp.astype(head == h, xp.int64), axis=-1) for h in range(kv_heads)], axis=-1)
-
-
-def _bytes(policy: AdaKV, shape: LayerShape, /) -> int:
-    """Rank all tokens of the layer by 64-bit indices."""
-    return 8 * shape.batch * shape.kv_heads * shape.num_tokens
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class AdaKV(Wrapper):
     Notes
     -----
     `Eviction.kept` is padded with -1 to what one head may keep at most, min(N, kv_heads x budget), and
-    `Eviction.head_budgets` has shape (batch, kv_heads). Between equal scores the lower head wins, then the lower index.
+    `Eviction.counts` has shape (batch, kv_heads). Between equal scores the lower head wins, then the lower index.
     A head with fewer valid tokens than its least gives the rest to others, and padding fills what is left.
 
     Scores are compared between heads, so they should mean the same in each: sums of probabilities do, norms or logits
@@ -119,7 +117,7 @@ class AdaKV(Wrapper):
     propagation.
 
     The exact form forces every head's least first and fills up with the best of the rest. The paper and the official
-    code blend: (1 - floor) times the count without a floor, plus the floor. Both favour the same heads; where a floor
+    code blend: (1 - floor) times the count without a floor, plus the floor. Both favor the same heads; where a floor
     does not bind, the exact form is the optimum without a floor, and the blend is not. The official code's selection
     per query head (without its GQA option), its scaling of scores by head, and the uniform first layers of later
     versions are not expressed.
@@ -138,14 +136,14 @@ class AdaKV(Wrapper):
     >>> from graphkv import AdaKV, KNorm, evict
     >>> norms = np.asarray([[[1.0, 4.0, 3.0, 2.0], [5.0, 7.0, 6.0, 8.0]]])
     >>> done = evict(AdaKV(KNorm(budget=2), floor=0.5), norms[..., None])
-    >>> done.head_budgets
+    >>> done.counts
     array([[3, 1]])
     >>> done.kept
     array([[[ 0,  2,  3, -1],
             [ 0, -1, -1, -1]]])
     """
 
-    requirements: ClassVar[Requirements] = Requirements(couples_heads=True, bytes=_bytes)
+    requirements: ClassVar[Requirements] = Requirements(couples_heads=True)
 
     floor: float = 0.2
     schedule: str = "exact"
@@ -157,7 +155,7 @@ class AdaKV(Wrapper):
 
     @classmethod
     def official(cls, base: Policy, /) -> AdaKV:
-        """Give the official code's choice: its blend with a floor of 0.2, rounded per head.
+        """Return the official code's choice: its blend with a floor of 0.2, rounded per head.
 
         The official base is ``SnapKV.official(budget)`` with a mean over the window, which orders tokens alike.
 
@@ -173,33 +171,34 @@ class AdaKV(Wrapper):
         Raises
         ------
         ArgumentTypeError
-            If `base` is no Policy.
+            If `base` is not a Policy.
         """
         return cls(base, floor=0.2, schedule="code")
 
-    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
-        """Allow a head to take what all heads have."""
-        return min(num_tokens, kv_heads * budget)
-
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the base score, then compare the heads."""
-        xp, found = inputs.xp, self.base.assess(inputs)
-        protected = xp.zeros_like(inputs.valid) if found.protected is None else found.protected & inputs.valid
-        num_protected = self.num_protected(inputs.budget)
+    def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
+        """Compare the heads by the base's scores."""
+        found, xp = self.base.rescore(found, layer, budget), layer.xp
+        protected = xp.zeros_like(layer.valid) if found.protected is None else found.protected & layer.valid
+        num_protected = self.protection(budget).count
         if self.schedule == "code":
-            shares = code_head_budgets(
-                found.scores,
-                inputs.budget,
-                self.floor,
-                protected,
-                inputs.valid,
-                num_protected,
-                backend=inputs.backend,
+            counts = code_head_budgets(
+                found.scores, budget, self.floor, protected, layer.valid, num_protected, backend=layer.backend
             )
-            return replace(found, head_budgets=shares)
-        open_tokens = max(0, inputs.budget - num_protected)
-        share = budgets.share_of(self.floor, open_tokens)
+            return replace(found, counts=counts)
+        share = budgets.share_of(self.floor, max(0, budget - num_protected))
         least = xp.sum(xp.astype(protected, xp.int64), axis=-1) + share
-        least = xp.minimum(least, xp.full_like(least, inputs.budget))
-        shares = head_budgets(found.scores, inputs.budget, least, protected, inputs.valid, backend=inputs.backend)
-        return replace(found, head_budgets=shares)
+        least = xp.minimum(least, xp.full_like(least, budget))
+        counts = head_budgets(found.scores, budget, least, protected, layer.valid, backend=layer.backend)
+        return replace(found, counts=counts)
+
+    def choose(self, found: Assessment, layer: Layer, budget: int, /) -> Choice:
+        """Fill the budget of every head, which may be all that the heads have together."""
+        if found.counts is None:
+            raise ArgumentError(f"counts must come from AdaKV.rescore; got none from {type(found).__name__}")
+        width = min(layer.num_tokens, layer.keys.shape[1] * budget)
+        kept = select_per_head(found.scores, found.counts, width, found.protected, layer.valid, backend=layer.backend)
+        return Choice(kept=kept, counts=found.counts)
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Rank all tokens of the layer by 64-bit indices."""
+        return self.base.cost(shape).then(Cost(bytes=8 * shape.batch * shape.kv_heads * shape.num_tokens))

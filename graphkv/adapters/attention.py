@@ -1,26 +1,13 @@
-"""What the papers' scorers share, written in the array API standard."""
+"""Parts that the papers' scorers share, in the array API standard."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..core import primitives
-from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, LayerShape
-from ..core.primitives import window_attention
+from ..core.attention import received_attention, window_attention
+from ..core.layer import Cost, Layer, LayerShape
 from ..core.types import Array, Namespace
 
-__all__ = [
-    "first_tokens",
-    "group_heads",
-    "last_rows",
-    "pool",
-    "received",
-    "token_rank",
-    "window_attention",
-    "window_bytes",
-    "window_flops",
-]
+__all__ = ["group_heads", "last_rows", "pool", "received", "window_cost"]
 
 
 def group_heads(x: Array, reduction: str, /, *, xp: Namespace) -> Array:
@@ -45,76 +32,52 @@ def pool(x: Array, kernel_size: int, kind: str, /, *, xp: Namespace) -> Array:
     return pooled / kernel_size if kind == "avg" else pooled
 
 
-def token_rank(valid: Array, /, *, xp: Namespace) -> Array:
-    """Count valid tokens before each token: its place in the row once padding is taken away."""
-    return xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1) - 1
-
-
-def first_tokens(valid: Array, num_sinks: int, /, *, xp: Namespace) -> Array:
-    """Mark the first `num_sinks` tokens of each row that are not padding."""
-    return valid & (token_rank(valid, xp=xp) < num_sinks)
-
-
-def last_rows(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
+def last_rows(layer: Layer, window: int, /) -> Array:
     """Take the attention of the last W positions as given, or compute it from their queries.
 
     Parameters
     ----------
-    inputs : LayerInputs
+    layer : Layer
     window : int
         W, at most N.
-    name : str
-        The policy that asks.
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
         Probabilities.
-
-    Raises
-    ------
-    ArgumentError
-        If neither queries nor attention of the last W positions are at hand.
     """
-    rows = _last(inputs, window, name=name)
-    if inputs.attention is None:
-        return window_attention(rows, inputs.keys, inputs.valid, xp=inputs.xp)
+    rows = _last(layer, window)
+    if layer.attention is None:
+        return window_attention(rows, layer.keys, layer.valid, xp=layer.xp)
     batch, query_heads, _, num_tokens = rows.shape
-    kv_heads = inputs.keys.shape[1]
-    return inputs.xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
+    kv_heads = layer.keys.shape[1]
+    return layer.xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
 
 
-def received(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
-    """Sum what each token gets from the last W positions, as `last_rows` would give it row by row.
+def received(layer: Layer, window: int, /) -> Array:
+    """Sum the attention that each token receives from the last W positions, the rows of `last_rows`.
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, N)
     """
-    xp = inputs.xp
-    if inputs.attention is not None:
-        return xp.sum(last_rows(inputs, window, name=name), axis=-2)
-    receive = inputs.backend.received_attention or primitives.received_attention
-    return receive(_last(inputs, window, name=name), inputs.keys, inputs.valid, block_size=window, xp=xp)
+    xp = layer.xp
+    if layer.attention is not None:
+        return xp.sum(last_rows(layer, window), axis=-2)
+    rows = _last(layer, window)
+    return received_attention(rows, layer.keys, layer.valid, block_size=window, backend=layer.backend)
 
 
-def _last(inputs: LayerInputs, window: int, /, *, name: str) -> Array:
-    """Give the last W attention rows or queries, whichever are at hand."""
-    rows = inputs.attention if inputs.attention is not None else inputs.queries
-    argument = "attention" if inputs.attention is not None else "queries"
-    if rows is None:
-        raise ArgumentError(f"queries must be given for {name}: the last window={window} positions; got None")
-    if rows.shape[2] < window:
-        raise ArgumentError(f"{argument} must hold the last window={window} positions; got {rows.shape[2]}")
+def _last(layer: Layer, window: int, /) -> Array:
+    """Return the last W attention rows or queries, whichever were given."""
+    rows: Array = layer.attention if layer.attention is not None else layer.queries
     return rows[:, :, rows.shape[2] - window :, :]
 
 
-def window_flops(policy: Any, shape: LayerShape, /) -> int:
-    """Attention of the last W positions: 2 D for a logit and 5 for its softmax, per query head."""
-    rows = shape.batch * shape.query_heads * policy.num_queries(shape.num_tokens)
-    return int(rows * shape.num_tokens * (2 * shape.head_size + 5))
+def window_cost(shape: LayerShape, window: int, /) -> Cost:
+    """Return the cost of the attention of the last W positions: 2 D for a logit and 5 for its softmax, per query head.
 
-
-def window_bytes(policy: Any, shape: LayerShape, /) -> int:
-    """Hold the attention of the last W positions to all tokens."""
-    return int(4 * shape.batch * shape.query_heads * policy.num_queries(shape.num_tokens) * shape.num_tokens)
+    In memory: that attention to all tokens.
+    """
+    entries = shape.batch * shape.query_heads * min(window, shape.num_tokens) * shape.num_tokens
+    return Cost(entries * (2 * shape.head_size + 5), 4 * entries)

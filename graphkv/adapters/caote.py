@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core import checks
-from ..core.errors import ArgumentError
-from ..core.policy import Assessment, LayerInputs, LayerShape, Requirements, Wrapper
+from ..core.layer import Cost, Layer, LayerShape
+from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.types import Array, Namespace
 
 __all__ = ["CAOTE", "output_change"]
@@ -17,7 +17,7 @@ SMALLEST_REST = 1e-6
 
 
 def output_change(alpha: Array, values: Array, output: Array, /, *, xp: Namespace) -> Array:
-    r"""Length of the change of an attention output when one token is removed and the others share its attention.
+    r"""Compute how far an attention output moves when one token is removed and the others share its attention.
 
     .. math:: c_j = \frac{\alpha_j}{1 - \alpha_j} \lVert x - v_j \rVert_2
 
@@ -38,16 +38,6 @@ def output_change(alpha: Array, values: Array, output: Array, /, *, xp: Namespac
     distance = xp.sqrt(xp.sum(away * away, axis=-1))
     rest = 1 - alpha
     return alpha / xp.maximum(rest, xp.full_like(rest, SMALLEST_REST)) * distance
-
-
-def _flops(policy: Any, shape: LayerShape, /) -> int:
-    """Sum the values, and take each one's distance: 5 Dv per token, with Dv = D."""
-    return 5 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-
-
-def _bytes(policy: Any, shape: LayerShape, /) -> int:
-    """Hold the differences from the output."""
-    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
 
 
 @dataclass(frozen=True)
@@ -75,17 +65,17 @@ class CAOTE(Wrapper):
     ArgumentError
         When evicting without values.
     ArgumentTypeError
-        If `base` is no Policy or `fast` no bool.
+        If `base` is not a Policy or `fast` not a bool.
 
     Notes
     -----
     Exact for one token at a time; several at once go by the same scores, as in the paper. Padding and what the base
-    protects take no part in :math:`\alpha` and x, because a base is free in what it gives to protected tokens (SnapKV's
+    protects are excluded from :math:`\alpha` and x, because a base may score protected tokens as it likes (SnapKV's
     window holds places, no attention); they keep the base's score, which only matters among themselves. 1 - alpha is
     taken as at least 1e-6.
 
-    There is no public code, and the paper does not say what becomes of grouped query heads. A cache stores one value
-    per KV head, and a base hands over one score per KV head, so alpha is the score after the base's group reduction:
+    There is no public code, and the paper does not treat grouped query heads. A cache stores one value
+    per KV head, and a base has one score per KV head, so alpha is the score after the base's group reduction:
     the change of the group's mean output. The other way, the mean over the group of each query head's own change, needs
     the heads apart, which no wrapper over an arbitrary policy has. With one query head per KV head both are the same.
 
@@ -96,7 +86,7 @@ class CAOTE(Wrapper):
 
     Examples
     --------
-    The base gives 0.5, 0.3 and 0.2 of the attention. Token 2 has the least, but its value stands apart: without it the
+    The base gives 0.5, 0.3 and 0.2 of the attention. Token 2 has the least, but its value differs most: without it the
     output moves from 2.6 to 1, without token 1 to 3.29.
 
     >>> import numpy as np
@@ -111,7 +101,7 @@ class CAOTE(Wrapper):
     (array([1.6 , 0.69, 1.6 ]), array([[[0, 2, 3]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(values=True, flops=_flops, bytes=_bytes)
+    requirements: ClassVar[Requirements] = Requirements(values=True)
 
     fast: bool = False
 
@@ -119,25 +109,24 @@ class CAOTE(Wrapper):
         super().__post_init__()
         checks.flag("fast", self.fast)
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the change of the output."""
-        return self.assess(inputs).importance
-
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the base score, then weigh with the values."""
-        if inputs.values is None:
-            raise ArgumentError("values must be given for CAOTE; got None")
-        xp, found = inputs.xp, self.base.assess(inputs)
-        candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
+    def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
+        """Weigh the base's scores with the values."""
+        xp, found = layer.xp, self.base.rescore(found, layer, budget)
+        candidates = layer.valid if found.protected is None else layer.valid & ~found.protected
         nothing = xp.zeros_like(found.scores)
         alpha = _shares(xp.where(candidates & (found.scores > 0), found.scores, nothing), xp=xp)
         weights = _shares(xp.astype(candidates, alpha.dtype), xp=xp) if self.fast else alpha
-        # What takes no part must not bring a NaN into the sum.
-        values = xp.where(inputs.valid[..., None], inputs.values, xp.zeros_like(inputs.values))
+        # Padding must not bring a NaN into the sum.
+        values = xp.where(layer.valid[..., None], layer.values, xp.zeros_like(layer.values))
         output = weights[..., None, :] @ xp.astype(values, alpha.dtype)
         change = output_change(alpha, values, output, xp=xp)
         scores = xp.where(candidates, change, xp.astype(found.scores, change.dtype))
         return replace(found, importance=scores, scores=scores)
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Sum the values and take each one's distance: 5 Dv per token, with Dv = D. In memory: the differences."""
+        entries = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+        return self.base.cost(shape).then(Cost(5 * entries, 4 * entries))
 
 
 def _shares(weights: Array, /, *, xp: Namespace) -> Array:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core import checks
-from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, LayerShape, Policy, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Requirements
 from ..core.types import Array, Namespace
 from . import attention
+from .protection import SinkPolicy
 
 __all__ = ["ExpectedAttention", "expected_logits", "moments"]
 
 
 def moments(queries: Array, counts: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
-    """Mean and covariance of the queries that count.
+    """Compute mean and covariance of the queries that count.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ def moments(queries: Array, counts: Array, /, *, xp: Namespace) -> tuple[Array, 
 
 
 def expected_logits(mean: Array, covariance: Array, keys: Array, /, *, xp: Namespace) -> Array:
-    r"""Logarithm of the expected exponential of an attention logit, for Gaussian queries.
+    r"""Compute the logarithm of the expected exponential of an attention logit, for Gaussian queries.
 
     .. math:: \log E\left[e^{q \cdot k / \sqrt{D}}\right]
               = \frac{\mu \cdot k}{\sqrt{D}} + \frac{k^\top \Sigma\, k}{2 D}
@@ -61,21 +62,11 @@ def expected_logits(mean: Array, covariance: Array, keys: Array, /, *, xp: Names
     return first + xp.sum((keys @ covariance) * keys, axis=-1) / (2 * head_size)
 
 
-def _flops(policy: Any, shape: LayerShape, /) -> int:
-    """Covariance of the queries, 2 D D each, and as much for each key's quadratic form."""
-    return 4 * shape.batch * shape.query_heads * shape.num_tokens * shape.head_size**2
-
-
-def _bytes(policy: Any, shape: LayerShape, /) -> int:
-    """Hold the keys' products with each query head's covariance."""
-    return 4 * shape.batch * shape.query_heads * shape.num_tokens * shape.head_size
-
-
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(Policy):
+class ExpectedAttention(SinkPolicy):
     r"""Keep the tokens that future queries are expected to attend to, if they are distributed like those given.
 
-    With mean :math:`\mu` and covariance :math:`\Sigma` of the queries of one head, the expected unnormalised attention
+    With mean :math:`\mu` and covariance :math:`\Sigma` of the queries of one head, the expected unnormalized attention
     to token :math:`j` is :math:`e^{z_j}`, and the importance
 
     .. math::
@@ -90,21 +81,23 @@ class ExpectedAttention(Policy):
     budget : int or float
         Tokens to keep per KV head, sinks included; a float is a share of the tokens.
     num_sinks : int
-        First tokens, which are kept in any case. Their queries and keys stay out of the statistics.
+        First tokens, which are always kept. Their queries and keys stay out of the statistics.
     epsilon : float
         Added to the expected attention before the norm of the value, in [0, 1]. 0.02 in the paper.
+    value_norm : bool
+        Multiply by the norm of the value, as in the paper. False: values are not needed.
 
     Raises
     ------
     ArgumentError
-        If an option is out of range; when evicting without queries.
+        If an option is out of range; when evicting without queries, or without values.
     ArgumentTypeError
         If an option has the wrong type.
 
     Notes
     -----
-    The moments are those of all queries that are given, the whole prompt's if possible (`Policy.num_queries` asks for
-    them), but those of padding and sinks. Without values the norm is left out. Importance is at least 0; that of a sink
+    The moments are those of all queries that are given, if possible the whole prompt's (`Policy.num_queries` requests
+    them), except those of padding and sinks. Importance is at least 0; that of a sink
     is 0, so that a budget below the sinks keeps the first of them.
 
     Rotary embeddings are where this form falls short of the paper. There the moments are those of queries *before* the
@@ -130,24 +123,26 @@ class ExpectedAttention(Policy):
     >>> from graphkv import ExpectedAttention, evict
     >>> keys = np.asarray([[[[9.0], [0.0], [1.0], [-1.0]]]])
     >>> queries = np.asarray([[[[2.0], [0.0]]]])
-    >>> done = evict(ExpectedAttention(budget=2, num_sinks=1, epsilon=0.0), keys, queries=queries)
+    >>> policy = ExpectedAttention(budget=2, num_sinks=1, epsilon=0.0, value_norm=False)
+    >>> done = evict(policy, keys, queries=queries)
     >>> done.importance.round(3), done.kept
     (array([[[0.   , 0.164, 0.736, 0.1  ]]]), array([[[0, 2]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(values=True, queries="all", flops=_flops, bytes=_bytes)
+    requirements: ClassVar[Requirements] = Requirements(values=True, queries="all", logits=True)
 
     num_sinks: int = 4
     epsilon: float = 0.02
+    value_norm: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.count("num_sinks", self.num_sinks)
         checks.fraction("epsilon", self.epsilon)
+        checks.flag("value_norm", self.value_norm)
 
     @classmethod
     def official(cls, budget: int | float, /) -> ExpectedAttention:
-        """Give the public code's setting: 4 sinks, epsilon 0.
+        """Return the public code's setting: 4 sinks, epsilon 0.
 
         Parameters
         ----------
@@ -167,38 +162,41 @@ class ExpectedAttention(Policy):
         """
         return cls(budget=budget, num_sinks=4, epsilon=0.0)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks."""
-        return self.num_sinks
+    def needs(self) -> Requirements:
+        """Return the needs: no values without their norm."""
+        return replace(self.requirements, values=self.value_norm)
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for all queries; fewer will do."""
+        """Request all queries; fewer are accepted."""
         return num_tokens
 
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the sinks."""
-        return attention.first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
-
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the expected attention, times the norm of the value if there is one."""
-        if inputs.queries is None or inputs.queries.shape[2] < 1:
-            raise ArgumentError("queries must be given for ExpectedAttention: the prompt's, or its last ones; got none")
-        xp, (batch, query_heads, num_queries, head_size) = inputs.xp, inputs.queries.shape
-        kv_heads = inputs.keys.shape[1]
-        counts = inputs.valid & ~self.protect(inputs)
-        queries = xp.reshape(inputs.queries, (batch, kv_heads, query_heads // kv_heads, num_queries, head_size))
-        asks = counts[:, :, None, inputs.num_tokens - num_queries :]
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return the expected attention, times the norm of the value."""
+        xp, (batch, query_heads, num_queries, head_size) = layer.xp, layer.queries.shape  # type: ignore[union-attr]
+        kv_heads = layer.keys.shape[1]
+        sinks = self.protection(0).mask(layer)
+        counts = layer.valid if sinks is None else layer.valid & ~sinks
+        queries = xp.reshape(layer.queries, (batch, kv_heads, query_heads // kv_heads, num_queries, head_size))
+        asks = counts[:, :, None, layer.num_tokens - num_queries :]
         mean, covariance = moments(queries, xp.broadcast_to(asks, queries.shape[:-1]), xp=xp)
-        logits = expected_logits(mean, covariance, inputs.keys, xp=xp)
+        logits = expected_logits(mean, covariance, layer.keys, xp=xp)
         expected = attention.group_heads(_softmax(logits, counts[:, :, None, :], xp=xp), "mean", xp=xp)
         importance = expected + self.epsilon
-        if inputs.values is not None:
-            importance = importance * xp.sqrt(xp.sum(inputs.values * inputs.values, axis=-1))
+        if self.value_norm:
+            importance = importance * xp.sqrt(xp.sum(layer.values * layer.values, axis=-1))  # type: ignore[operator]
         return xp.where(counts, importance, xp.zeros_like(importance))
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Compute the covariance of the queries, 2 D D each, and as much for each key's quadratic form.
+
+        In memory: the keys' products with each query head's covariance.
+        """
+        entries = shape.batch * shape.query_heads * shape.num_tokens * shape.head_size
+        return Cost(4 * entries * shape.head_size, 4 * entries)
 
 
 def _softmax(logits: Array, among: Array, /, *, xp: Namespace) -> Array:
-    """Softmax along the last axis among some tokens; zero for the others, and everywhere if there are none."""
+    """Compute the softmax along the last axis among some tokens; zero for the others, and if there are none."""
     logits = xp.where(among, logits, xp.full_like(logits, -xp.inf))
     highest = xp.max(logits, axis=-1, keepdims=True)
     weight = xp.exp(logits - xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest)))

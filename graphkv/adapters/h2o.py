@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core import checks
-from ..core.policy import LayerInputs, LayerShape, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Requirements
+from ..core.protection import Protection
 from ..core.types import Array
 from . import attention, running
 from .protection import SinkPolicy
@@ -15,22 +16,11 @@ from .protection import SinkPolicy
 __all__ = ["H2O"]
 
 
-def _flops(policy: Any, shape: LayerShape, /) -> int:
-    """Attend once more: half of N x N logits of 2 D, their softmax and sum."""
-    pairs = shape.num_tokens * (shape.num_tokens + 1) // 2
-    return shape.batch * shape.query_heads * pairs * (2 * shape.head_size + 6)
-
-
-def _bytes(policy: Any, shape: LayerShape, /) -> int:
-    """Hold one block of rows."""
-    return int(4 * shape.batch * shape.query_heads * min(policy.block_size, shape.num_tokens) * shape.num_tokens)
-
-
 @dataclass(frozen=True, kw_only=True)
 class H2O(SinkPolicy):
     r"""Keep the heavy hitters, the tokens with the most attention so far, and the newest tokens.
 
-    The importance of token :math:`j` is the attention that it has received from every query :math:`i` since it came,
+    The importance of token :math:`j` is the attention that it has received from every query :math:`i` so far,
 
     .. math:: s_j = \operatorname{reduce}_h \sum_{i \ge j} A_{hij},
 
@@ -48,7 +38,7 @@ class H2O(SinkPolicy):
     num_sinks : int
         First tokens that are kept as well.
     num_recent : int, optional
-        Newest tokens that are kept in any case; 0 is allowed. Default: half the budget, rounded down.
+        Newest tokens that are always kept; 0 is allowed. Default: half the budget, rounded down.
     group_reduction : str
         ``"mean"``, ``"max"`` or ``"sum"`` over the query heads of a KV head, of their accumulated attention.
     age_normalised : bool
@@ -103,9 +93,7 @@ class H2O(SinkPolicy):
     (array([[[0, 2]]]), array([[[1.9, 0.7, 0.3]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        queries="all", state=True, fused_attention=True, flops=_flops, bytes=_bytes
-    )
+    requirements: ClassVar[Requirements] = Requirements(queries="new", state=("attention", "queries"))
 
     num_recent: int | None = None
     group_reduction: str = "mean"
@@ -122,7 +110,7 @@ class H2O(SinkPolicy):
 
     @classmethod
     def official(cls, heavy: int, recent: int, /) -> H2O:
-        """Give the sizes of the authors' code that really evicts: so many heavy hitters, so many recents, group sums.
+        """Return the sizes of the authors' code that really evicts: heavy hitters, recents, and group sums.
 
         Parameters
         ----------
@@ -143,38 +131,35 @@ class H2O(SinkPolicy):
         heavy, recent = checks.count("heavy", heavy), checks.count("recent", recent)
         return cls(budget=heavy + recent, num_recent=recent, group_reduction="sum")
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count recents and sinks."""
-        return self._recents(budget) + self.num_sinks
+    def protection(self, budget: int, /) -> Protection:
+        """Protect recents and sinks."""
+        recents = budget // 2 if self.num_recent is None else self.num_recent
+        return Protection(first=self.num_sinks, last=recents)
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for all queries; after the first call those of the new positions are enough."""
+        """Return N; after the first call the queries of the new positions are enough."""
         return num_tokens
 
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect recents and sinks."""
-        recents = running.newest_tokens(inputs.valid, self._recents(inputs.budget), xp=inputs.xp)
-        return recents | super().protect(inputs)
+    def observe(self, layer: Layer, memory: Memory | None, /) -> Memory:
+        """Add what every token receives from the new positions."""
+        xp = layer.xp
+        received = running.newly_received(layer, self.block_size)
+        total = running.grown(memory, layer, "attention", per_query_head=True) + xp.matrix_transpose(received)
+        queries = running.grown(memory, layer, "queries") + running.visible_queries(layer)
+        return Memory(tokens={"attention": total, "queries": queries})
 
-    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array]:
-        """Add what the new positions give to every token."""
-        xp = inputs.xp
-        state = running.state_or_zeros(inputs, ("attention", "queries"), per_query_head=("attention",), name="H2O")
-        received = running.newly_received(inputs, self.block_size, name="H2O")
-        total = xp.matrix_transpose(state["attention"]) + received
-        queries = state["queries"] + running.visible_queries(inputs)
-        return {"attention": xp.matrix_transpose(total), "queries": queries}
-
-    def score(self, inputs: LayerInputs, /) -> Array:
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Reduce the accumulated attention over the query heads."""
-        state = running.state_of(inputs, ("attention", "queries"), name="H2O")
-        xp = inputs.xp
-        received = attention.group_heads(xp.matrix_transpose(state["attention"]), self.group_reduction, xp=xp)
+        sums, xp = running.sums_of(memory), layer.xp
+        received = attention.group_heads(xp.matrix_transpose(sums["attention"]), self.group_reduction, xp=xp)
         if not self.age_normalised:
             return received
-        seen_by = state["queries"]
+        seen_by = sums["queries"]
         return received / xp.where(seen_by > 0, seen_by, xp.ones_like(seen_by))
 
-    def _recents(self, budget: int, /) -> int:
-        """Count the newest tokens that are kept in any case."""
-        return budget // 2 if self.num_recent is None else self.num_recent
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Attend once more: half of N x N logits of 2 D, their softmax and sum. In memory: one block of rows."""
+        heads, num_tokens = shape.batch * shape.query_heads, shape.num_tokens
+        pairs = num_tokens * (num_tokens + 1) // 2
+        block = min(self.block_size, num_tokens) * num_tokens
+        return Cost(heads * pairs * (2 * shape.head_size + 6), 4 * heads * block)

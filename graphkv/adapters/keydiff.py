@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core.fusion import degree
-from ..core.policy import LayerInputs, LayerShape, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
 from ..core.types import Array
 from .protection import SinkPolicy
 
 __all__ = ["KeyDiff"]
-
-
-def _flops(policy: KeyDiff, shape: LayerShape, /) -> int:
-    """Normalise (3), add up (1) and multiply with the anchor (2) every entry of the keys."""
-    return 6 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-
-
-def _bytes(policy: KeyDiff, shape: LayerShape, /) -> int:
-    """Hold the directions."""
-    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +36,10 @@ class KeyDiff(SinkPolicy):
 
     Notes
     -----
-    Importance has shape (batch, kv_heads, N) and lies in [-1, 1]; `propagate` makes both signs safe. The paper divides
+    Importance has shape (batch, kv_heads, N) and is in [-1, 1]; `propagate` makes both signs safe. The paper divides
     by the anchor's length as well, which changes no order. It works block by block on long prompts, which is one call
     of `evict` per block here. There is no official code, so there is no `official` preset. The paper's cheaper variant,
-    the mean of keys that are not normalised, is not offered.
+    the mean of keys that are not normalized, is not offered.
 
     References
     ----------
@@ -69,8 +58,14 @@ class KeyDiff(SinkPolicy):
     (array([[[-0.75, -0.75, -0.25, -0.75]]]), array([[[0, 2]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(flops=_flops, bytes=_bytes)
-
-    def score(self, inputs: LayerInputs, /) -> Array:
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Compare with the mean direction."""
-        return -degree(inputs.keys, valid=inputs.valid, backend=inputs.backend)
+        return -degree(layer.keys, valid=layer.valid, backend=layer.backend)
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Normalize (3), add up (1) and multiply with the anchor (2) every entry of the keys.
+
+        In memory: the directions.
+        """
+        entries = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+        return Cost(6 * entries, 4 * entries)

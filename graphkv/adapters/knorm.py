@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core import checks
-from ..core.policy import LayerInputs, LayerShape, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
 from ..core.types import Array, Namespace
 from .protection import SinkPolicy
 
@@ -14,18 +13,8 @@ __all__ = ["KNorm", "negative_norms"]
 
 
 def negative_norms(keys: Array, /, *, xp: Namespace) -> Array:
-    """Give minus the Euclidean norm of every key: (..., N, D) to (..., N)."""
+    """Return minus the Euclidean norm of every key: (..., N, D) to (..., N)."""
     return -xp.sqrt(xp.sum(keys * keys, axis=-1))
-
-
-def _flops(policy: KNorm, shape: LayerShape, /) -> int:
-    """Square and add every entry of the keys."""
-    return 2 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-
-
-def _bytes(policy: KNorm, shape: LayerShape, /) -> int:
-    """Hold the squares."""
-    return 4 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +40,7 @@ class KNorm(SinkPolicy):
     Notes
     -----
     Importance has shape (batch, kv_heads, N) and is never positive; `propagate` lowers negative scores as well. The
-    rotary embedding does not change norms. Models that normalise their keys (Qwen3, Gemma 3) have norms that say
+    rotary embedding does not change norms. Models that normalize their keys (Qwen3, Gemma 3) have norms that say
     little, and the ranking is then mostly noise.
 
     The official code rounds a share of the tokens up, leaves prompts below 2048 tokens and, in its experiments, the
@@ -73,11 +62,9 @@ class KNorm(SinkPolicy):
     array([[[1, 2]]])
     """
 
-    requirements: ClassVar[Requirements] = Requirements(flops=_flops, bytes=_bytes)
-
     @classmethod
     def official(cls, budget: int, /) -> KNorm:
-        """Give the official code's rule at a number of tokens: that of the default.
+        """Return the official code's rule at a number of tokens: that of the default.
 
         A share is refused, because the official code rounds it up; untouched layers and short prompts are not
         expressed either. Use `LayerBudgets` to leave some layers whole.
@@ -98,6 +85,11 @@ class KNorm(SinkPolicy):
         """
         return cls(budget=checks.count("budget", budget), num_sinks=0)
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give minus the norm."""
-        return negative_norms(inputs.keys, xp=inputs.xp)
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return minus the norm."""
+        return negative_norms(layer.keys, xp=layer.xp)
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Square and add every entry of the keys. In memory: the squares."""
+        entries = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+        return Cost(2 * entries, 4 * entries)

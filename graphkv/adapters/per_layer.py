@@ -10,33 +10,33 @@ from typing import Any
 from ..core import budgets as core_budgets
 from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
-from ..core.policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Policy, Requirements, Wrapper
 from ..core.types import Array
-from .cake import allocate
 
 __all__ = ["LayerBudgets", "LayerShares", "PerLayer"]
 
 
 @dataclass(frozen=True)
 class SettledBudgets(Wrapper):
-    """Any policy, with budgets that stand before a layer is read."""
+    """Any policy, with budgets that are fixed before a layer is read."""
 
     def needs(self) -> Requirements:
-        """Need what the base needs, but no preferences: the budgets stand."""
-        return replace(super().needs(), preferences=False)
+        """Return the needs of the base, but for its wants: the budgets are fixed."""
+        return replace(super().needs(), wants=False, settled=True)
 
-    def preference(self, inputs: LayerInputs, /) -> Array | None:
-        """Want nothing."""
+    def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
+        """Return None: budgets are already fixed."""
         return None
 
-    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
-        """Give the numbers."""
-        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]
+    def share_out(self, wants: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Return the fixed budgets."""
+        return [self.layer_budget(num_tokens, layer, len(wants)) for layer in range(len(wants))]
 
 
 @dataclass(frozen=True)
 class LayerBudgets(SettledBudgets):
-    """Any policy, with one budget per layer that was worked out elsewhere.
+    """Any policy, with one budget per layer that was computed elsewhere.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class LayerBudgets(SettledBudgets):
     ArgumentError
         If a budget is negative or, in use, if the model has another number of layers.
     ArgumentTypeError
-        If `base` is no Policy or `budgets` no sequence of integers.
+        If `base` is not a Policy or `budgets` no sequence of integers.
 
     Examples
     --------
@@ -70,7 +70,7 @@ class LayerBudgets(SettledBudgets):
         object.__setattr__(self, "budgets", budgets)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the layer's number."""
+        """Return the layer's number."""
         if len(self.budgets) != num_layers:
             raise ArgumentError(f"budgets must have one entry for each of {num_layers} layers; got {len(self.budgets)}")
         return self.budgets[layer]
@@ -96,7 +96,7 @@ class LayerShares(SettledBudgets):
     ArgumentError
         If a share is negative or not finite or, in use, if the model has another number of layers.
     ArgumentTypeError
-        If `base` is no Policy or `shares` no sequence of numbers.
+        If `base` is not a Policy or `shares` no sequence of numbers.
 
     Examples
     --------
@@ -118,11 +118,11 @@ class LayerShares(SettledBudgets):
         object.__setattr__(self, "shares", shares)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the layer's share of the whole."""
+        """Return the layer's share of the whole."""
         if len(self.shares) != num_layers:
             raise ArgumentError(f"shares must have one entry for each of {num_layers} layers; got {len(self.shares)}")
         average = min(core_budgets.tokens_of(self.base.budget, num_tokens), num_tokens)
-        least = min(self.base.num_protected(average), average)
+        least = min(self.base.protection(average).count, average)
         return _budget_of(layer, tuple(self.shares), num_layers * average, num_tokens, least)
 
 
@@ -137,8 +137,8 @@ _budget_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=64)
 def _allocated(shares: tuple[float, ...], total: int, most: int, least: int, /) -> list[int]:
-    """Work the budgets of all layers out once, not once per layer."""
-    return allocate(shares, total, most, least)
+    """Compute the budgets of all layers once, not once per layer."""
+    return core_budgets.allocate(shares, total, most, least)
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,16 @@ class PerLayer(Wrapper):
     Parameters
     ----------
     base : Policy
-        Speaks for all layers together: budgets, protected tokens, queries and running state.
+        Decides for all layers together: budgets, protected tokens, queries and memory.
     policies : sequence of Policy
         The lowest layers' policy first: each one `base` itself, or wrappers such as `GraphKV` around it.
 
     Raises
     ------
     ArgumentError
-        If there are no policies, or one of them does not stand on `base`.
+        If there are no policies, or one of them is not built on `base`.
     ArgumentTypeError
-        If `base` or a policy is none.
+        If `base` or a policy is not a Policy.
 
     Examples
     --------
@@ -182,43 +182,29 @@ class PerLayer(Wrapper):
             raise ArgumentError("policies must hold at least one policy; got none")
         for number, policy in enumerate(self.policies):
             checks.instance(f"policies[{number}]", policy, Policy)
-            if not _stands_on(policy, self.base):
+            if not _is_built_on(policy, self.base):
                 raise ArgumentError(f"policies[{number}] must be base or a wrapper around it; got {policy!r}")
         object.__setattr__(self, "policies", tuple(self.policies))
 
-    def _of(self, inputs: LayerInputs, /) -> Policy:
-        return self.policies[inputs.layer * len(self.policies) // inputs.num_layers]
-
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Let the layer's policy score."""
-        return self._of(inputs).score(inputs)
-
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the layer's policy assess."""
-        return self._of(inputs).assess(inputs)
+    def at(self, layer: int, num_layers: int, /) -> Policy:
+        """Return the layer's policy."""
+        return self.policies[layer * len(self.policies) // num_layers].at(layer, num_layers)
 
     def needs(self) -> Requirements:
-        """Need what any of the policies needs."""
+        """Return the needs of all policies together."""
         return reduce(lambda needs, policy: needs.joined(policy.needs()), self.policies, self.base.needs())
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the queries of the policy that needs most."""
+        """Return how many queries the policy with the most uses."""
         return max(policy.num_queries(num_tokens) for policy in (self.base, *self.policies))
 
-    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
-        """Give the widest head of any policy."""
-        return max(policy.widest_head(budget, num_tokens, kv_heads) for policy in self.policies)
-
-    def flops(self, shape: LayerShape, /) -> int:
-        """Count those of the costliest layer."""
-        return max(policy.flops(shape) for policy in self.policies)
-
-    def bytes(self, shape: LayerShape, /) -> int:
-        """Compare the largest arrays of all policies."""
-        return max(policy.bytes(shape) for policy in self.policies)
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Return the cost of the most expensive layer."""
+        costs = [policy.cost(shape) for policy in self.policies]
+        return Cost(max(cost.flops for cost in costs), max(cost.bytes for cost in costs))
 
 
-def _stands_on(policy: Policy, base: Policy, /) -> bool:
+def _is_built_on(policy: Policy, base: Policy, /) -> bool:
     while policy != base and isinstance(policy, Wrapper):
         policy = policy.base
     return policy == base

@@ -7,17 +7,16 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
-from .. import adapters
 from ..core import signals
 from ..core.errors import ArgumentError
-from ..core.graphkv import GraphKV
 from ..core.policy import Policy
 from ..core.signals import Signal
+from .catalog import ENTRIES
 
 __all__ = ["from_plain", "is_known", "to_plain"]
 
 # Every policy and signal that graphkv exports, by the name of its class; a name that is not here makes nothing.
-POLICIES: dict[str, type[Policy]] = {"GraphKV": GraphKV} | {name: getattr(adapters, name) for name in adapters.__all__}
+POLICIES: dict[str, type[Policy]] = {entry.policy.__name__: entry.policy for entry in ENTRIES}
 SIGNALS: dict[str, type[Signal]] = {name: getattr(signals, name) for name in signals.__all__ if name != Signal.__name__}
 KNOWN: dict[str, type[Policy | Signal]] = {**POLICIES, **SIGNALS}
 # The keys of a class's name, which can be no options: of one in that table, and of anything else.
@@ -53,7 +52,7 @@ def to_plain(value: Any, /) -> Any:
 
 
 def is_known(plain: Any, /) -> bool:
-    """Say whether `from_plain` can make what was written, by the names in it."""
+    """Return whether `from_plain` can make what was written, by the names in it."""
     if isinstance(plain, Mapping):
         return KIND in plain and all(is_known(each) for each in plain.values())
     return all(is_known(each) for each in plain) if isinstance(plain, list) else True
@@ -65,7 +64,7 @@ def from_plain(plain: Any, /) -> Any:
     Parameters
     ----------
     plain : dict, list, str, int, float, bool or None
-        Need not come from `to_plain`: anything may stand in a file.
+        Need not be from `to_plain`: a file may hold anything.
 
     Returns
     -------

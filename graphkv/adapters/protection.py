@@ -1,4 +1,4 @@
-"""What several policies protect in the same way: the first tokens, and an observation window."""
+"""Protection that several policies share: the first tokens, the newest ones, and an observation window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from ..core import checks, primitives
 from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, Policy, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Policy, Requirements
+from ..core.protection import Protection
 from ..core.types import Array
 from . import attention
 
@@ -33,13 +35,9 @@ class SinkPolicy(Policy):
         super().__post_init__()
         checks.count("num_sinks", self.num_sinks)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks."""
-        return self.num_sinks
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
+    def protection(self, budget: int, /) -> Protection:
         """Protect the sinks."""
-        return attention.first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
+        return Protection(first=self.num_sinks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +56,7 @@ class WindowPolicy(SinkPolicy):
         First tokens that are kept as well.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        queries="window", flops=attention.window_flops, bytes=attention.window_bytes
-    )
+    requirements: ClassVar[Requirements] = Requirements(queries="window")
 
     window: int = 32
     kernel_size: int = 7
@@ -72,12 +68,12 @@ class WindowPolicy(SinkPolicy):
             raise ArgumentError(f"kernel_size must be odd; got {self.kernel_size}")
 
     @abstractmethod
-    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
+    def score_past(self, layer: Layer, window: int, /) -> Array:
         """Score the tokens before the window.
 
         Parameters
         ----------
-        inputs : LayerInputs
+        layer : Layer
             One layer.
         window : int
             W, at most N.
@@ -88,23 +84,20 @@ class WindowPolicy(SinkPolicy):
         """
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the window's queries."""
+        """Return the window's length."""
         return min(self.window, num_tokens)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count window and sinks."""
-        return self.window + self.num_sinks
+    def protection(self, budget: int, /) -> Protection:
+        """Protect the window and the first tokens."""
+        return Protection(first=self.num_sinks, window=self.window)
 
-    def score(self, inputs: LayerInputs, /) -> Array:
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Score the past; inside the window, the importance is the place."""
-        xp, window = inputs.xp, self.num_queries(inputs.num_tokens)
-        past = self.score_past(inputs, window)
+        xp, window = layer.xp, self.num_queries(layer.num_tokens)
+        past = self.score_past(layer, window)
         place = xp.arange(1, window + 1, dtype=past.dtype, device=primitives.device_of(past))
         return xp.concat([past, xp.broadcast_to(place, (*past.shape[:-1], window))], axis=-1)
 
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the window and the first tokens."""
-        xp, num_tokens = inputs.xp, inputs.num_tokens
-        position = xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
-        in_window = position >= num_tokens - self.num_queries(num_tokens)
-        return inputs.valid & (in_window[None, None, :] | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp))
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Return the cost of the window's attention."""
+        return attention.window_cost(shape, self.window)

@@ -84,7 +84,7 @@ def exact_schedule(num_layers: int, budget: int, num_tokens: int, least: int, be
 
 
 def code_schedule(num_layers: int, budget: int, num_tokens: int, window: int, beta: int, /) -> list[int]:
-    """Give the integer schedule of the public code, whose sum exceeds layers x budget.
+    """Return the integer schedule of the public code, whose sum exceeds layers x budget.
 
     With C the budget less the window: the first layer keeps 2 C - C // beta past tokens, each next one a whole number
     of tokens less. That step is rounded down, so up to layers x (layers - 2) / 2 tokens too many are kept. A prompt
@@ -167,7 +167,7 @@ class PyramidKV(SnapKV):
 
     @classmethod
     def official(cls, budget: int | float, /) -> PyramidKV:
-        """Give the choices of the public code's LongBench runs: its schedule, a window of 8, maximum pooling over 7.
+        """Return the choices of the public code's LongBench runs: its schedule, a window of 8, maximum pooling over 7.
 
         Selection per query head, on keys that are repeated first, and scores in half precision are not expressed.
 
@@ -183,7 +183,7 @@ class PyramidKV(SnapKV):
         return cls(budget=budget, window=8, kernel_size=7, pooling="max", beta=20, schedule="code")
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the layer's place in the pyramid."""
+        """Return the layer's place in the pyramid."""
         # The public code knows no sinks: they share its past tokens.
         least = self.window if self.schedule == "code" else self.window + self.num_sinks
         average = budgets.tokens_of(self.budget, num_tokens)

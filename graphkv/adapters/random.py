@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import checks, primitives
-from ..core.policy import LayerInputs, Requirements
+from ..core.layer import Layer, Memory
+from ..core.policy import Requirements
+from ..core.protection import token_rank
 from ..core.types import Array
-from . import attention
 from .protection import SinkPolicy
 
 __all__ = ["Random"]
@@ -60,26 +61,16 @@ class Random(SinkPolicy):
     requirements: ClassVar[Requirements] = Requirements(couples_heads=True)
 
     seed: int = 0
-    num_sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("seed", self.seed)
-        checks.count("num_sinks", self.num_sinks)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count the sinks."""
-        return self.num_sinks
-
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the sinks."""
-        return attention.first_tokens(inputs.valid, self.num_sinks, xp=inputs.xp)
-
-    def score(self, inputs: LayerInputs, /) -> Array:
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Draw a number in [0, 1) for every token."""
-        xp, num_tokens = inputs.xp, inputs.num_tokens
-        draws = _draws(self.seed, inputs.layer, inputs.keys.shape[1], num_tokens)
-        table = xp.asarray(draws, dtype=inputs.keys.dtype, device=primitives.device_of(inputs.keys))
-        table = xp.broadcast_to(table, inputs.valid.shape)
-        rank = attention.token_rank(inputs.valid, xp=xp)
+        xp, num_tokens = layer.xp, layer.num_tokens
+        draws = _draws(self.seed, layer.layer, layer.keys.shape[1], num_tokens)
+        table = xp.asarray(draws, dtype=layer.keys.dtype, device=primitives.device_of(layer.keys))
+        table = xp.broadcast_to(table, layer.valid.shape)
+        rank = token_rank(layer.valid, xp=xp)
         return xp.take_along_axis(table, xp.where(rank < 0, xp.zeros_like(rank), rank), axis=-1)

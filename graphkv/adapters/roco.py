@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..core import budgets, checks, primitives
-from ..core.policy import LayerInputs, LayerShape, Policy, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Policy, Requirements
+from ..core.protection import Protection
 from ..core.types import Array
 from . import attention, running
 
@@ -31,15 +32,41 @@ def deviation(mean: Array, mean_square: Array, /, *, xp: Any) -> Array:
     return xp.sqrt(xp.where(variance > 0, variance, xp.zeros_like(variance)))
 
 
-def _flops(policy: Any, shape: LayerShape, /) -> int:
-    """Attend once more: half of N x N logits of 2 D, their softmax, and per KV head two sums."""
-    pairs = shape.batch * shape.num_tokens * (shape.num_tokens + 1) // 2
-    return int(pairs * (shape.query_heads * (2 * shape.head_size + 6) + 3 * shape.kv_heads))
+def moments(memory: Memory | None, /, *, xp: Any) -> tuple[Array, Array]:
+    """Return the mean and the mean square of the attention to each token so far."""
+    sums = running.sums_of(memory)
+    queries = xp.where(sums["queries"] > 0, sums["queries"], xp.ones_like(sums["queries"]))
+    return sums["attention"] / queries, sums["squares"] / queries
 
 
-def _bytes(policy: Any, shape: LayerShape, /) -> int:
-    """Hold one block of rows."""
-    return int(4 * shape.batch * shape.query_heads * min(policy.block_size, shape.num_tokens) * shape.num_tokens)
+@dataclass(frozen=True, kw_only=True)
+class Varying(Protection):
+    """Protection of the tokens whose attention varies most, besides sinks and recents.
+
+    Parameters
+    ----------
+    varying : int
+        Their number.
+    """
+
+    varying: int = 0
+
+    @property
+    def count(self) -> int:
+        """Tokens that are protected in a row without padding."""
+        return self.first + self.last + self.window + self.varying
+
+    def mask(self, layer: Layer, memory: Memory | None = None, /) -> Array:
+        """Mark sinks and recents, then the highest deviations."""
+        xp = layer.xp
+        always = super().mask(layer, memory)
+        always = xp.zeros_like(layer.valid) if always is None else always
+        tiers = xp.astype(~always, xp.int32) + xp.astype(~layer.valid, xp.int32)
+        spread = deviation(*moments(memory, xp=xp), xp=xp)
+        chosen = primitives.top_k(spread, min(self.count, layer.num_tokens), tiers, backend=layer.backend)
+        ones = xp.ones(chosen.shape, dtype=spread.dtype, device=primitives.device_of(spread))
+        marks = primitives.segment_sum(ones, chosen, layer.num_tokens, backend=layer.backend)
+        return layer.valid & (marks > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +138,7 @@ class RoCo(Policy):
     (array([[[0.7 , 0.2 , 0.25, 0.1 ]]]), array([[[False,  True, False,  True]]]), array([[[0, 1, 3]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(queries="all", state=True, flops=_flops, bytes=_bytes)
+    requirements: ClassVar[Requirements] = Requirements(queries="new", state=STATE)
 
     num_varying: int | float = 0.3
     num_sinks: int = 4
@@ -127,7 +154,7 @@ class RoCo(Policy):
 
     @classmethod
     def official(cls, budget: int, /) -> RoCo:
-        """Give the public code's decoding mode: no sinks, 10 recents, int(0.3 budget) + 1 outside the feasible set.
+        """Return the public code's decoding mode: no sinks, 10 recents, int(0.3 budget) + 1 outside the feasible set.
 
         Parameters
         ----------
@@ -149,46 +176,38 @@ class RoCo(Policy):
         # The float product, rounded down, is theirs: the code computes int(0.3 * budget).
         return cls(budget=budget, num_varying=int(0.3 * budget) + 1, num_sinks=0, num_recent=10)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count the tokens outside the feasible set."""
-        return max(budgets.count_of(self.num_varying, budget), self.num_sinks + self.num_recent)
+    def protection(self, budget: int, /) -> Protection:
+        """Protect sinks and recents, then the highest deviations."""
+        number = max(budgets.count_of(self.num_varying, budget), self.num_sinks + self.num_recent)
+        varying = number - self.num_sinks - self.num_recent
+        return Varying(first=self.num_sinks, last=self.num_recent, varying=varying)
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for all queries; after the first call those of the new positions are enough."""
+        """Return N; after the first call the queries of the new positions are enough."""
         return num_tokens
 
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect sinks and recents, then the highest deviations."""
-        xp, backend = inputs.xp, inputs.backend
-        number = min(self.num_protected(inputs.budget), inputs.num_tokens)
-        always = attention.first_tokens(inputs.valid, self.num_sinks, xp=xp)
-        always = always | running.newest_tokens(inputs.valid, self.num_recent, xp=xp)
-        top_k, segment_sum = backend.top_k or primitives.top_k, backend.segment_sum or primitives.segment_sum
-        tiers = xp.astype(~always, xp.int32) + xp.astype(~inputs.valid, xp.int32)
-        spread = deviation(*self._moments(inputs), xp=xp)
-        chosen = top_k(spread, number, tiers, xp=xp)
-        ones = xp.ones(chosen.shape, dtype=spread.dtype, device=primitives.device_of(spread))
-        return inputs.valid & (segment_sum(ones, chosen, inputs.num_tokens, xp=xp) > 0)
-
-    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array]:
-        """Add what the new positions give to every token, and its square."""
-        xp = inputs.xp
-        state = running.state_or_zeros(inputs, STATE, name="RoCo")
-        total, squares = state["attention"], state["squares"]
-        for rows in running.new_rows(inputs, self.block_size, name="RoCo"):
+    def observe(self, layer: Layer, memory: Memory | None, /) -> Memory:
+        """Add what every token receives from the new positions, and its square."""
+        xp = layer.xp
+        total, squares, queries = (running.grown(memory, layer, name) for name in ("attention", "squares", "queries"))
+        for rows in running.new_rows(layer, self.block_size):
             row = attention.group_heads(rows, "mean", xp=xp)
             total = running.accumulate(total, row, xp=xp)
             squares = running.accumulate(squares, row * row, xp=xp)
-        queries = state["queries"] + running.visible_queries(inputs)
-        return {"attention": total, "queries": queries, "squares": squares}
+        queries = queries + running.visible_queries(layer)
+        return Memory(tokens={"attention": total, "queries": queries, "squares": squares})
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the mean attention."""
-        return self._moments(inputs)[0]
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return the mean attention."""
+        return moments(memory, xp=layer.xp)[0]
 
-    def _moments(self, inputs: LayerInputs, /) -> tuple[Array, Array]:
-        """Give the mean and the mean square of the attention to each token so far."""
-        xp = inputs.xp
-        state = running.state_of(inputs, STATE, name="RoCo")
-        queries = xp.where(state["queries"] > 0, state["queries"], xp.ones_like(state["queries"]))
-        return state["attention"] / queries, state["squares"] / queries
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Attend once more: half of N x N logits of 2 D, their softmax, and per KV head two sums.
+
+        In memory: one block of rows.
+        """
+        num_tokens = shape.num_tokens
+        pairs = shape.batch * num_tokens * (num_tokens + 1) // 2
+        flops = pairs * (shape.query_heads * (2 * shape.head_size + 6) + 3 * shape.kv_heads)
+        block = min(self.block_size, num_tokens) * num_tokens
+        return Cost(flops, 4 * shape.batch * shape.query_heads * block)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..core import primitives
-from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs
+from ..core.attention import received_attention, window_attention
+from ..core.layer import Layer, Memory
 from ..core.types import Array, Namespace
-from . import attention
 
-__all__ = ["accumulate", "new_rows", "newest_tokens", "newly_received", "state_of", "state_or_zeros", "visible_queries"]
+__all__ = ["accumulate", "grown", "new_rows", "newly_received", "sums_of", "visible_queries"]
 
 
 def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
@@ -20,7 +19,7 @@ def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
     ----------
     total : array, shape (..., N)
     rows : array, shape (..., Q, E)
-        What Q queries give to the first E <= N tokens.
+        Attention of Q queries to the first E <= N tokens.
 
     Returns
     -------
@@ -31,127 +30,106 @@ def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
     return xp.concat([total[..., :end] + xp.sum(rows, axis=-2), total[..., end:]], axis=-1)
 
 
-def new_rows(inputs: LayerInputs, block_size: int, /, *, name: str) -> Iterator[Array]:
-    """Give the attention of all new positions, a block of queries at a time, each row whole.
+def new_rows(layer: Layer, block_size: int, /) -> Iterator[Array]:
+    """Yield the attention of all new positions, a block of queries at a time, each row whole.
 
-    A row needs the keys up to its own position only, and all of them are at hand, so its softmax needs no second pass
+    A row needs the keys up to its own position only, and all of them are there, so its softmax needs no second pass
     and the N x N matrix never exists.
 
     Parameters
     ----------
-    inputs : LayerInputs
+    layer : Layer
         With queries, or attention rows.
     block_size : int
         Queries per block.
-    name : str
-        The policy that asks.
 
     Yields
     ------
     array, shape (batch, kv_heads, query_heads / kv_heads, block, E)
         Probabilities to the first E tokens, up to the block's last position. Zero for padding, either way.
 
-    Raises
-    ------
-    ArgumentError
-        If there are fewer rows than new positions.
     """
-    xp = inputs.xp
-    rows = _new_positions(inputs, name=name)
+    xp = layer.xp
+    rows = _new_positions(layer)
     num_new = rows.shape[2]
     for start in range(0, num_new, block_size):
         stop = min(start + block_size, num_new)
-        end = inputs.num_seen + stop
-        block, valid = rows[:, :, start:stop, :], inputs.valid[:, :, :end]
-        if inputs.attention is None:
-            yield attention.window_attention(block, inputs.keys[:, :, :end, :], valid, xp=xp)
+        end = layer.num_tokens - num_new + stop
+        block, valid = rows[:, :, start:stop, :], layer.valid[:, :, :end]
+        if layer.attention is None:
+            yield window_attention(block, layer.keys[:, :, :end, :], valid, xp=xp)
         else:
             yield _given_rows(block[..., :end], valid, xp=xp)
 
 
-def newly_received(inputs: LayerInputs, block_size: int, /, *, name: str) -> Array:
-    """Sum what `new_rows` gives each token, without the rows where queries are at hand.
+def newly_received(layer: Layer, block_size: int, /) -> Array:
+    """Sum the attention of `new_rows` to each token; with queries, without holding the rows.
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, N)
-
-    Raises
-    ------
-    ArgumentError
-        If there are fewer rows than new positions.
     """
-    xp, rows = inputs.xp, _new_positions(inputs, name=name)
-    if inputs.attention is None:
-        receive = inputs.backend.received_attention or primitives.received_attention
-        return receive(rows, inputs.keys, inputs.valid, block_size=block_size, xp=xp)
-    batch, kv_heads, num_tokens = inputs.valid.shape
+    xp, rows = layer.xp, _new_positions(layer)
+    if layer.attention is None:
+        return received_attention(rows, layer.keys, layer.valid, block_size=block_size, backend=layer.backend)
+    batch, kv_heads, num_tokens = layer.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))
-    for block in new_rows(inputs, block_size, name=name):
+    for block in new_rows(layer, block_size):
         total = accumulate(total, block, xp=xp)
     return total
 
 
-def visible_queries(inputs: LayerInputs, /) -> Array:
+def visible_queries(layer: Layer, /) -> Array:
     """Count, for every token, the new positions that can see it: its own and the later ones, padding left out.
 
     Returns
     -------
     array, shape (batch, kv_heads, N), dtype of the keys
     """
-    xp = inputs.xp
-    position = xp.arange(inputs.num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys))
-    asks = xp.astype(inputs.valid & (position[None, None, :] >= inputs.num_seen), xp.int64)
+    xp = layer.xp
+    position = xp.arange(layer.num_tokens, dtype=xp.int64, device=primitives.device_of(layer.keys))
+    asks = xp.astype(layer.valid & (position[None, None, :] >= layer.num_tokens - layer.num_new), xp.int64)
     later = xp.sum(asks, axis=-1, keepdims=True) - xp.cumulative_sum(asks, axis=-1)
-    return xp.astype(xp.where(inputs.valid, later + asks, xp.zeros_like(asks)), inputs.keys.dtype)
+    return xp.astype(xp.where(layer.valid, later + asks, xp.zeros_like(asks)), layer.keys.dtype)
 
 
-def state_of(inputs: LayerInputs, names: tuple[str, ...], /, *, name: str) -> Mapping[str, Array]:
-    """Give the running state, complete.
+def grown(memory: Memory | None, layer: Layer, name: str, /, *, per_query_head: bool = False) -> Array:
+    """Return the sums to add to: zeros for tokens that are new, and for all of them at the first call.
 
-    Raises
-    ------
-    ArgumentError
-        If there is none yet, or if it is another policy's.
+    Parameters
+    ----------
+    memory : Memory or None
+    layer : Layer
+        With queries, or attention rows.
+    name : str
+        Of the array in the memory.
+    per_query_head : bool
+        Keep the query heads of a KV head apart, in a last axis.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, N) or (batch, kv_heads, N, query_heads / kv_heads)
     """
-    if inputs.state is None:
-        raise ArgumentError(
-            f"queries must be given for {name}: all {inputs.num_tokens} positions, or those since state; got None"
-        )
-    if set(inputs.state) != set(names):
-        raise ArgumentError(f"state must hold {sorted(names)} for {name}; got {sorted(inputs.state)}")
-    return inputs.state
+    xp, (batch, kv_heads, num_tokens) = layer.xp, layer.valid.shape
+    heads = (_new_positions(layer).shape[1] // kv_heads,) if per_query_head else ()
+    if memory is None:
+        shape = (batch, kv_heads, num_tokens, *heads)
+        return xp.zeros(shape, dtype=layer.keys.dtype, device=primitives.device_of(layer.keys))
+    old = memory.tokens[name]
+    shape = (batch, kv_heads, num_tokens - old.shape[2], *heads)
+    return xp.concat([old, xp.zeros(shape, dtype=old.dtype, device=primitives.device_of(old))], axis=2)
 
 
-def state_or_zeros(
-    inputs: LayerInputs, names: tuple[str, ...], /, *, per_query_head: tuple[str, ...] = (), name: str
-) -> Mapping[str, Array]:
-    """Give the running state to add to: zeros at the first call, with an axis more for sums of single query heads."""
-    if inputs.state is not None:
-        return state_of(inputs, names, name=name)
-    given = inputs.attention if inputs.attention is not None else inputs.queries
-    rows = tuple(inputs.valid.shape)
-    groups = 1 if given is None else given.shape[1] // rows[1]
-    like = {"dtype": inputs.keys.dtype, "device": primitives.device_of(inputs.keys)}
-    return {each: inputs.xp.zeros((*rows, groups) if each in per_query_head else rows, **like) for each in names}
+def sums_of(memory: Memory | None, /) -> Mapping[str, Array]:
+    """Return the arrays per token, which `evict` has seen to."""
+    return {} if memory is None else memory.tokens
 
 
-def newest_tokens(valid: Array, num_recent: int, /, *, xp: Namespace) -> Array:
-    """Mark the last `num_recent` tokens of each row that are not padding."""
-    number = xp.sum(xp.astype(valid, xp.int64), axis=-1, keepdims=True)
-    return valid & (attention.token_rank(valid, xp=xp) >= number - num_recent)
-
-
-def _new_positions(inputs: LayerInputs, /, *, name: str) -> Array:
-    """Give the attention rows or the queries, whichever are at hand, of the new positions."""
-    rows = inputs.attention if inputs.attention is not None else inputs.queries
-    argument = "attention" if inputs.attention is not None else "queries"
-    num_new = inputs.num_tokens - inputs.num_seen
-    num_given = 0 if rows is None else rows.shape[2]
-    if rows is None or num_given < num_new:
-        raise ArgumentError(f"{argument} must hold all {num_new} new positions for {name}; got {num_given}")
-    return rows[:, :, num_given - num_new :, :]
+def _new_positions(layer: Layer, /) -> Array:
+    """Return the attention rows or the queries, whichever were given, of the new positions."""
+    rows: Array = layer.attention if layer.attention is not None else layer.queries
+    return rows[:, :, rows.shape[2] - layer.num_new :, :]
 
 
 def _given_rows(rows: Array, valid: Array, /, *, xp: Namespace) -> Array:

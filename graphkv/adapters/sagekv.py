@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core import checks
-from ..core.errors import ArgumentError
-from ..core.policy import LayerInputs, LayerShape, Policy, Requirements
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Requirements
+from ..core.protection import Protection
 from ..core.types import Array, Namespace
-from . import attention, running
+from .protection import SinkPolicy
 
 __all__ = ["SAGEKV", "summed_logits"]
 
@@ -35,13 +36,8 @@ def summed_logits(query: Array, keys: Array, /, *, xp: Namespace) -> Array:
     return (keys @ group[..., None])[..., 0] / sqrt(head_size)
 
 
-def _flops(policy: Any, shape: LayerShape, /) -> int:
-    """One product per KV head."""
-    return 2 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-
-
 @dataclass(frozen=True, kw_only=True)
-class SAGEKV(Policy):
+class SAGEKV(SinkPolicy):
     r"""Keep the first tokens, the newest ones, and of the rest those with the highest logits for the last query.
 
     .. math:: s_j = \sum_{h \in \text{group}} q_h \cdot k_j / \sqrt{D}
@@ -54,9 +50,9 @@ class SAGEKV(Policy):
     budget : int or float
         Tokens to keep per KV head, sinks and recents included; a float is a share of the tokens.
     num_sinks : int
-        First tokens that are kept in any case.
+        First tokens that are always kept.
     num_recent : int, optional
-        Newest tokens that are kept in any case; 0 is allowed. Default: half of what the sinks leave, rounded down.
+        Newest tokens that are always kept; 0 is allowed. Default: half of what the sinks leave, rounded down.
 
     Raises
     ------
@@ -93,20 +89,19 @@ class SAGEKV(Policy):
     (array([[[ 0.,  4.,  6.,  2., -2.]]]), array([[[0, 2, 4]]]))
     """
 
-    requirements: ClassVar[Requirements] = Requirements(queries="window", flops=_flops)
+    requirements: ClassVar[Requirements] = Requirements(queries="window", logits=True)
 
     num_sinks: int = 4
     num_recent: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.count("num_sinks", self.num_sinks)
         if self.num_recent is not None:
             checks.count("num_recent", self.num_recent)
 
     @classmethod
     def official(cls, *, window_length: int = 8192, num_chosen: int = 512) -> SAGEKV:
-        """Give the paper's setting: 4 sinks, so many chosen tokens, and recents for all the rest of the window.
+        """Return the paper's setting: 4 sinks, the chosen tokens, and recents for the rest of the window.
 
         Parameters
         ----------
@@ -130,26 +125,19 @@ class SAGEKV(Policy):
         window_length = checks.count("window_length", window_length, minimum=4 + num_chosen)
         return cls(budget=window_length, num_sinks=4, num_recent=window_length - 4 - num_chosen)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count sinks and recents."""
-        return self.num_sinks + self._recents(budget)
-
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the last query."""
+        """Return 1: the last query."""
         return min(1, num_tokens)
 
-    def protect(self, inputs: LayerInputs, /) -> Array:
+    def protection(self, budget: int, /) -> Protection:
         """Protect sinks and recents."""
-        xp = inputs.xp
-        recents = running.newest_tokens(inputs.valid, self._recents(inputs.budget), xp=xp)
-        return recents | attention.first_tokens(inputs.valid, self.num_sinks, xp=xp)
+        recents = max(0, budget - self.num_sinks) // 2 if self.num_recent is None else self.num_recent
+        return Protection(first=self.num_sinks, last=recents)
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the logits of the last query."""
-        if inputs.queries is None or inputs.queries.shape[2] < 1:
-            raise ArgumentError("queries must hold the last position for SAGEKV; got none")
-        return summed_logits(inputs.queries[:, :, -1, :], inputs.keys, xp=inputs.xp)
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return the logits of the last query."""
+        return summed_logits(layer.queries[:, :, -1, :], layer.keys, xp=layer.xp)  # type: ignore[index]
 
-    def _recents(self, budget: int, /) -> int:
-        """Number of recents at a layer budget."""
-        return max(0, budget - self.num_sinks) // 2 if self.num_recent is None else self.num_recent
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Compute one product per KV head."""
+        return Cost(2 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core import checks
-from ..core.policy import LayerInputs
+from ..core.layer import Layer
 from ..core.types import Array, Namespace
 from . import attention
 from .protection import WindowPolicy
@@ -14,7 +14,7 @@ __all__ = ["SnapKV", "votes"]
 
 
 def votes(received: Array, /, *, kernel_size: int, pooling: str, group_reduction: str, xp: Namespace) -> Array:
-    """Reduce what each past token gets from the window over query heads, then pool.
+    """Reduce the attention that each past token receives over query heads, then pool.
 
     Parameters
     ----------
@@ -36,10 +36,10 @@ def votes(received: Array, /, *, kernel_size: int, pooling: str, group_reduction
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(WindowPolicy):
-    """Keep the observation window, and of the past what its queries attend to.
+    """Keep the observation window, and the past tokens that its queries attend to.
 
-    The importance of a past token is the attention that it gets from the last `window` queries, summed, reduced over
-    the query heads of its KV head and pooled along the tokens. The window itself is always kept.
+    The importance of a past token is the attention that it receives from the last `window` queries, summed, reduced
+    over the query heads of its KV head and pooled along the tokens. The window itself is always kept.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class SnapKV(WindowPolicy):
 
     @classmethod
     def official(cls, budget: int | float, /) -> SnapKV:
-        """Give the choices of the official code's LongBench runs: a window of 32, maximum pooling over 7 tokens.
+        """Return the choices of the official code's LongBench runs: a window of 32, maximum pooling over 7 tokens.
 
         Selection per query head and scores in half precision are not expressed.
 
@@ -113,13 +113,13 @@ class SnapKV(WindowPolicy):
         """
         return cls(budget=budget, window=32, kernel_size=7, pooling="max", group_reduction="mean", num_sinks=0)
 
-    def score_past(self, inputs: LayerInputs, window: int, /) -> Array:
+    def score_past(self, layer: Layer, window: int, /) -> Array:
         """Count the window's votes."""
-        received = attention.received(inputs, window, name=type(self).__name__)
+        received = attention.received(layer, window)
         return votes(
-            received[..., : inputs.num_tokens - window],
+            received[..., : layer.num_tokens - window],
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduction=self.group_reduction,
-            xp=inputs.xp,
+            xp=layer.xp,
         )

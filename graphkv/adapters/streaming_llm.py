@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.policy import LayerInputs
+from ..core.layer import Layer, Memory
+from ..core.protection import token_rank
 from ..core.types import Array
-from . import attention
 from .protection import SinkPolicy
 
 __all__ = ["StreamingLLM"]
@@ -49,9 +49,9 @@ class StreamingLLM(SinkPolicy):
 
     num_sinks: int = 4
 
-    def score(self, inputs: LayerInputs, /) -> Array:
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Rank by position; sinks are all equal, so that the first of them win."""
-        xp = inputs.xp
-        rank = attention.token_rank(inputs.valid, xp=xp)
+        xp = layer.xp
+        rank = token_rank(layer.valid, xp=xp)
         rank = xp.where(rank < self.num_sinks, xp.zeros_like(rank), rank)
-        return xp.astype(rank, inputs.keys.dtype)
+        return xp.astype(rank, layer.keys.dtype)

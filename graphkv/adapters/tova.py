@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import checks, primitives
-from ..core.policy import LayerInputs, Requirements
+from ..core import checks
+from ..core.layer import Cost, Layer, LayerShape, Memory
+from ..core.policy import Requirements
+from ..core.protection import Protection
 from ..core.types import Array, Namespace
 from . import attention
 from .protection import SinkPolicy
@@ -15,7 +17,7 @@ __all__ = ["TOVA", "layer_votes"]
 
 
 def layer_votes(rows: Array, /, *, xp: Namespace) -> Array:
-    """Average the attention of one query over all query heads, and give every KV head the same.
+    """Average the attention of one query over all query heads, the same for every KV head.
 
     Parameters
     ----------
@@ -51,14 +53,14 @@ class TOVA(SinkPolicy):
     Raises
     ------
     ArgumentError
-        If an option is out of range, or, when scoring, if the last query is not at hand.
+        If an option is out of range, or, when evicting, if the last query is not given.
     ArgumentTypeError
         If an option has the wrong type.
 
     Notes
     -----
     Importance has shape (batch, kv_heads, N), is at least 0 and the same for every KV head. Under `GraphKV` the heads
-    may part, because their keys differ. A row whose newest position is padding gives no attention: then all scores are
+    may differ, because their keys do. A row whose newest position is padding gives no attention: then all scores are
     equal, and the first tokens stay.
 
     The official code runs after the prompt and at every step; its rule is one call of `evict` each time. It works on
@@ -82,9 +84,7 @@ class TOVA(SinkPolicy):
     array([[[1, 2]]])
     """
 
-    requirements: ClassVar[Requirements] = Requirements(
-        queries="window", couples_heads=True, flops=attention.window_flops, bytes=attention.window_bytes
-    )
+    requirements: ClassVar[Requirements] = Requirements(queries="window", couples_heads=True)
 
     protect_newest: bool = True
 
@@ -94,7 +94,7 @@ class TOVA(SinkPolicy):
 
     @classmethod
     def official(cls, budget: int | float, /) -> TOVA:
-        """Give the official code's choice: the newest token competes like any other.
+        """Return the official code's choice: the newest token competes like any other.
 
         Scores in half precision are not expressed.
 
@@ -110,22 +110,17 @@ class TOVA(SinkPolicy):
         return cls(budget=budget, protect_newest=False)
 
     def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the newest query."""
+        """Return 1: the newest query."""
         return min(1, num_tokens)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count the newest token and the sinks."""
-        return int(self.protect_newest) + self.num_sinks
+    def protection(self, budget: int, /) -> Protection:
+        """Protect the newest position and the sinks."""
+        return Protection(first=self.num_sinks, window=int(self.protect_newest))
 
-    def score(self, inputs: LayerInputs, /) -> Array:
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Average the newest query's attention."""
-        rows = attention.last_rows(inputs, self.num_queries(inputs.num_tokens), name=type(self).__name__)
-        return layer_votes(rows, xp=inputs.xp)
+        return layer_votes(attention.last_rows(layer, self.num_queries(layer.num_tokens)), xp=layer.xp)
 
-    def protect(self, inputs: LayerInputs, /) -> Array:
-        """Protect the newest token and the sinks."""
-        sinks = super().protect(inputs)
-        if not self.protect_newest:
-            return sinks
-        position = inputs.xp.arange(inputs.num_tokens, dtype=inputs.xp.int64, device=primitives.device_of(inputs.keys))
-        return sinks | (inputs.valid & (position[None, None, :] == inputs.num_tokens - 1))
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Return the cost of one query's attention."""
+        return attention.window_cost(shape, 1)

@@ -1,1 +1,1 @@
-"""How an array library does what the standard lacks: one small file per library, each with one ``BACKEND`` value."""
+"""Array libraries, one file each with one ``BACKEND`` value: faster forms of what the standard lacks."""

@@ -1,4 +1,4 @@
-"""CuPy, on the current CUDA device. Its authors have had no GPU: see the ladder of checks in ``tests/cupy_ladder``.
+"""CuPy, on the current CUDA device. Not yet run on a GPU; see the ladder of checks in ``tests/cupy_ladder``.
 
 Segment products and sums stay the portable ones of `graphkv.core.primitives`: CuPy has no ``multiply.at``, and its
 float ``add.at`` adds in an order that changes from run to run.
@@ -18,7 +18,7 @@ from ..core.types import Array
 
 __all__ = ["BACKEND"]
 
-# The package imports happily on a machine that cannot run it.
+# The package can be imported on a machine that cannot run it.
 if not cupy.is_available():
     raise BackendUnavailableError(f"backend 'cupy' needs a CUDA device; CuPy {cupy.__version__} finds none")
 

@@ -1,20 +1,21 @@
 """JAX, eagerly and under ``jax.jit``.
 
-Everything that is no array (counts, budgets, options) must be static under ``jax.jit``; a `Graph` and an `Eviction` may
-go in and out. Without ``jax_enable_x64`` indices are int32.
+Everything that is not an array (counts, budgets, options) must be static under ``jax.jit``; a `Graph` and an `Eviction`
+may be arguments and results. Without ``jax_enable_x64`` indices are int32.
 
-Compiled arithmetic takes subnormal numbers for zero. Scores of that size keep their order and their bits all the same;
-but an edge of a weight below 1.2e-38 is none, and keys near 1e-18 lose digits of their lengths.
+Compiled arithmetic flushes subnormal numbers to zero. Scores of that size still keep their order and their bits, but an
+edge with a weight below 1.2e-38 has no effect, and keys near 1e-18 lose digits of their lengths.
 
-Arrays may be spread over several devices. What a call creates beside them is copied to each.
+Arrays may be spread over several devices. What a call creates is copied to each of them.
 
-Segment products and sums stay the portable ones of `graphkv.core.primitives`: scatters on a GPU combine in an order
-that changes from run to run.
+Segment products and sums are the portable ones of `graphkv.core.primitives`, compiled: scatters on a GPU combine in an
+order that changes from run to run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -22,25 +23,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..core import primitives
+from ..core.attention import portable_received_attention
 from ..core.backend import Backend
 from ..core.eviction import Eviction
-from ..core.fusion import _degree, _fuse
-from ..core.graph import _build_graph
-from ..core.pagerank import _pagerank
-from ..core.propagation import _propagate
-from ..core.selection import _select
+from ..core.fusion import portable_degree, portable_fuse
+from ..core.graph import portable_build_graph
+from ..core.layer import Memory
+from ..core.merging import Merge
+from ..core.pagerank import portable_pagerank
+from ..core.propagation import portable_propagate
+from ..core.selection import Choice, portable_select
 from ..core.types import Array, Graph, Namespace
 
 __all__ = ["BACKEND"]
 
 
-# What is created where an array is: of a shape of its own, which an array's sharding need not fit.
+# Functions that create an array on the device of another, whose sharding need not fit the new shape.
 CREATION = ("arange", "asarray", "full", "ones", "zeros")
 
 
 @cache
 def _on_all_devices(create: Callable[..., Array]) -> Callable[..., Array]:
-    """Create a copy on each device of an array that is spread out over several."""
+    """Return the function, made to create a copy on each device of an array that is spread over several."""
 
     def created(*args: Any, device: Any = None, **options: Any) -> Array:
         if isinstance(device, jax.sharding.NamedSharding):
@@ -53,7 +58,7 @@ def _on_all_devices(create: Callable[..., Array]) -> Callable[..., Array]:
 
 
 class _Namespace:
-    """jax.numpy, in which ``int64`` is the widest integer that is switched on: asking for more is a warning."""
+    """jax.numpy, in which ``int64`` is the widest enabled integer: asking for a wider one is a warning."""
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(jnp, name)
@@ -64,13 +69,13 @@ class _Namespace:
         return jax.dtypes.canonicalize_dtype(np.int64)
 
 
-def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
-    """Rank tier by tier with lax.top_k, which takes the lower index among equals and is far faster than a sort."""
-    num_tokens = scores.shape[-1]
+def top_k(scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array:
+    """Rank tier by tier with lax.top_k, which prefers the lower index among equals and is far faster than a sort."""
+    xp, num_tokens = backend.xp, scores.shape[-1]
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32 if scores.dtype == jnp.float32 else jnp.int64)
     if num_tokens >= 2**23:  # the places of `_top_k_by_value` would not be exact in float32
         return _top_k_by_bits(bits, k, tiers, xp=xp)
-    # Compiled comparisons may take a subnormal number for zero. There seldom is one, and only then all is sorted.
+    # Compiled comparisons may flush subnormal numbers to zero. These are rare: only where there is one, all is sorted.
     size = bits & jnp.iinfo(bits.dtype).max
     is_subnormal = (size > 0) & (size < jax.lax.bitcast_convert_type(jnp.finfo(scores.dtype).tiny, bits.dtype))
     return jax.lax.cond(
@@ -81,7 +86,7 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace
 
 
 def _top_k_by_bits(bits: Array, k: int, tiers: Array | None, /, *, xp: Namespace) -> Array:
-    """Sort integers that are in the order of the scores."""
+    """Rank by a sort of integers that are in the order of the scores."""
     lowest = jnp.iinfo(bits.dtype).min
     infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, _float_of(bits)), bits.dtype)
     is_nan = (bits & jnp.iinfo(bits.dtype).max) > infinity
@@ -98,11 +103,11 @@ def _float_of(bits: Array, /) -> Any:
 
 
 def _top_k_by_value(scores: Array, bits: Array, k: int, tiers: Array | None, /, *, xp: Namespace) -> Array:
-    """Rank normal numbers."""
+    """Rank by lax.top_k, where no score is subnormal."""
     num_tokens = scores.shape[-1]
     # lax.top_k ranks 0.0 above -0.0.
     scores = jnp.where(bits == jnp.iinfo(bits.dtype).min, jnp.zeros_like(scores), scores)
-    # Minus infinity and NaN cannot compete by value: they go by their place in the row, the NaN behind.
+    # Minus infinity and NaN cannot compete by value: they rank by their place in the row, NaN last.
     place = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.float32), scores.shape)
     place = jnp.where(jnp.isnan(scores), place + num_tokens, place)
     if tiers is None:
@@ -127,7 +132,7 @@ def _top_k_by_value(scores: Array, bits: Array, k: int, tiers: Array | None, /, 
 
 
 def _graph_of(num_tokens: int, arrays: tuple[Any, ...]) -> Graph:
-    # Without the checks: jax rebuilds trees with stand-ins for the arrays.
+    # Without the checks: jax rebuilds trees with placeholders for the arrays.
     graph = object.__new__(Graph)
     for name, value in zip(("sources", "neighbors", "weights", "num_tokens"), (*arrays, num_tokens), strict=True):
         object.__setattr__(graph, name, value)
@@ -135,24 +140,25 @@ def _graph_of(num_tokens: int, arrays: tuple[Any, ...]) -> Graph:
 
 
 jax.tree_util.register_pytree_node(Graph, lambda g: ((g.sources, g.neighbors, g.weights), g.num_tokens), _graph_of)
-jax.tree_util.register_dataclass(
-    Eviction,
-    data_fields=["kept", "importance", "scores", "protected", "graph", "head_budgets", "state"],
-    meta_fields=["budget", "num_tokens", "backend"],
-)
+for kind, static in ((Choice, ()), (Merge, ()), (Memory, ()), (Eviction, ("budget", "num_tokens", "backend"))):
+    names = [each.name for each in fields(kind) if each.name not in static]
+    jax.tree_util.register_dataclass(kind, data_fields=names, meta_fields=list(static))
 
-# One compiled function per step and shape: a call for each operation would be ten times slower.
-build_graph = jax.jit(_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
-propagate = jax.jit(_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
-degree = jax.jit(_degree, static_argnames="backend")
-fuse = jax.jit(_fuse, static_argnames=("fusion", "exponent", "backend"))
-# A tracer for the damping, which is only arithmetic: a search over it compiles once.
-pagerank = jax.jit(_pagerank, static_argnames=("rounds", "backend"))
-select = jax.jit(_select, static_argnums=1, static_argnames="backend")
+# One compiled function per step, primitive and shape: a call for each operation would be ten times slower.
+build_graph = jax.jit(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
+propagate = jax.jit(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+degree = jax.jit(portable_degree, static_argnames="backend")
+fuse = jax.jit(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
+# The damping is traced, because it is only arithmetic: a search over it compiles once.
+pagerank = jax.jit(portable_pagerank, static_argnames=("rounds", "backend"))
+select = jax.jit(portable_select, static_argnums=1, static_argnames="backend")
+received_attention = jax.jit(portable_received_attention, static_argnames=("block_size", "backend"))
+segment_product = jax.jit(primitives.portable_segment_product, static_argnums=2, static_argnames="backend")
+segment_sum = jax.jit(primitives.portable_segment_sum, static_argnums=2, static_argnames="backend")
 
 
 def refuse(array: Array, /) -> str:
-    """Name the arrays that hold no numbers."""
+    """Return the kind of an array that holds no numbers, or an empty string."""
     return "an array of random keys" if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else ""
 
 
@@ -161,6 +167,9 @@ BACKEND = Backend(
     xp=_Namespace(),
     to_numpy=np.asarray,
     top_k=top_k,
+    segment_product=segment_product,
+    segment_sum=segment_sum,
+    received_attention=received_attention,
     build_graph=build_graph,
     propagate=propagate,
     degree=degree,

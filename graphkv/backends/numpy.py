@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from scipy.sparse import csr_array
 from ..core import primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
-from ..core.types import Array, Graph, Namespace
+from ..core.types import Array, Graph
 from . import streamed
 
 __all__ = ["BACKEND", "SPARSE", "to_csr"]
@@ -31,7 +30,7 @@ top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smalle
 
 
 class _Scratch(threading.local):
-    """Memory that every thread keeps for its next graph: what is fresh from the system costs more than the product."""
+    """Memory that every thread keeps for its next graph: allocating it anew costs more than the matrix product."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Array] = {}
@@ -46,7 +45,7 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _normalise(keys: Array, /, *, out: Array) -> None:
+def _normalize(keys: Array, /, *, out: Array) -> None:
     length = np.sqrt(np.vecdot(keys, keys))
     usable = (length > 0) & np.isfinite(length)
     if not usable.all():
@@ -55,14 +54,14 @@ def _normalise(keys: Array, /, *, out: Array) -> None:
 
 
 def _rankable(similarity: Array, /) -> Array:
-    """Clip cosines to weights, and leave what may not be a neighbor below them."""
+    """Clip cosines to weights, and keep what may not be a neighbor below them."""
     weights = np.clip(similarity, 0, 1)
     weights[similarity < streamed.EXCLUDED / 2] = streamed.EXCLUDED
     return weights
 
 
 def _best(values: Array, count: int, /) -> tuple[Array, Array]:
-    """Give the places of the highest values of every row, ascending, and the rows where equal ones had to stay behind.
+    """Return the places of the highest values of every row, ascending, and the rows where equal values were left out.
 
     Of equal values the first are taken.
     """
@@ -83,10 +82,10 @@ def _best(values: Array, count: int, /) -> tuple[Array, Array]:
 
 
 def _best_in_blocks(similarity: Array, count: int, block: int, /) -> Array:
-    """Find what `_best` finds in all clipped similarities, by a look into the best blocks.
+    """Return what `_best` finds in all clipped similarities, by ranking only the best blocks.
 
     Block b holds the tokens b, b + B, b + 2 B, ... of B blocks: so the maxima of all blocks come from comparing halves
-    of rows, which is as fast as reading them. Blocks with equal maxima have no order, and send the row the long way.
+    of rows, which is as fast as reading them. Blocks with equal maxima have no order, so their rows are ranked whole.
     """
     num_rows, size = similarity.shape
     num_blocks = size // block
@@ -113,11 +112,12 @@ def _nearest(
     (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
     neighbors = np.empty((num_rows, num_sources, num_neighbors), dtype=np.int64)
     similarities = np.empty(neighbors.shape, dtype=keys.dtype)
-    # One more entry of every direction says who may be a neighbor: the product adds it up on its way.
-    bias = np.where(is_padding, keys.dtype.type(streamed.EXCLUDED), keys.dtype.type(0))
+    # One more entry of every direction excludes what may not be a neighbor: the product adds it.
+    bias = np.full((num_rows, num_tokens + -num_tokens % width), streamed.EXCLUDED, dtype=keys.dtype)
+    bias[:, :num_tokens][~is_padding] = 0
     np.put_along_axis(bias, sources, streamed.EXCLUDED, 1)
     of = np.empty((num_rows, num_sources, head_size + 1), dtype=keys.dtype)
-    _normalise(np.take_along_axis(keys, sources[..., None], 1), out=of[..., :-1])
+    _normalize(np.take_along_axis(keys, sources[..., None], 1), out=of[..., :-1])
     of[..., -1] = 1
 
     for first in range(0, num_rows, height):
@@ -125,20 +125,21 @@ def _nearest(
         num = rows.stop - first
         places = np.empty((num * num_sources, 0), dtype=np.int64)
         weights = np.empty(places.shape, dtype=keys.dtype)
-        for start, stop in _chunks(num_tokens, width, block):
-            size = stop - start
-            to = _scratch.take("directions", num * size * (head_size + 1), keys.dtype).reshape(num, size, -1)
-            _normalise(keys[rows, start:stop], out=to[..., :-1])
-            to[..., -1] = bias[rows, start:stop]
-            found = _scratch.take("products", num * num_sources * size, keys.dtype).reshape(num, num_sources, size)
+        for start in range(0, num_tokens, width):
+            size = min(width, num_tokens - start)
+            to = _scratch.take("directions", num * width * (head_size + 1), keys.dtype).reshape(num, width, -1)
+            _normalize(keys[rows, start : start + size], out=to[:, :size, :-1])
+            to[:, size:, :-1] = 0
+            to[..., -1] = bias[rows, start : start + width]
+            found = _scratch.take("products", num * num_sources * width, keys.dtype).reshape(num, num_sources, width)
             np.matmul(of[rows], to.swapaxes(1, 2), out=found)
 
-            found = found.reshape(-1, size)
-            near = _best_in_blocks(found, min(num_neighbors, size), block)
+            found = found.reshape(-1, width)
+            near = _best_in_blocks(found, min(num_neighbors, width), block)
             places = np.concatenate([places, near + start], axis=-1)
             weights = np.concatenate([weights, _rankable(np.take_along_axis(found, near, -1))], axis=-1)
             if places.shape[-1] > num_neighbors:
-                # Earlier tokens stand first, so the lower one stays among equals.
+                # Earlier tokens come first, so the lower one is kept among equals.
                 best, _ = _best(weights, num_neighbors)
                 places, weights = np.take_along_axis(places, best, -1), np.take_along_axis(weights, best, -1)
         order = np.argsort(-weights, axis=-1, kind="stable")
@@ -147,24 +148,15 @@ def _nearest(
     return neighbors, similarities
 
 
-def _chunks(num_tokens: int, width: int, block: int, /) -> Iterator[tuple[int, int]]:
-    """Cut the tokens up into chunks of whole blocks, and what is left."""
-    whole = num_tokens - num_tokens % block
-    for start in range(0, whole, width):
-        yield start, min(start + width, whole)
-    if whole < num_tokens:
-        yield whole, num_tokens
-
-
 build_graph = partial(streamed.build_graph, nearest=_nearest, block_size=16)
 
 
-def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Multiply in order of the edges."""
     return _segment_reduce(np.multiply, 1, values, index, num_segments)
 
 
-def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Add in order of the edges."""
     return _segment_reduce(np.add, 0, values, index, num_segments)
 
@@ -179,7 +171,7 @@ def _segment_reduce(ufunc: np.ufunc, identity: int, values: Array, index: Array,
 
 
 def to_csr(graph: Graph, /, row: tuple[int, ...] = ()) -> Any:
-    """Give one row's graph as a sparse matrix, to draw or inspect it.
+    """Return one row's graph as a sparse matrix, to draw or inspect it.
 
     Parameters
     ----------
@@ -218,7 +210,7 @@ def to_csr(graph: Graph, /, row: tuple[int, ...] = ()) -> Any:
 
 
 def _sparse_reduce(
-    ufunc: np.ufunc, identity: int, values: Array, index: Array, num_segments: int, /, *, xp: Namespace
+    ufunc: np.ufunc, identity: int, values: Array, index: Array, num_segments: int, /, *, backend: Backend
 ) -> Array:
     """Combine by column: one sparse row per row of the leading axes, turned into compressed columns."""
     result = np.full((*values.shape[:-1], num_segments), identity, dtype=values.dtype)
@@ -239,12 +231,12 @@ def _sparse_reduce(
 
 
 def guard(array: Array, /) -> Any:
-    """Keep NumPy from warning of values: each has its meaning, an infinity and a zero too."""
+    """Return a context in which NumPy does not warn about values: infinities and zeros are valid ones."""
     return np.errstate(all="ignore")
 
 
 def refuse(array: Array, /) -> str:
-    """Name the kinds of array whose operators do not mean the same."""
+    """Return the kind of an array whose operators have a different meaning, or an empty string."""
     if isinstance(array, np.ma.MaskedArray):
         return "a masked array"
     return "a matrix" if isinstance(array, np.matrix) else ""
@@ -263,7 +255,7 @@ BACKEND = Backend(
 )
 
 # NumPy arrays, propagated through SciPy's compressed columns: ``propagate(importance, graph, backend=SPARSE)``. A
-# second writing to check the dense one against, and to read next to `to_csr`.
+# second implementation to check the dense one against, and to read next to `to_csr`.
 SPARSE = replace(
     BACKEND,
     name="scipy",

@@ -1,11 +1,11 @@
-"""`build_graph` for speed, on libraries whose arrays can be written to; the kit holds it to the portable body.
+"""`build_graph` for speed, on libraries whose arrays can be written to; the kit checks it against the portable body.
 
-Per pair of tokens nothing is computed but the matrix product. While a chunk of similarities is in the cache it is read
-once more, for the maximum of every block of tokens; only the M best blocks of a source are looked at closer. That is
-exact: were one of the M best tokens in another block, each of the M chosen blocks would hold a better one. So are ties,
-by each library's own way.
+Per pair of tokens, nothing but the matrix product is computed. While a chunk of similarities is in the cache it is read
+once more, for the maximum of every block of tokens; only the M best blocks of a source are ranked. That is exact: if
+one of the M best tokens were in a different block, each of the M chosen blocks would hold a better one. Ties are exact
+too, in a way of each library's own.
 
-Here stands what the libraries share: how the rows and tokens are cut up. The inner loops are native to each of them.
+This module has what the libraries share: how rows and tokens are cut up. The inner loops are native to each of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import prod
 
 from ..core import primitives
 from ..core.backend import Backend
-from ..core.graph import _build_graph, clip_weights
+from ..core.graph import clip_weights, portable_build_graph
 from ..core.types import Array, Graph
 
 __all__ = ["EXCLUDED", "build_graph"]
@@ -23,7 +23,7 @@ __all__ = ["EXCLUDED", "build_graph"]
 # Similarities that exist at a time, and entries of directions: 8 MB each in float32, which a last-level cache holds.
 BUFFER_SIZE = 1 << 21
 # Added to the similarity of what may not be a neighbor. Cosines are not always within [-1, 1]: where the squares of a
-# key are subnormal, its length comes out too short by far. None of them reaches half of this.
+# key are subnormal, its length comes out far too short. None of them reaches half of this.
 EXCLUDED = -(2.0**100)
 
 
@@ -40,7 +40,7 @@ def build_graph(
     nearest: Callable[..., tuple[Array, Array]],
     block_size: int,
 ) -> Graph:
-    """Build the graph without any array of K x N, and without a normalised copy of all keys.
+    """Build the graph without any array of K x N, and without a normalized copy of all keys.
 
     Parameters
     ----------
@@ -49,10 +49,10 @@ def build_graph(
     nearest : callable
         ``nearest(keys, sources, is_padding, num_neighbors=, width=, height=, block=)`` finds, for keys (R, N, D),
         sources (R, K) and padding (R, N), the neighbors (R, K, M) and their similarities. At a time it computes `width`
-        of these per source, a multiple of `block`, for the sources of `height` rows. Clipped to weights, equal ones
-        rank by place, and what is padding or a source last.
+        of these per source, a multiple of `block`, for the sources of `height` rows; the last chunk is filled up. Of
+        equal weights the lower place ranks first; padding, sources and what fills up rank last.
     block_size : int
-        Tokens per block: the fewer, the more maxima to rank; the more, the more candidates.
+        Tokens per block. Fewer mean more maxima to rank, more mean more candidates.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def build_graph(
     *leading, num_tokens, head_size = keys.shape
     num_rows = prod(leading)
     if num_rows * num_sources * num_neighbors * head_size == 0:
-        return _build_graph(
+        return portable_build_graph(
             keys,
             importance,
             valid,
@@ -70,17 +70,20 @@ def build_graph(
             chunk_size=chunk_size,
             backend=backend,
         )
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    xp = backend.xp
     keys = xp.reshape(keys, (num_rows, num_tokens, head_size))
     is_padding = xp.reshape(~valid, (num_rows, num_tokens))
-    sources = top_k(xp.reshape(importance, (num_rows, num_tokens)), num_sources, is_padding, xp=xp)
-    sources = xp.sort(sources, axis=-1)
+    importance = xp.reshape(importance, (num_rows, num_tokens))
+    sources = xp.sort(primitives.top_k(importance, num_sources, is_padding, backend=backend), axis=-1)
 
-    # What a token needs: its similarities, and its direction.
+    # Entries per token: its similarities, and its direction.
     per_token = max(num_sources, head_size + 1)
     width = min(chunk_size, num_tokens, max(block_size, BUFFER_SIZE // per_token))
     block = min(block_size, width)
     width -= width % block
+    # Chunks of one size, so that equal keys meet the same kernel of the product; the last is filled up.
+    num_chunks = -(-num_tokens // width)
+    width = block * -(-num_tokens // (num_chunks * block))
     height = min(num_rows, max(1, BUFFER_SIZE // (per_token * width)))
     neighbors, similarities = nearest(
         keys, sources, is_padding, num_neighbors=num_neighbors, width=width, height=height, block=block

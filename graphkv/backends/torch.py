@@ -11,16 +11,17 @@ import numpy as np
 import torch
 
 from ..core import primitives
+from ..core.attention import portable_received_attention
 from ..core.backend import Backend
-from ..core.graph import _build_graph
-from ..core.types import Array, Graph, Namespace
+from ..core.graph import portable_build_graph
+from ..core.types import Array, Graph
 from . import streamed
 
 __all__ = ["BACKEND"]
 
 
 def _is_plain(*arrays: Array) -> bool:
-    """Whether kernels with ``out=`` may run: all are tensors with memory, none fake, mapped or differentiated."""
+    """Return whether kernels with ``out=`` may run: all tensors have memory, none is fake, mapped or differentiated."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
         return False
     if torch.compiler.is_compiling():
@@ -34,7 +35,7 @@ def _is_plain(*arrays: Array) -> bool:
 
 
 def _is_dual(x: Array) -> bool:
-    """Whether the tensor carries a forward-mode gradient."""
+    """Return whether the tensor carries a forward-mode gradient."""
     if torch.compiler.is_compiling():
         return False
     return torch.autograd.forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
@@ -44,27 +45,27 @@ def _smallest(keys: Array, k: int, /) -> Array:
     return torch.topk(keys, k, dim=-1, largest=False, sorted=True).values
 
 
-# Not torch.topk on the scores: it gives no order among equal values (pytorch#27542).
+# Not torch.topk on the scores: its order among equal values is undefined (pytorch#27542).
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.resolve_neg().view(torch.int32), smallest=_smallest)
 
 
-def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
-    """Multiply by torch's own scatter where it has one order: on a GPU that changes from run to run."""
+def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
+    """Multiply by torch's own scatter where its order is fixed: on a GPU it changes from run to run."""
     if values.device.type != "cpu" or _is_dual(values):
-        return primitives.segment_product(values, index, num_segments, xp=xp)
+        return primitives.portable_segment_product(values, index, num_segments, backend=backend)
     result = torch.ones((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
     return result.scatter_reduce(-1, index, values, "prod")
 
 
-def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
-    """Add by torch's own scatter where it has one order: on a GPU that changes from run to run."""
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
+    """Add by torch's own scatter where its order is fixed: on a GPU it changes from run to run."""
     if values.device.type != "cpu":
-        return primitives.segment_sum(values, index, num_segments, xp=xp)
+        return primitives.portable_segment_sum(values, index, num_segments, backend=backend)
     result = torch.zeros((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
     return result.scatter_add(-1, index, values)
 
 
-def _normalised(keys: Array, /) -> Array:
+def _normalized(keys: Array, /) -> Array:
     length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
     # Divided by infinity, everything becomes zero, infinity and NaN excepted.
     length.masked_fill_(length == 0, torch.inf)
@@ -72,16 +73,16 @@ def _normalised(keys: Array, /) -> Array:
 
 
 def _rankable(similarity: Array, places: Array, /) -> Array:
-    """Pack what may be overwritten into integers that are all different, ascending from the best."""
+    """Pack similarities, overwriting them, into integers that are all different, ascending from the best."""
     is_excluded = similarity < streamed.EXCLUDED / 2
-    # The bits of numbers from 0 on, read as integers, are in the order of the numbers; those of others are negative.
+    # The bits of numbers >= 0, read as integers, are in the order of the numbers; those of others are negative.
     bits = similarity.clamp_(max=1.0).view(torch.int32).clamp_(min=0)
     return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
 
 
 def _smallest_of_candidates(keys: Array, k: int, /) -> Array:
-    """Use NumPy's partial selection where it can be had: it is vectorised, and several times as fast."""
-    # Not in `top_k`: what is compiled or mapped (torch.vmap) has no memory for NumPy to look at.
+    """Select by NumPy where possible: its partial selection is vectorized, and several times as fast."""
+    # Not in `top_k`: what is compiled or mapped (torch.vmap) has no memory that NumPy could read.
     if keys.device.type != "cpu" or torch.compiler.is_compiling():
         return _smallest(keys, k)
     best = np.partition(keys.numpy(), k - 1, axis=-1)[..., :k]
@@ -92,7 +93,7 @@ def _smallest_of_candidates(keys: Array, k: int, /) -> Array:
 def _nearest(
     keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, height: int, block: int
 ) -> tuple[Array, Array]:
-    # Once for all rows: on a CPU, what is fresh from the system costs as much as the product.
+    # Once for all rows: on a CPU, allocating it anew costs as much as the product.
     products = keys.new_empty(height * sources.shape[1] * width)
     found = [
         _nearest_of(
@@ -114,18 +115,18 @@ def _nearest_of(
     keys: Array, sources: Array, is_padding: Array, products: Array, /, *, num_neighbors: int, width: int, block: int
 ) -> tuple[Array, Array]:
     (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
-    of = _normalised(keys.gather(1, sources[..., None].expand(-1, -1, head_size)))
+    of = _normalized(keys.gather(1, sources[..., None].expand(-1, -1, head_size)))
     bias = keys.new_zeros((num_rows, num_tokens)).masked_fill_(is_padding, streamed.EXCLUDED)
     bias.scatter_(1, sources, streamed.EXCLUDED)
-    filling = -num_tokens % block
+    filling = -num_tokens % width
     bias = torch.nn.functional.pad(bias, (0, filling), value=streamed.EXCLUDED)[:, None]
     first = torch.arange(num_rows * num_sources, device=keys.device).view(num_rows, num_sources, 1)
     places = torch.arange(num_tokens + filling, device=keys.device)
 
     best = places.new_empty((num_rows, num_sources, 0))
     for start in range(0, num_tokens, width):
-        to = _normalised(keys[:, start : start + width])
-        if to.shape[1] % block:
+        to = _normalized(keys[:, start : start + width])
+        if to.shape[1] < width:
             to = torch.nn.functional.pad(to, (0, 0, 0, filling))
         size = to.shape[1]
         found = products[: num_rows * num_sources * size].view(num_rows, num_sources, size)
@@ -147,15 +148,15 @@ def _nearest_of(
 
 
 def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
-    """Stream the similarities of float32; what records gradients, or is mapped, must not be written to."""
+    """Stream the similarities of float32, except where tensors record gradients or are mapped: no ``out=`` there."""
     # The norm of a key of one entry is that entry, however small its square.
     if keys.dtype != torch.float32 or keys.shape[-1] == 1 or not _is_plain(keys, importance, valid):
-        return _build_graph(keys, importance, valid, **options)
+        return portable_build_graph(keys, importance, valid, **options)
     return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
 
 
 def _is_finite(rows: Array, /) -> Array:
-    """Mark the rows (..., D) without infinity and NaN, by their largest entries: nothing of their size is allocated."""
+    """Mark the rows (..., D) without infinity and NaN by their largest entries: allocates nothing of their size."""
     return torch.isfinite(torch.linalg.vector_norm(rows, torch.inf, dim=-1))
 
 
@@ -163,10 +164,10 @@ def _is_finite(rows: Array, /) -> Array:
 ATTENTION_SIZE = 1 << 21
 
 
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
-    """Softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
+def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
+    """Compute the softmax in one kernel, over as many heads and queries at a time as a buffer holds."""
     if queries.shape[-1] == 0 or not _is_plain(queries, keys, valid):
-        return primitives.received_attention(queries, keys, valid, block_size=block_size, xp=xp)
+        return portable_received_attention(queries, keys, valid, block_size=block_size, backend=backend)
     batch, query_heads, num_queries, head_size = queries.shape
     kv_heads, num_tokens = keys.shape[1], keys.shape[2]
     num_rows, groups = batch * kv_heads, query_heads // kv_heads
@@ -182,7 +183,7 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     height = max(1, ATTENTION_SIZE // max(groups * block_size * num_tokens, 1))
     total = queries.new_zeros((num_rows, groups, num_tokens))
     buffer = queries.new_empty(min(height, num_rows) * groups * block_size * num_tokens)
-    # Low enough to vanish next to any logit, and finite, so that a row which sees nothing is no NaN.
+    # Low enough to vanish next to any logit, and finite, so that a row that sees nothing is not NaN.
     hidden = torch.finfo(queries.dtype).min / 2
     future = torch.full((block_size, block_size), hidden, dtype=queries.dtype, device=queries.device).triu_(1)
     for first in range(0, num_rows, height):
@@ -209,7 +210,7 @@ def to_numpy(x: Array) -> Any:
 
 
 def guard(array: Array, /) -> AbstractContextManager[Any]:
-    """Leave torch.autocast, in which products would be made and given in half precision."""
+    """Return a context without torch.autocast, in which products would be in half precision."""
     device = array.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return nullcontext()
@@ -217,7 +218,7 @@ def guard(array: Array, /) -> AbstractContextManager[Any]:
 
 
 def refuse(array: Array, /) -> str:
-    """Name tensors that are not one block of numbers."""
+    """Return the kind of a tensor that is not one block of numbers, or an empty string."""
     if array.layout is not torch.strided:
         return f"a tensor of layout {array.layout}"
     if array.is_nested:

@@ -31,14 +31,17 @@ from .errors import (
     GraphKVError,
     GraphKVWarning,
 )
-from .eviction import Eviction, evict, preference
+from .eviction import Eviction, evict, observe, wants
 from .fusion import degree, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
+from .layer import Cost, Layer, LayerShape, Memory
+from .merging import Merge
 from .pagerank import pagerank
-from .policy import Assessment, LayerInputs, LayerShape, Policy, Requirements, Wrapper
+from .policy import Assessment, Policy, Requirements, Wrapper
 from .propagation import propagate
-from .selection import select
+from .protection import Protection
+from .selection import Choice, select
 from .signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from .types import Graph
 
@@ -50,6 +53,8 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "Bar",
+    "Choice",
+    "Cost",
     "Decay",
     "Degree",
     "Enhance",
@@ -58,10 +63,13 @@ __all__ = [
     "GraphKV",
     "GraphKVError",
     "GraphKVWarning",
-    "LayerInputs",
+    "Layer",
     "LayerShape",
+    "Memory",
+    "Merge",
     "PageRank",
     "Policy",
+    "Protection",
     "Requirements",
     "Signal",
     "Wrapper",
@@ -69,8 +77,9 @@ __all__ = [
     "degree",
     "evict",
     "fuse",
+    "observe",
     "pagerank",
-    "preference",
     "propagate",
     "select",
+    "wants",
 ]

@@ -1,4 +1,6 @@
-"""What graphkv needs from an array library, and how a call finds it."""
+"""The seam to an array library: what a backend must bring, what it may bring, and how a call finds it."""
+
+# ruff: noqa: D102 - a protocol has its docstring on the class
 
 from __future__ import annotations
 
@@ -8,81 +10,170 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import ArgumentTypeError, BackendError, BackendUnavailableError
+from .libraries import BUILT_IN, library_of
+from .types import Array, Graph
 
-__all__ = ["Backend", "library_of", "resolve"]
+__all__ = [
+    "BUILT_IN",
+    "Backend",
+    "BuildGraphStep",
+    "DegreeStep",
+    "FuseStep",
+    "PageRankStep",
+    "PropagateStep",
+    "ReceivedAttention",
+    "SegmentReduce",
+    "SelectStep",
+    "TopK",
+    "is_found_by_name",
+    "load",
+    "resolve",
+]
 
-# Names, not modules: importing graphkv must not import an array library.
-BUILT_IN = {
-    "cupy": "graphkv.backends.cupy",
-    "jax": "graphkv.backends.jax",
-    "numpy": "graphkv.backends.numpy",
-    "torch": "graphkv.backends.torch",
-}
 # A package that brings a backend names it here: [project.entry-points."graphkv.backends"] name = "module:BACKEND".
 ENTRY_POINTS = "graphkv.backends"
+
+
+class TopK(Protocol):
+    """The form of `graphkv.core.primitives.portable_top_k`. `tiers` may be bool where there are two of them."""
+
+    def __call__(self, scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array: ...
+
+
+class SegmentReduce(Protocol):
+    """The form of `graphkv.core.primitives.portable_segment_product` and of its sum."""
+
+    def __call__(self, values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array: ...
+
+
+class ReceivedAttention(Protocol):
+    """The form of `graphkv.core.attention.portable_received_attention`."""
+
+    def __call__(self, queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array: ...
+
+
+class BuildGraphStep(Protocol):
+    """The form of `graphkv.core.graph.portable_build_graph`."""
+
+    def __call__(
+        self,
+        keys: Array,
+        importance: Array,
+        valid: Array,
+        /,
+        *,
+        num_sources: int,
+        num_neighbors: int,
+        chunk_size: int,
+        backend: Backend,
+    ) -> Graph: ...
+
+
+class PropagateStep(Protocol):
+    """The form of `graphkv.core.propagation.portable_propagate`."""
+
+    def __call__(
+        self,
+        importance: Array,
+        graph: Graph,
+        /,
+        *,
+        signal: str,
+        rounds: int,
+        accumulation: str,
+        strength: float,
+        backend: Backend,
+    ) -> Array: ...
+
+
+class DegreeStep(Protocol):
+    """The form of `graphkv.core.fusion.portable_degree`."""
+
+    def __call__(self, keys: Array, valid: Array, /, *, backend: Backend) -> Array: ...
+
+
+class FuseStep(Protocol):
+    """The form of `graphkv.core.fusion.portable_fuse`."""
+
+    def __call__(
+        self, importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
+    ) -> Array: ...
+
+
+class PageRankStep(Protocol):
+    """The form of `graphkv.core.pagerank.portable_pagerank`."""
+
+    def __call__(
+        self, importance: Array, keys: Array, valid: Array, /, *, damping: float, rounds: int, backend: Backend
+    ) -> Array: ...
+
+
+class SelectStep(Protocol):
+    """The form of `graphkv.core.selection.portable_select`."""
+
+    def __call__(
+        self, scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
+    ) -> Array: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """An array library, as graphkv sees it.
 
-    Only the first three fields are required. A field left as None means that the portable form in `graphkv.core` is
-    used, which needs nothing but the array API standard (2024.12 or later).
+    Only the first three fields are required. Where a field is None, the portable form in `graphkv.core` is used, which
+    needs nothing but the array API standard (2024.12 or later).
 
     Parameters
     ----------
     name : str
-        How people ask for it: ``backend="torch"``.
+        The name by which it is asked for: ``backend="torch"``.
     xp : namespace
         An array API namespace.
     to_numpy : callable
         Turns an array into a `numpy.ndarray`.
     library : str, optional
         Root module of the array type. Default: `name`.
-    top_k : callable, optional
-        ``top_k(scores, k, tiers=None, *, xp)``, see `graphkv.core.primitives.top_k`.
-    segment_product : callable, optional
-        ``segment_product(values, index, num_segments, *, xp)``, see `graphkv.core.primitives.segment_product`.
-    segment_sum : callable, optional
-        As `segment_product`, with sums.
-    received_attention : callable, optional
-        ``received_attention(queries, keys, valid, *, block_size, xp)``, see
-        `graphkv.core.primitives.received_attention`.
-    build_graph, propagate, degree, fuse, pagerank, select : callable, optional
-        Replacements of a whole step, for speed. Each is called like the portable body of the step (`_build_graph`,
-        `_propagate`, and so on) and must give the same result.
+    top_k : TopK, optional
+        The best tokens by the order of the specification.
+    segment_product, segment_sum : SegmentReduce, optional
+        Products and sums of the values that share an index.
+    received_attention : ReceivedAttention, optional
+        The attention that each token receives from the last positions.
+    build_graph, propagate, degree, fuse, pagerank, select : optional
+        Replacements of a whole step, for speed: `BuildGraphStep`, `PropagateStep`, and so on. Each is called like the
+        portable body of the step, such as `graphkv.core.graph.portable_build_graph`, and must give the same result.
     guard : callable, optional
         ``guard(array)`` returns a context that is entered around every call on that array: for a library whose results
-        depend on a state around the call, or that warns about values.
+        depend on global state, or that warns about values.
     detach : callable, optional
-        ``detach(array)`` cuts an array off from the recording of gradients: for state, which would record them forever.
+        ``detach(array)`` cuts an array off from the recording of gradients: for state, which would keep recording them.
     refuse : callable, optional
-        ``refuse(array)`` names the kind of an array of the library with which these steps cannot compute, such as
-        ``"a sparse array"``; an empty string for all others.
+        ``refuse(array)`` names the kind of an array with which these steps cannot compute, such as
+        ``"a sparse array"``, and returns an empty string for all others.
 
     Notes
     -----
     A copy is the same object. A pickle holds where the value is found again: the name of a built-in backend or of an
-    entry point, else the module that has it as a variable.
+    entry point, else the module that has the value as a variable.
     """
 
     name: str
     xp: Any
     to_numpy: Callable[[Any], Any]
     library: str = ""
-    top_k: Callable[..., Any] | None = None
-    segment_product: Callable[..., Any] | None = None
-    segment_sum: Callable[..., Any] | None = None
-    received_attention: Callable[..., Any] | None = None
-    build_graph: Callable[..., Any] | None = None
-    propagate: Callable[..., Any] | None = None
-    degree: Callable[..., Any] | None = None
-    fuse: Callable[..., Any] | None = None
-    pagerank: Callable[..., Any] | None = None
-    select: Callable[..., Any] | None = None
+    top_k: TopK | None = None
+    segment_product: SegmentReduce | None = None
+    segment_sum: SegmentReduce | None = None
+    received_attention: ReceivedAttention | None = None
+    build_graph: BuildGraphStep | None = None
+    propagate: PropagateStep | None = None
+    degree: DegreeStep | None = None
+    fuse: FuseStep | None = None
+    pagerank: PageRankStep | None = None
+    select: SelectStep | None = None
     guard: Callable[[Any], AbstractContextManager[Any]] | None = None
     detach: Callable[[Any], Any] | None = None
     refuse: Callable[[Any], str] | None = None
@@ -92,7 +183,7 @@ class Backend:
             object.__setattr__(self, "library", self.name)
 
     def guarded(self, array: Any, /) -> AbstractContextManager[Any]:
-        """Enter the `guard`, if there is one."""
+        """Return the context of `guard`, or one that does nothing."""
         return nullcontext() if self.guard is None else self.guard(array)
 
     def __copy__(self) -> Backend:
@@ -102,7 +193,7 @@ class Backend:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Backend], tuple[str, ...]]:
-        """Pickle the way to the value: an array library cannot be pickled."""
+        """Pickle where the value is found: an array library cannot be pickled."""
         if is_found_by_name(self):
             return load, (self.name,)
         for module, values in [(name, vars(each)) for name, each in _modules()]:
@@ -111,20 +202,20 @@ class Backend:
                     return _load_variable, (module, variable)
         raise BackendError(
             f"backend {self.name!r} can be pickled only where it is found again: built in, an entry point of the group "
-            f"{ENTRY_POINTS!r}, or a variable of an imported module; this value is none of them"
+            f"{ENTRY_POINTS!r}, or a variable of an imported module; this value is not"
         )
 
 
 def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
-    """Give the backend of a call: the one that is asked for, else the one of the arrays.
+    """Return the backend of a call: the one that is asked for, else the one of the arrays.
 
     Parameters
     ----------
     backend : Backend, str or None
-        A value is taken as it is, a name is looked up among the built-in ones and then among the entry points of the
-        group ``graphkv.backends``, None is inferred from the arrays (built-in ones only).
+        A value is returned as it is, a name is looked up among the built-in ones and then among the entry points of
+        the group ``graphkv.backends``, and None is inferred from the arrays (built-in ones only).
     **arrays : array or None
-        The call's array arguments by name. None is passed over.
+        The call's array arguments by name. None is ignored.
 
     Returns
     -------
@@ -166,24 +257,24 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
     return found
 
 
-# The backends that were asked for, by name. A plain table, because a compiler (torch.compile) looks through a function
-# cache and at the import behind it.
+# The backends loaded so far, by name. A plain table, because a compiler (torch.compile) traces through a function cache
+# into the import behind it.
 LOADED: dict[str, Backend] = {}
 
 
 def load(name: str) -> Backend:
-    """Import the backend of that name: a built-in one, else one that an installed package brings."""
+    """Return the backend of that name: a built-in one, else one that an installed package brings."""
     _ensure(name)
     return LOADED[name]
 
 
 def _ensure(name: str) -> None:
-    """See that the backend is in the table."""
+    """Put the backend into the table, if it is not there."""
     if name not in LOADED:
         LOADED[name] = _import(name)
 
 
-# What torch.compiler.assume_constant_result sets, without an import of torch: the import is made while it traces.
+# What torch.compiler.assume_constant_result sets, without importing torch: the import then happens while tracing.
 _ensure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -203,7 +294,7 @@ def _import(name: str) -> Backend:
 
 
 def is_found_by_name(backend: Backend) -> bool:
-    """Say whether `load` gives that backend for its name."""
+    """Return whether `load` finds that backend by its name."""
     try:
         return load(backend.name) == backend
     except (BackendError, BackendUnavailableError):
@@ -211,13 +302,13 @@ def is_found_by_name(backend: Backend) -> bool:
 
 
 def _modules() -> list[tuple[str, ModuleType]]:
-    """List what is imported, our own modules first, because others may have taken their values over."""
+    """List the imported modules, our own first, because others may have imported their values."""
     modules = [(name, each) for name, each in list(sys.modules.items()) if isinstance(each, ModuleType)]
     return sorted(modules, key=lambda found: not found[0].startswith("graphkv."))
 
 
 def _load_variable(module: str, name: str) -> Backend:
-    """Find a backend again that a module has as a variable."""
+    """Return the backend that a module has as a variable."""
     backend = getattr(importlib.import_module(module), name, None)
     if not isinstance(backend, Backend):
         raise BackendError(f"the pickled backend must be {name!r} of {module!r}; there is none now")
@@ -225,7 +316,7 @@ def _load_variable(module: str, name: str) -> Backend:
 
 
 def _load_entry_point(name: str) -> Backend:
-    """Load the backend that an installed package offers under that name."""
+    """Load the backend that an installed package declares under that name."""
     from importlib import metadata  # noqa: PLC0415 - takes longer to import than graphkv, and few ask for it
 
     offers = list(metadata.entry_points(group=ENTRY_POINTS, name=name))
@@ -253,28 +344,8 @@ def _load_entry_point(name: str) -> Backend:
     return backend
 
 
-def library_of(array: Any) -> str:
-    """Name the library of an array: the root module of its type, or of the first known ancestor."""
-    kind = type(array)
-    if not _looks_like_array(array):
-        return kind.__module__.partition(".")[0] if kind.__module__ != "builtins" else f"builtins.{kind.__name__}"
-    # A mixin of NumPy's gives a class NumPy's operators, and no array of NumPy's.
-    family = [ancestor for ancestor in kind.__mro__ if "Mixin" not in ancestor.__name__]
-    roots = [ancestor.__module__.partition(".")[0] for ancestor in family]
-    # The arrays of older releases of jax (0.4.35, say) have no ancestor in jax itself.
-    roots = ["jax" if root == "jaxlib" else root for root in roots]
-    return next((root for root in roots if root in BUILT_IN), roots[0])
-
-
-def _looks_like_array(array: Any) -> bool:
-    try:
-        return hasattr(array, "shape") and hasattr(array, "dtype")
-    except RuntimeError:
-        return True  # a nested tensor has no single shape, and says so
-
-
 def _only(libraries: dict[str, str]) -> str:
-    """Give the one library of all arguments, or say which argument brings which."""
+    """Return the one library of all arguments, or raise an error that names the library of each."""
     for name, library in libraries.items():
         if library.startswith("builtins."):
             raise BackendError(f"{name} must be an array; got {library.removeprefix('builtins.')}")

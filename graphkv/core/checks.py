@@ -1,4 +1,4 @@
-"""Every check of an argument. Shapes, dtypes and options only: array values are never read on the host."""
+"""Checks that several doors and constructors share, of shapes, dtypes and options; array values are never read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import operator
 from collections.abc import Collection
 from math import isfinite, isnan
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
-from .backend import Backend, library_of
 from .errors import ArgumentError, ArgumentTypeError, BackendError
+from .libraries import library_of
 
 __all__ = [
     "choice",
@@ -21,6 +21,7 @@ __all__ = [
     "grouped_rows",
     "instance",
     "integers",
+    "is_whole",
     "mask",
     "numeric",
     "ratio_or_count",
@@ -30,8 +31,16 @@ __all__ = [
 ]
 
 
+class HasNamespace(Protocol):
+    """The part of a `Backend` that checks need; its module imports this one."""
+
+    @property
+    def xp(self) -> Any:
+        """Return the array API namespace."""
+
+
 def count(name: str, value: Any, /, *, minimum: int = 0) -> int:
-    """An integer of at least `minimum`; a bool is none."""
+    """Return an integer >= `minimum`; bools are rejected."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -43,8 +52,13 @@ def count(name: str, value: Any, /, *, minimum: int = 0) -> int:
     return number
 
 
+def is_whole(value: Any, /) -> bool:
+    """Return whether a number is an integer, of any library: a count; others are shares."""
+    return hasattr(value, "__index__")
+
+
 def fraction(name: str, value: Any, /) -> float:
-    """A real number in [0, 1]."""
+    """Return a real number in [0, 1] as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentTypeError(f"{name} must be a real number in [0, 1]; got {_show(value)}")
     number = float(value)
@@ -54,7 +68,7 @@ def fraction(name: str, value: Any, /) -> float:
 
 
 def finite_weight(name: str, value: Any, /) -> float:
-    """A finite real number of at least 0."""
+    """Return a finite real number >= 0 as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ArgumentTypeError(f"{name} must be a real number; got {_show(value)}")
     number = float(value)
@@ -64,8 +78,8 @@ def finite_weight(name: str, value: Any, /) -> float:
 
 
 def ratio_or_count(name: str, value: Any, /, *, zero: bool = True) -> int | float:
-    """A count as an integer, or a share of something as a float up to 1."""
-    if isinstance(value, Real) and not isinstance(value, bool) and not hasattr(value, "__index__"):
+    """Return a count as an integer, or a share as a float in [0, 1]."""
+    if isinstance(value, Real) and not isinstance(value, bool) and not is_whole(value):
         number = fraction(name, value)
         if number == 0 and not zero:
             raise ArgumentError(f"{name} as a share must lie in (0, 1]; got {number}")
@@ -77,36 +91,36 @@ def ratio_or_count(name: str, value: Any, /, *, zero: bool = True) -> int | floa
 
 
 def choice(name: str, value: Any, allowed: Collection[str], /) -> str:
-    """One of some words."""
+    """Return a word that must be one of those allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise ArgumentError(f"{name} must be one of {sorted(allowed)}; got {_show(value)}")
     return value
 
 
 def flag(name: str, value: Any, /) -> bool:
-    """True or False."""
+    """Return a value that must be True or False."""
     if not isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be True or False; got {_show(value)}")
     return value
 
 
 def single_round(accumulation: str, rounds: int, /) -> None:
-    """The sum accumulation is for one round: iterated, it flips signs."""
+    """Refuse to iterate the sum accumulation, which would flip signs."""
     if accumulation == "sum" and rounds != 1:
         raise ArgumentError(f"rounds must be 1 with accumulation 'sum'; got {rounds}")
 
 
 def unused(name: str, value: Any, default: Any, choice: str, chosen: str, /) -> None:
-    """An option at its default, because what was chosen has no use for it."""
+    """Require that an option which the chosen mode ignores keeps its default."""
     # By type too: one neighbor is 1, and all of them are 1.0.
     if (type(value), value) != (type(default), default):
         raise ArgumentError(f"{name} must be left out with {choice} {chosen!r}; got {_show(value)}")
 
 
-def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, backend: Backend) -> tuple[int, ...]:
-    """A real array with the axes that `axes` describes, like ``(..., N, D)``. Gives the shape."""
+def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, backend: HasNamespace) -> tuple[int, ...]:
+    """Return the shape of a real array, which must have the axes that `axes` describes, such as ``(..., N, D)``."""
     xp = backend.xp
-    # torch counts half precision as real floating; the standard knows float32 and float64 only.
+    # torch counts half precision as real floating; the standard has float32 and float64 only.
     if not _is_kind(array, ("real floating", "integral"), backend):
         raise ArgumentTypeError(f"{name} must be real; got dtype {array.dtype}")
     # Wider than float64 would have to be narrowed, and no call changes a dtype silently.
@@ -119,14 +133,14 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
     return shape
 
 
-def integers(name: str, array: Any, /, *, backend: Backend) -> None:
-    """An array of integers."""
+def integers(name: str, array: Any, /, *, backend: HasNamespace) -> None:
+    """Require an array of integers."""
     if not _is_kind(array, "integral", backend):
         raise ArgumentTypeError(f"{name} must be an array of integers; got dtype {array.dtype}")
 
 
-def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: Backend) -> None:
-    """A bool array of that shape."""
+def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: HasNamespace) -> None:
+    """Require a bool array of that shape."""
     if not _is_kind(array, "bool", backend):
         raise ArgumentTypeError(f"{name} must be bool; got dtype {array.dtype}")
     if tuple(array.shape) != shape:
@@ -134,7 +148,7 @@ def mask(name: str, array: Any, shape: tuple[int, ...], of: str, /, *, backend: 
 
 
 def same_leading(name: str, shape: tuple[int, ...], expected: tuple[int, ...], of: str, /) -> None:
-    """Equal shapes."""
+    """Require equal shapes."""
     if shape != expected:
         raise ArgumentError(f"{name} must have shape {expected} like {of}; got {shape}")
 
@@ -142,7 +156,7 @@ def same_leading(name: str, shape: tuple[int, ...], expected: tuple[int, ...], o
 def grouped_rows(
     name: str, shape: tuple[int, ...], axes: str, batch: int, kv_heads: int, num_tokens: int, last: int, /
 ) -> None:
-    """Rows of query heads that share out evenly over the KV heads, for at most N last positions."""
+    """Require rows of query heads, a multiple of the KV heads, for at most the last N positions."""
     _, query_heads, num_queries, _ = shape
     if shape[0] != batch or shape[-1] != last:
         raise ArgumentError(f"{name} must have shape {axes} = ({batch}, query_heads, Q, {last}) like keys; got {shape}")
@@ -153,13 +167,13 @@ def grouped_rows(
 
 
 def instance(name: str, value: Any, kind: type, /) -> None:
-    """A value of one of the library's own types."""
+    """Require a value of one of the library's own types."""
     if not isinstance(value, kind):
         raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
 
 
 def graph_fields(graph: Any, /) -> None:
-    """The fields of a Graph."""
+    """Check the fields of a Graph."""
     count("num_tokens", graph.num_tokens)
     arrays = {name: getattr(graph, name) for name in ("sources", "neighbors", "weights")}
     libraries = {name: library_of(array) for name, array in arrays.items()}
@@ -176,8 +190,8 @@ def graph_fields(graph: Any, /) -> None:
     same_leading("weights", weights, neighbors, "neighbors")
 
 
-def _is_kind(array: Any, kind: Any, backend: Backend) -> bool:
-    """Whether a dtype is of that kind; one that the library cannot place is of none."""
+def _is_kind(array: Any, kind: Any, backend: HasNamespace) -> bool:
+    """Return whether an array has a dtype of that kind; False for dtypes that the library does not know."""
     try:
         return bool(backend.xp.isdtype(array.dtype, kind))
     except (TypeError, ValueError):
@@ -185,7 +199,7 @@ def _is_kind(array: Any, kind: Any, backend: Backend) -> bool:
 
 
 def _show(value: Any) -> str:
-    """A short name of a value: numbers and words themselves, of anything else the type."""
+    """Return a short description: numbers and words themselves, and the type of anything else."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     return type(value).__name__

@@ -1,18 +1,26 @@
-"""One call that evicts one layer: policy, graph, propagation and selection together."""
+"""One call that evicts one layer: a policy's stages in their order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from . import checks, primitives
+from . import budgets, checks, primitives
 from .backend import Backend, resolve
 from .errors import ArgumentError
-from .policy import LayerInputs, Policy
-from .selection import select, select_per_head
+from .layer import Layer, Memory
+from .merging import Merge
+from .needs import check_needs, check_state, has_rows, name_of
+from .policy import Assessment, Policy
+from .selection import Choice
 from .types import Array, Graph
 
-__all__ = ["Eviction", "evict", "preference"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .layer import LayerFacts
+
+__all__ = ["Eviction", "evict", "observe", "wants"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -21,37 +29,46 @@ class Eviction:
 
     Attributes
     ----------
-    kept : array, shape (batch, kv_heads, b), int64
-        Positions of the kept tokens, ascending; b = min(budget, N). Under a policy with head budgets b is what the
-        widest head may keep, and a row is filled up with -1.
-    budget : int
-        The layer's budget in tokens.
-    num_tokens : int
-        N, the number of tokens before.
+    choice : Choice
+        Who stays.
+    merge : Merge or None
+        Where dropped tokens go; None where they are gone.
+    state : Memory or None
+        What the policy remembers of the kept tokens, for the next call.
     importance : array, shape (batch, kv_heads, N), float32 or wider, or None
         The policy's base score. None when everything fits: then nothing was scored.
     scores : array, shape (batch, kv_heads, N), float32 or wider, or None
-        What the selection ranked by, after propagation.
+        What the choice ranked by, after re-scoring.
     protected : array, shape (batch, kv_heads, N), bool, or None
         Tokens that were kept before all others.
     graph : Graph or None
         The edges that changed the scores.
-    head_budgets : array, shape (batch, kv_heads), integer, or None
-        Number of kept tokens per head, where heads keep different numbers.
-    state : dict of str to array, shape (batch, kv_heads, b, ...), or None
-        The policy's running sums of the kept tokens, for the next call. No gradients flow through them.
+    budget : int
+        The layer's budget in tokens.
+    num_tokens : int
+        N, the number of tokens before.
     """
 
-    kept: Array
+    choice: Choice
+    merge: Merge | None = None
+    state: Memory | None = None
+    importance: Array | None = None
+    scores: Array | None = None
+    protected: Array | None = None
+    graph: Graph | None = None
     budget: int
     num_tokens: int
-    importance: Array | None
-    scores: Array | None
-    protected: Array | None
-    graph: Graph | None
     backend: Backend
-    head_budgets: Array | None = None
-    state: Mapping[str, Array] | None = None
+
+    @property
+    def kept(self) -> Array:
+        """Positions of the kept tokens, see `Choice`: (batch, kv_heads, b), int64, ascending."""
+        return self.choice.kept
+
+    @property
+    def counts(self) -> Array | None:
+        """Number of kept tokens per head, where heads or rows keep different numbers, see `Choice`."""
+        return self.choice.counts
 
     def apply(self, x: Array, /) -> Array:
         """Gather the kept tokens of any per-token array.
@@ -64,12 +81,12 @@ class Eviction:
         Returns
         -------
         array, shape (batch, kv_heads, b, ...)
-            Same dtype as `x`; `x` itself when everything is kept. Zero where a head keeps less than the widest.
+            Same dtype as `x`; `x` itself when everything is kept. Zero where a row keeps less than the widest.
 
         Raises
         ------
         ArgumentError
-            If the leading shape of `x` is another.
+            If `x` has a different leading shape.
         BackendError
             If `x` is not an array of the backend's library.
         """
@@ -78,7 +95,7 @@ class Eviction:
         if tuple(x.shape[: len(expected)]) != expected:
             raise ArgumentError(f"x must have shape (batch, kv_heads, N, ...) = {expected} + ...; got {tuple(x.shape)}")
         xp = self.backend.xp
-        if self.head_budgets is None:
+        if self.counts is None:
             return x if self.kept.shape[-1] == self.num_tokens else primitives.take_rows(x, self.kept, xp=xp)
         is_kept = self.kept >= 0
         gathered = primitives.take_rows(x, xp.where(is_kept, self.kept, xp.zeros_like(self.kept)), xp=xp)
@@ -97,17 +114,19 @@ def evict(
     values: Array | None = None,
     queries: Array | None = None,
     attention: Array | None = None,
+    valid: Array | None = None,
+    positions: Array | None = None,
+    unrotated_keys: Array | None = None,
     layer: int = 0,
     num_layers: int = 1,
-    valid: Array | None = None,
-    state: Mapping[str, Array] | None = None,
-    unrotated_keys: Array | None = None,
+    budget: int | float | None = None,
     tokens_seen: int | None = None,
+    state: Memory | None = None,
     backend: Backend | str | None = None,
 ) -> Eviction:
     """Decide which tokens of one layer's cache stay.
 
-    With N tokens or more of budget everything stays and nothing is scored.
+    With a budget of N tokens or more everything stays and nothing is scored.
 
     Parameters
     ----------
@@ -122,18 +141,22 @@ def evict(
         q k / sqrt(D) is the model's attention logit.
     attention : array, shape (batch, query_heads, Q, N), optional
         Attention probabilities of the last Q positions, where they are at hand.
-    layer, num_layers : int
-        Which layer of how many, for policies whose budget depends on it.
     valid : array, shape (batch, N) or (batch, kv_heads, N), bool, optional
         False for padding. Default: all True.
-    state : mapping of str to array, shape (batch, kv_heads, S, ...), optional
-        The `Eviction.state` of the last call, for policies that score by what they have seen so far. The N - S tokens
-        after them are new. Then `queries` or `attention` hold the new positions.
+    positions : array, shape (batch, kv_heads, N), integer, optional
+        Where each token was in the text, for policies with a clock.
     unrotated_keys : array, shape (batch, kv_heads, N, D), optional
-        The keys before the rotary embedding, for ``GraphKV(base, unrotated=True)``. Rotating all keys of a row by one
-        and the same angle changes nothing.
+        The keys before the rotary embedding, for ``GraphKV(base, unrotated=True)``. Rotating all keys of a row by the
+        same angle changes nothing.
+    layer, num_layers : int
+        Which layer of how many, for policies whose budget depends on it.
+    budget : int or float, optional
+        Tokens to keep per row, or their share, in place of the policy's own budget. Default: `Policy.layer_budget`.
     tokens_seen : int, optional
         Tokens that came so far, those included that earlier calls evicted: what budgets are shares of. Default: N.
+    state : Memory, optional
+        The `Eviction.state` of the last call, for policies that score by what they have seen so far. With S tokens in
+        it, the N - S tokens after them are new, and `queries` or `attention` hold the new positions.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -145,9 +168,10 @@ def evict(
     Raises
     ------
     ArgumentError
-        If shapes disagree, `layer` is out of range, or the policy needs an input that is missing.
+        If shapes disagree, an integer is out of range, the policy needs an input that is missing, the state is another
+        policy's, or the policy's budgets are settled and another is given.
     ArgumentTypeError
-        If `policy` is no Policy, an array is not real, or `valid` not bool.
+        If `policy` is not a Policy, `state` not a Memory, an array not real, or `valid` not bool.
     BackendError
         If the arrays are not all of the backend's library.
 
@@ -158,95 +182,79 @@ def evict(
     >>> evict(StreamingLLM(budget=4, num_sinks=1), np.ones((1, 1, 9, 2))).kept
     array([[[0, 6, 7, 8]]])
     """
-    inputs = _inputs(
-        policy,
+    checks.instance("policy", policy, Policy)
+    facts = Layer(
         keys,
         values=values,
         queries=queries,
         attention=attention,
+        valid=valid,
+        positions=positions,
+        unrotated_keys=unrotated_keys,
+        num_new=_num_new(keys, state),
         layer=layer,
         num_layers=num_layers,
-        valid=valid,
-        state=state,
-        unrotated_keys=unrotated_keys,
-        tokens_seen=tokens_seen,
         backend=backend,
     )
-    with inputs.backend.guarded(keys):
-        return _evict(policy, inputs)
+    num_tokens = _budget(policy, facts, budget, tokens_seen)
+    policy = policy.at(facts.layer, facts.num_layers)
+    check_state(policy, state, facts)
+    scores = facts.num_tokens > num_tokens
+    if scores or state is not None or has_rows(facts):
+        check_needs(policy, facts, scores=scores)
+    with facts.backend.guarded(keys):
+        return _evict(policy, facts, num_tokens, state)
 
 
-def _evict(policy: Policy, inputs: LayerInputs, /) -> Eviction:
-    """Decide from checked arguments."""
-    backend, xp, budget, rows = inputs.backend, inputs.xp, inputs.budget, tuple(inputs.valid.shape)
-    kv_heads, num_tokens = rows[1:]
-    if inputs.queries is not None or inputs.attention is not None:
-        inputs = replace(inputs, state=policy.observe(inputs))
-    if num_tokens <= budget:
-        everything = xp.broadcast_to(
-            xp.arange(num_tokens, dtype=xp.int64, device=primitives.device_of(inputs.keys)), rows
-        )
-        return Eviction(
-            kept=xp.asarray(everything, copy=True),
-            budget=budget,
-            num_tokens=num_tokens,
-            importance=None,
-            scores=None,
-            protected=None,
-            graph=None,
-            backend=backend,
-            state=None if inputs.state is None else _detached(inputs),
-        )
-    found = policy.assess(inputs)
-    if found.head_budgets is None:
-        kept = select(found.scores, budget, protected=found.protected, valid=inputs.valid, backend=backend)
-    else:
-        width = policy.widest_head(budget, num_tokens, kv_heads)
-        kept = select_per_head(found.scores, found.head_budgets, width, found.protected, inputs.valid, backend=backend)
-    decision = Eviction(
-        kept=kept,
-        budget=budget,
-        num_tokens=num_tokens,
-        importance=found.importance,
-        scores=found.scores,
-        protected=found.protected,
-        graph=found.graph,
-        backend=backend,
-        head_budgets=found.head_budgets,
-    )
-    if inputs.state is None:
-        return decision
-    return replace(decision, state={name: decision.apply(sums) for name, sums in _detached(inputs).items()})
+def observe(
+    policy: Policy, keys: Array, /, *, state: Memory | None = None, **facts: Unpack[LayerFacts]
+) -> Memory | None:
+    """Let a policy remember what new positions attend to, without evicting anything.
+
+    Parameters
+    ----------
+    policy : Policy
+        For example ``H2O(budget=512)``.
+    keys, state, and all others
+        As for `evict`.
+
+    Returns
+    -------
+    Memory or None
+        Of all N tokens: the `state` of the next call. None for a policy that remembers nothing.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, BackendError
+        As `evict`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import H2O, observe
+    >>> rows = np.asarray([[[[1.0, 0.0], [0.25, 0.75]]]])
+    >>> observe(H2O(budget=1), np.ones((1, 1, 2, 4)), attention=rows).tokens["queries"]
+    array([[[2., 1.]]])
+    """
+    checks.instance("policy", policy, Policy)
+    layer = Layer(keys, num_new=_num_new(keys, state), **facts)
+    policy = policy.at(layer.layer, layer.num_layers)
+    check_state(policy, state, layer)
+    check_needs(policy, layer, scores=False)
+    with layer.backend.guarded(keys):
+        return _detached(_observed(policy, layer, state), layer)
 
 
-def _detached(inputs: LayerInputs, /) -> Mapping[str, Array]:
-    """Give the state without the gradients that led to it, which would be kept from step to step, ever more of them."""
-    state, detach = inputs.state or {}, inputs.backend.detach
-    return state if detach is None else {name: detach(sums) for name, sums in state.items()}
+def wants(policy: Policy, keys: Array, /, *, state: Memory | None = None, **facts: Unpack[LayerFacts]) -> Array | None:
+    """Return how much one layer wants of the common budget.
 
-
-def preference(
-    policy: Policy,
-    keys: Array,
-    /,
-    *,
-    values: Array | None = None,
-    queries: Array | None = None,
-    attention: Array | None = None,
-    layer: int = 0,
-    num_layers: int = 1,
-    valid: Array | None = None,
-    backend: Backend | str | None = None,
-) -> Array | None:
-    """Ask a policy how much one layer wants of the common budget.
-
-    With the answers of all layers, `Policy.layer_budgets` gives each layer its budget, and `LayerBudgets` applies them.
+    With the answers of all layers, `Policy.share_out` makes each layer's budget, which `evict` takes.
 
     Parameters
     ----------
     policy : Policy
         For example ``CAKE(budget=512)``.
-    keys, values, queries, attention, layer, num_layers, valid, backend
+    keys, state, and all others
         As for `evict`.
 
     Returns
@@ -262,131 +270,96 @@ def preference(
     Examples
     --------
     >>> import numpy as np
-    >>> from graphkv import CAKE, preference
+    >>> from graphkv import CAKE, wants
     >>> rows = np.asarray([[[[0.2, 0.0, 0.8, 0.0], [0.2, 0.3, 0.3, 0.2]]]])
-    >>> policy = CAKE(budget=3, window=2, kernel_size=1)
-    >>> preference(policy, np.ones((1, 1, 4, 2)), attention=rows).round(4)
+    >>> wants(CAKE(budget=3, window=2, kernel_size=1), np.ones((1, 1, 4, 2)), attention=rows).round(4)
     array([0.0452])
     """
-    inputs = _inputs(
-        policy,
-        keys,
-        values=values,
-        queries=queries,
-        attention=attention,
-        layer=layer,
-        num_layers=num_layers,
-        valid=valid,
-        state=None,
-        unrotated_keys=None,
-        tokens_seen=None,
-        backend=backend,
-    )
-    with inputs.backend.guarded(keys):
-        return policy.preference(inputs)
-
-
-def _inputs(
-    policy: Policy,
-    keys: Array,
-    /,
-    *,
-    values: Array | None,
-    queries: Array | None,
-    attention: Array | None,
-    layer: int,
-    num_layers: int,
-    valid: Array | None,
-    state: Mapping[str, Array] | None,
-    unrotated_keys: Array | None,
-    tokens_seen: int | None,
-    backend: Backend | str | None,
-) -> LayerInputs:
-    """Check the arguments of `evict` and put them in order."""
     checks.instance("policy", policy, Policy)
-    backend = resolve(
-        backend,
-        keys=keys,
-        values=values,
-        queries=queries,
-        attention=attention,
-        valid=valid,
-        unrotated_keys=unrotated_keys,
-    )
-    xp = backend.xp
-    batch, kv_heads, num_tokens, head_size = checks.numeric(
-        "keys", keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend
-    )
-    if values is not None:
-        shape = checks.numeric("values", values, "(batch, kv_heads, N, Dv)", ndim=4, backend=backend)
-        checks.same_leading("values", shape[:3], (batch, kv_heads, num_tokens), "keys")
-    for name, array, last, axes in (
-        ("queries", queries, head_size, "(batch, query_heads, Q, D)"),
-        ("attention", attention, num_tokens, "(batch, query_heads, Q, N)"),
-    ):
-        if array is not None:
-            shape = checks.numeric(name, array, axes, ndim=4, backend=backend)
-            checks.grouped_rows(name, shape, axes, batch, kv_heads, num_tokens, last)
-    if unrotated_keys is not None:
-        shape = checks.numeric("unrotated_keys", unrotated_keys, "(batch, kv_heads, N, D)", ndim=4, backend=backend)
-        checks.same_leading("unrotated_keys", shape, (batch, kv_heads, num_tokens, head_size), "keys")
-    layer = checks.count("layer", layer)
-    num_layers = checks.count("num_layers", num_layers, minimum=1)
-    if layer >= num_layers:
-        raise ArgumentError(f"layer must be below num_layers={num_layers}; got {layer}")
-    rows = (batch, kv_heads, num_tokens)
-    valid = _per_head(valid, keys, rows, backend)
+    layer = Layer(keys, num_new=_num_new(keys, state), **facts)
+    check_state(policy, state, layer)
+    check_needs(policy, layer, scores=policy.needs().wants)
+    with layer.backend.guarded(keys):
+        return policy.wants(layer, _observed(policy, layer, state))
 
+
+def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -> Eviction:
+    """Run the stages on what was checked."""
+    memory = _observed(policy, layer, state)
+    if layer.num_tokens <= budget:
+        return Eviction(
+            choice=_everything(layer),
+            state=_detached(memory, layer),
+            budget=budget,
+            num_tokens=layer.num_tokens,
+            backend=layer.backend,
+        )
+    importance, protected = policy.score(layer, memory), policy.protection(budget).mask(layer, memory)
+    found = policy.rescore(Assessment(importance=importance, scores=importance, protected=protected), layer, budget)
+    choice = policy.choose(found, layer, budget)
+    decision = Eviction(
+        choice=choice,
+        merge=policy.merge(choice, layer, memory),
+        importance=found.importance,
+        scores=found.scores,
+        protected=found.protected,
+        graph=found.graph,
+        budget=budget,
+        num_tokens=layer.num_tokens,
+        backend=layer.backend,
+    )
+    remembered = _detached(memory, layer)
+    if remembered is None:
+        return decision
+    kept = {name: decision.apply(x) for name, x in remembered.tokens.items()}
+    return replace(decision, state=replace(remembered, tokens=kept))
+
+
+def _everything(layer: Layer, /) -> Choice:
+    """Return the choice of all tokens."""
+    xp = layer.xp
+    position = xp.arange(layer.num_tokens, dtype=xp.int64, device=primitives.device_of(layer.keys))
+    return Choice(kept=xp.asarray(xp.broadcast_to(position, tuple(layer.valid.shape)), copy=True))
+
+
+def _observed(policy: Policy, layer: Layer, state: Memory | None, /) -> Memory | None:
+    """Return what the policy remembers of all tokens."""
+    # A prompt that fits may come without queries; nothing is known of it then, and the next call needs them all.
+    if not policy.needs().state or (state is None and not has_rows(layer)):
+        return None
+    return state if state is not None and not layer.num_new else policy.observe(layer, state)
+
+
+def _detached(memory: Memory | None, layer: Layer, /) -> Memory | None:
+    """Cut a memory off from the gradients that led to it, which would pile up from call to call."""
+    detach = layer.backend.detach
+    if memory is None or detach is None:
+        return memory
+    return Memory(
+        tokens={name: detach(x) for name, x in memory.tokens.items()},
+        layer={name: detach(x) for name, x in memory.layer.items()},
+    )
+
+
+def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_seen: int | None, /) -> int:
+    """Return the layer's budget in tokens."""
+    num_tokens = layer.num_tokens
     seen = num_tokens if tokens_seen is None else checks.count("tokens_seen", tokens_seen)
     if seen < num_tokens:
         raise ArgumentError(f"tokens_seen must be at least N={num_tokens}; got {seen}")
-    budget = checks.count("the layer's budget", policy.layer_budget(seen, layer, num_layers))
-    state, num_seen = (None, 0) if state is None else _with_new_tokens(state, rows, backend)
-    return LayerInputs(
-        keys=primitives.widen(keys, xp=xp),
-        values=None if values is None else primitives.widen(values, xp=xp),
-        queries=None if queries is None else primitives.widen(queries, xp=xp),
-        attention=None if attention is None else primitives.widen(attention, xp=xp),
-        valid=valid,
-        budget=budget,
-        layer=layer,
-        num_layers=num_layers,
-        backend=backend,
-        state=state,
-        num_seen=num_seen,
-        unrotated_keys=None if unrotated_keys is None else primitives.widen(unrotated_keys, xp=xp),
-    )
+    own = checks.count("the layer's budget", policy.layer_budget(seen, layer.layer, layer.num_layers))
+    if budget is None:
+        return own
+    tokens = budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
+    # With room for everything nothing is evicted, whatever the policy's budgets are.
+    if policy.needs().settled and tokens != own and tokens < num_tokens:
+        raise ArgumentError(f"budget must be {own}, as {name_of(policy)} has settled, or left out; got {budget}")
+    return tokens
 
 
-def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: Backend, /) -> Array:
-    """Give the mask of padding one row per KV head."""
-    xp, (batch, _, num_tokens) = backend.xp, rows
-    if valid is None:
-        return xp.ones(rows, dtype=xp.bool, device=primitives.device_of(keys))
-    if valid.ndim == 2:
-        checks.mask("valid", valid, (batch, num_tokens), "(batch, N)", backend=backend)
-        return xp.broadcast_to(valid[:, None, :], rows)
-    checks.mask("valid", valid, rows, "(batch, kv_heads, N)", backend=backend)
-    return valid
-
-
-def _with_new_tokens(
-    state: Mapping[str, Array], rows: tuple[int, ...], backend: Backend, /
-) -> tuple[dict[str, Array], int]:
-    """Give the tokens that came since the last call a state of zero, and count those that were there before."""
-    xp, num_tokens = backend.xp, rows[-1]
-    grown: dict[str, Array] = {}
-    seen: dict[str, int] = {}
-    for name, sums in state.items():
-        resolve(backend, **{f"state[{name!r}]": sums})
-        shape = tuple(sums.shape)
-        if len(shape) < 3 or shape[:2] != rows[:2] or shape[2] > num_tokens:
-            raise ArgumentError(f"state[{name!r}] must have shape (batch, kv_heads, S <= N, ...) = {rows}; got {shape}")
-        seen[name] = shape[2]
-        new = xp.zeros(
-            (*rows[:2], num_tokens - shape[2], *shape[3:]), dtype=sums.dtype, device=primitives.device_of(sums)
-        )
-        grown[name] = xp.concat([sums, new], axis=2)
-    if len(set(seen.values())) > 1:
-        raise ArgumentError(f"state must hold arrays of one number of tokens S; got {seen}")
-    return grown, next(iter(seen.values()), 0)
+def _num_new(keys: Array, state: Memory | None, /) -> int | None:
+    """Return the number of tokens that the state does not know."""
+    if state is None or not hasattr(keys, "shape") or len(keys.shape) != 4:
+        return None
+    checks.instance("state", state, Memory)
+    return max(0, int(keys.shape[2]) - state.num_tokens) if state.tokens else None

@@ -1,26 +1,26 @@
-"""The degree signal: fuse the importance of every token with how much its key resembles all the others."""
+"""The degree signal: importance fused with how much a key resembles all the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from . import checks, primitives
-from .backend import Backend, resolve
-from .graph import normalise
+from .backend import Backend, DegreeStep, FuseStep, resolve
+from .graph import normalize
 from .types import Array, Namespace
 
-__all__ = ["EXPONENT", "FUSIONS", "degree", "fuse"]
+__all__ = ["EXPONENT", "FUSIONS", "degree", "fuse", "portable_degree", "portable_fuse"]
 
-# No power is smaller, so duplicates of everything else keep their places by importance; none is larger, so 0 stays 0.
+# A lower bound, so that duplicates of everything else keep their order by importance; an upper one, so that 0 stays 0.
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 EXPONENT = 8
 
 
 def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str | None = None) -> Array:
-    r"""Give the mean cosine of every key with all the keys of its row.
+    r"""Return the mean cosine of every key with all the keys of its row.
 
-    This is the degree of a token in the complete similarity graph, its own loop included, as a share of the most that
-    it could be. With :math:`\hat k = k / \lVert k \rVert` and the mean direction
+    This is the degree of a token in the complete similarity graph, its own loop included, as a share of the largest
+    possible degree. With :math:`\hat k = k / \lVert k \rVert` and the mean direction
     :math:`m = \frac{1}{N} \sum_i \hat k_i` of the valid tokens,
 
     .. math:: c_j = \frac{1}{N} \sum_i \cos(k_j, k_i) = \hat k_j \cdot m,
@@ -33,7 +33,7 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
         Cached keys. A key whose length is zero, infinite or NaN in the arithmetic of the call has no direction: its
         cosine with any key is 0.
     valid : array, shape (..., N), bool, optional
-        False for padding, which has no part in the mean. Default: all True.
+        False for padding, which is excluded from the mean. Default: all True.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -53,9 +53,9 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
 
     Notes
     -----
-    KeyDiff divides by the length of m as well, which changes no order within a row. Here it is left out: where the keys
-    have no common direction, every degree is near 0, and a quotient would be made of rounding errors. GraphKV's paper
-    has no such signal.
+    KeyDiff also divides by the length of m, which does not change the order within a row. It is left out here: where
+    the keys have no common direction, every degree is near 0, and the quotient would consist of rounding errors.
+    GraphKV's paper has no such signal.
 
     References
     ----------
@@ -78,19 +78,19 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
-    step = backend.degree or _degree
+    step: DegreeStep = backend.degree or portable_degree
     with backend.guarded(keys):
         return step(primitives.widen(keys, xp=xp), valid, backend=backend)
 
 
-def _degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
-    """The specification of `degree`: arguments checked and widened."""
+def portable_degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
+    """Compare keys with their mean: the specification of `degree`, with arguments checked and widened."""
     xp = backend.xp
-    directions = normalise(keys, xp=xp)
+    directions = normalize(keys, xp=xp)
     directions = xp.where(valid[..., None], directions, xp.zeros_like(directions))
     num_valid = xp.sum(xp.astype(valid, keys.dtype), axis=-1, keepdims=True)
     mean = xp.sum(directions, axis=-2) / xp.maximum(num_valid, xp.ones_like(num_valid))
-    # Not a matrix product: equal keys must have equal degrees, wherever they stand.
+    # Not a matrix product: equal keys must have equal degrees, whatever their position.
     return _clip(xp.sum(directions * mean[..., None, :], axis=-1), xp=xp)
 
 
@@ -107,17 +107,17 @@ def fuse(
     r"""Score tokens by their importance and by their distance from the others, :math:`d_j = 1 - c_j`.
 
     ``"power"``
-        :math:`s_j^{\prime} = (s_j - \min(0, \min_i s_i))\, d_j^p`. Importance that is nowhere negative is taken as it
-        is; otherwise the least one of the row becomes 0. The minimum is over finite importance, and the power is
+        :math:`s_j^{\prime} = (s_j - \min(0, \min_i s_i))\, d_j^p`. Importance that is nowhere negative is left
+        unchanged; otherwise the lowest of the row becomes 0. The minimum is over finite importance, and the power is
         bounded by 1e-24 and 1e24.
     ``"max_rank"``
-        the higher of two ranks: of the importance, and of :math:`d`. So the best by either stay.
+        the higher of two ranks: of the importance, and of :math:`d`. So the best by either are kept.
     ``"mean_rank"``
         the mean of the two.
 
-    Ranks run from 1, the worst valid token of the row, to the number of valid tokens, the best. They are those of the
-    library's one order: the higher value is better, of equal values the one with the lower token index, and NaN is
-    worse than every number. So no two tokens have the same rank, and ranks are the same on every backend.
+    Ranks run from 1, the worst valid token of the row, to the number of valid tokens, the best. They follow the order
+    used everywhere: the higher value is better, of equal values the one with the lower token index, and NaN is worse
+    than every number. So no two tokens have the same rank, and ranks are the same on every backend.
 
     Parameters
     ----------
@@ -129,10 +129,10 @@ def fuse(
     fusion : str
         ``"power"``, ``"max_rank"`` or ``"mean_rank"``.
     exponent : int
-        p, at least 1, for ``"power"``; ranks have no use for it.
+        p, at least 1, for ``"power"``; ignored for ranks.
     valid : array, shape (..., N), bool, optional
-        The tokens among which to rank. The others have no part in minima and ranks, and keep their importance. Default:
-        all True.
+        The tokens among which to rank. The others are excluded from minima and ranks, and keep their importance.
+        Default: all True.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -152,7 +152,7 @@ def fuse(
 
     Notes
     -----
-    The power is worked out first, by repeated multiplication. In float32 ranks and their means are exact for rows of up
+    The power is computed first, by repeated multiplication. In float32 ranks and their means are exact for rows of up
     to 8 million tokens. This step is not in GraphKV's paper.
 
     Examples
@@ -178,7 +178,7 @@ def fuse(
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(importance))
     checks.mask("valid", valid, shape, "importance", backend=backend)
-    step = backend.fuse or _fuse
+    step: FuseStep = backend.fuse or portable_fuse
     with backend.guarded(importance):
         return step(
             primitives.widen(importance, xp=xp),
@@ -190,8 +190,10 @@ def fuse(
         )
 
 
-def _fuse(importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend) -> Array:
-    """The specification of `fuse`: arguments checked and widened."""
+def portable_fuse(
+    importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
+) -> Array:
+    """Fuse importance and degree: the specification of `fuse`, with arguments checked and widened."""
     xp = backend.xp
     dtype = xp.result_type(importance.dtype, degree.dtype)
     importance, degree = xp.astype(importance, dtype), xp.astype(degree, dtype)
@@ -201,26 +203,26 @@ def _fuse(importance: Array, degree: Array, valid: Array, /, *, fusion: str, exp
 
 
 def power(importance: Array, distance: Array, valid: Array, /, *, exponent: int, backend: Backend) -> Array:
-    """Multiply by a power of the distance."""
+    """Multiply the shifted importance by a power of the distance."""
     xp = backend.xp
     smallest, largest = xp.full_like(distance, SMALLEST_POWER), xp.full_like(distance, LARGEST_POWER)
     factor = xp.ones_like(distance)
     for _ in range(exponent):
         # A power that has reached a bound stays there.
         factor = xp.minimum(xp.maximum(factor * distance, smallest), largest)
-    # Zeros may stand in for the others, because the minimum is with 0 anyway.
+    # Zeros may replace the others, because the minimum includes 0 anyway.
     number = xp.where(valid & xp.isfinite(importance), importance, xp.zeros_like(importance))
     lowest = xp.min(number, axis=-1, keepdims=True) if number.shape[-1] else number
     return (importance - xp.minimum(lowest, xp.zeros_like(lowest))) * factor
 
 
 def max_rank(importance: Array, distance: Array, valid: Array, /, *, exponent: int, backend: Backend) -> Array:
-    """Give the higher rank."""
+    """Return the higher rank."""
     return backend.xp.maximum(_rank(importance, valid, backend), _rank(distance, valid, backend))
 
 
 def mean_rank(importance: Array, distance: Array, valid: Array, /, *, exponent: int, backend: Backend) -> Array:
-    """Give the mean of the ranks."""
+    """Return the mean of the ranks."""
     return (_rank(importance, valid, backend) + _rank(distance, valid, backend)) / 2
 
 
@@ -228,14 +230,14 @@ FUSIONS: dict[str, Callable[..., Array]] = {"power": power, "max_rank": max_rank
 
 
 def _rank(values: Array, valid: Array, backend: Backend, /) -> Array:
-    """Rank the valid tokens of every row from 1, the worst, upwards."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    place = xp.argsort(top_k(values, values.shape[-1], ~valid, xp=xp), axis=-1)
+    """Rank the valid tokens of every row, from 1 for the worst."""
+    xp = backend.xp
+    place = xp.argsort(primitives.top_k(values, values.shape[-1], ~valid, backend=backend), axis=-1)
     num_valid = xp.sum(xp.astype(valid, place.dtype), axis=-1, keepdims=True)
     return xp.astype(num_valid - place, values.dtype)
 
 
 def _clip(degree: Array, /, *, xp: Namespace) -> Array:
-    """Clip to what a mean of cosines can be."""
+    """Clip to the range of a mean of cosines."""
     one = xp.ones_like(degree)
     return xp.minimum(xp.maximum(degree, -one), one)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, BuildGraphStep, resolve
 from .types import Array, Graph, Namespace
 
-__all__ = ["build_graph", "clip_weights", "normalise"]
+__all__ = ["build_graph", "clip_weights", "normalize", "portable_build_graph"]
 
-# Similarities are computed for this many tokens at a time unless the caller says otherwise.
+# Similarities are computed for this many tokens at a time by default.
 CHUNK_SIZE = 4096
 
 
@@ -31,13 +31,13 @@ def build_graph(
     .. math:: w_{ij} = \min(1, \max(0, \cos(k_i, k_j))),
 
     and the neighbors of a source are its M tokens of highest weight among the valid tokens that are not sources.
-    Equal values: the lower token index first. NaN importance ranks below every number.
+    Among equal values the lower token index comes first. NaN importance ranks below every number.
 
     Parameters
     ----------
     keys : array, shape (..., N, D)
-        Cached keys. A key whose length is zero, infinite or NaN in the arithmetic of the call has weight 0
-        to all.
+        Cached keys. A key whose length is zero, infinite or NaN in the arithmetic of the call has only edges of
+        weight 0.
     importance : array, shape (..., N)
         Score per token, higher = more important.
     num_sources : int
@@ -69,7 +69,7 @@ def build_graph(
     Notes
     -----
     Sources never decay each other: the method figure of the paper draws edges from sources to other tokens only, while
-    its formula lets :math:`j` run over all tokens. Negative similarities are no edges. Both are our reading.
+    its formula lets :math:`j` run over all tokens. Negative similarities are not edges. Both are our reading.
 
     References
     ----------
@@ -98,9 +98,9 @@ def build_graph(
     xp = backend.xp
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
-    step = backend.build_graph or _build_graph
+    step: BuildGraphStep = backend.build_graph or portable_build_graph
     with backend.guarded(keys):
-        graph: Graph = step(
+        return step(
             primitives.widen(keys, xp=xp),
             primitives.widen(importance, xp=xp),
             valid,
@@ -109,10 +109,9 @@ def build_graph(
             chunk_size=chunk_size,
             backend=backend,
         )
-    return graph
 
 
-def _build_graph(
+def portable_build_graph(
     keys: Array,
     importance: Array,
     valid: Array,
@@ -123,12 +122,12 @@ def _build_graph(
     chunk_size: int,
     backend: Backend,
 ) -> Graph:
-    """The specification of `build_graph`: arguments checked, widened and clipped."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
+    """Link tokens chunk by chunk: the specification of `build_graph`, with arguments checked, widened and clipped."""
+    xp = backend.xp
     num_tokens, device = keys.shape[-2], primitives.device_of(keys)
 
-    sources = xp.sort(top_k(importance, num_sources, ~valid, xp=xp), axis=-1)
-    directions = normalise(keys, xp=xp)
+    sources = xp.sort(primitives.top_k(importance, num_sources, ~valid, backend=backend), axis=-1)
+    directions = normalize(keys, xp=xp)
     source_directions = primitives.take_rows(directions, sources, xp=xp)
     is_valid_source = xp.take_along_axis(valid, sources, axis=-1)[..., None]
 
@@ -136,10 +135,12 @@ def _build_graph(
     neighbors = xp.zeros((*sources.shape, 0), dtype=sources.dtype, device=device)
     weights = xp.zeros(neighbors.shape, dtype=keys.dtype, device=device)
     excluded = xp.zeros(neighbors.shape, dtype=xp.bool, device=device)
-    for start in range(0, num_tokens, chunk_size):
-        stop = min(start + chunk_size, num_tokens)
+    # Chunks of one size: then equal keys seldom meet another order of summation.
+    width = -(-num_tokens // max(1, -(-num_tokens // chunk_size)))
+    for start in range(0, num_tokens, max(1, width)):
+        stop = min(start + width, num_tokens)
         tokens = xp.arange(start, stop, dtype=sources.dtype, device=device)
-        # In as many axes as the sources: not every library adds axes by itself (jax_numpy_rank_promotion).
+        # With as many axes as the sources: not every library adds axes by itself (jax_numpy_rank_promotion).
         is_source = xp.any(sources[..., None] == xp.reshape(tokens, (*(1 for _ in sources.shape), -1)), axis=-2)
         may_be_neighbor = (valid[..., start:stop] & ~is_source)[..., None, :]
 
@@ -147,11 +148,11 @@ def _build_graph(
         edge = clip_weights(similarity, xp=xp)
         edge = xp.where(may_be_neighbor & is_valid_source, edge, xp.zeros_like(edge))
 
-        # Earlier chunks stand first, so a stable ranking keeps the lower token index among equals.
+        # Earlier chunks come first, so a stable ranking keeps the lower token index among equals.
         neighbors = xp.concat([neighbors, xp.broadcast_to(tokens, edge.shape)], axis=-1)
         weights = xp.concat([weights, edge], axis=-1)
         excluded = xp.concat([excluded, xp.broadcast_to(~may_be_neighbor, edge.shape)], axis=-1)
-        best = top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, xp=xp)
+        best = primitives.top_k(weights, min(num_neighbors, weights.shape[-1]), excluded, backend=backend)
         neighbors = xp.take_along_axis(neighbors, best, axis=-1)
         weights = xp.take_along_axis(weights, best, axis=-1)
         excluded = xp.take_along_axis(excluded, best, axis=-1)
@@ -159,16 +160,16 @@ def _build_graph(
 
 
 def clip_weights(similarity: Array, /, *, xp: Namespace) -> Array:
-    """Clip cosines to edge weights in [0, 1]; NaN is no edge."""
+    """Clip cosines to edge weights in [0, 1]; NaN becomes 0."""
     zero, one = xp.zeros_like(similarity), xp.ones_like(similarity)
     return xp.where(similarity > 0, xp.minimum(similarity, one), zero)
 
 
-def normalise(keys: Array, /, *, xp: Namespace) -> Array:
+def normalize(keys: Array, /, *, xp: Namespace) -> Array:
     """Scale every key to length one; a key without a direction becomes zero."""
     square = xp.sum(keys * keys, axis=-1, keepdims=True)
-    # By the square: a compiler makes the root of a single square the number itself, which has another range. And a root
-    # has no slope at 0, so what must not count stands aside before it is taken.
+    # By the square: a compiler reduces the root of a single square to the number itself, whose range is different. And
+    # a root has no slope at 0, so unusable squares are replaced before it is taken.
     usable = (square > 0) & xp.isfinite(square)
     length = xp.sqrt(xp.where(usable, square, xp.ones_like(square)))
     return xp.where(usable, keys / length, xp.zeros_like(keys))

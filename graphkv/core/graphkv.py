@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from . import checks
-from .errors import ArgumentError
-from .policy import Assessment, LayerInputs, LayerShape, Requirements, Wrapper
+from .layer import Cost, Layer, LayerShape
+from .policy import Assessment, Requirements, Wrapper
 from .signals import Decay, Signal
 
 __all__ = ["GraphKV"]
-
-
-def _open_tokens(policy: GraphKV, budget: int, /) -> int:
-    """Count the tokens that the base may still choose at a layer budget."""
-    return max(0, budget - policy.num_protected(budget))
-
-
-def _flops(policy: GraphKV, shape: LayerShape, /) -> int:
-    return policy.signal.flops(shape, _open_tokens(policy, shape.budget))
-
-
-def _bytes(policy: GraphKV, shape: LayerShape, /) -> int:
-    return policy.signal.bytes(shape, _open_tokens(policy, shape.budget))
 
 
 @dataclass(frozen=True)
@@ -74,8 +60,6 @@ class GraphKV(Wrapper):
     Degree(exponent=4, fusion='power')
     """
 
-    requirements: ClassVar[Requirements] = Requirements(flops=_flops, bytes=_bytes)
-
     signal: Signal = Decay()  # noqa: RUF009 - an immutable value
     unrotated: bool = False
 
@@ -85,23 +69,28 @@ class GraphKV(Wrapper):
         checks.flag("unrotated", self.unrotated)
 
     def needs(self) -> Requirements:
-        """Need what the base needs, and the keys that are compared."""
+        """Return the needs of the base, and the keys that are compared."""
         needs = super().needs()
         return replace(needs, unrotated_keys=self.unrotated or needs.unrotated_keys)
 
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the base score, then the signal."""
-        keys = inputs.unrotated_keys if self.unrotated else inputs.keys
-        if keys is None:
-            raise ArgumentError("unrotated_keys must be given for GraphKV with unrotated=True; got None")
-        found = self.base.assess(inputs)
-        candidates = inputs.valid if found.protected is None else inputs.valid & ~found.protected
+    def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
+        """Send the signal over the base's scores."""
+        found = self.base.rescore(found, layer, budget)
+        candidates = layer.valid if found.protected is None else layer.valid & ~found.protected
         scores, graph = self.signal.rescore(
             found.scores,
-            keys,
-            valid=inputs.valid,
+            layer.unrotated_keys if self.unrotated else layer.keys,
+            valid=layer.valid,
             candidates=candidates,
-            open_tokens=_open_tokens(self, inputs.budget),
-            backend=inputs.backend,
+            open_tokens=self._open_tokens(budget),
+            backend=layer.backend,
         )
         return replace(found, scores=scores, graph=found.graph if graph is None else graph)
+
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Return the cost of the base and of the signal."""
+        return self.base.cost(shape).then(self.signal.cost(shape, self._open_tokens(shape.budget)))
+
+    def _open_tokens(self, budget: int, /) -> int:
+        """Count the tokens that the base may still choose at a layer budget."""
+        return max(0, budget - self.protection(budget).count)

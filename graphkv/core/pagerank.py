@@ -1,13 +1,13 @@
-"""Personalized PageRank: importance that flows between the tokens whose keys resemble each other."""
+"""Personalized PageRank: importance that flows between tokens whose keys resemble each other."""
 
 from __future__ import annotations
 
 from . import checks, primitives
-from .backend import Backend, resolve
-from .graph import normalise
+from .backend import Backend, PageRankStep, resolve
+from .graph import normalize
 from .types import Array
 
-__all__ = ["DAMPING", "ROUNDS", "pagerank"]
+__all__ = ["DAMPING", "ROUNDS", "pagerank", "portable_pagerank"]
 
 DAMPING = 0.15
 # Each round divides the error by about 1 / DAMPING: ten are enough for float32.
@@ -31,7 +31,7 @@ def pagerank(
 
     .. math:: c \leftarrow d\, \frac{A c}{\sum_i (A c)_i} + (1 - d)\, p
 
-    from :math:`c = p`, as often as there are rounds. As :math:`A c` is
+    starting at :math:`c = p`, once per round. As :math:`A c` is
     :math:`\frac{1}{2}(\sum_i c_i + \hat k_j \cdot \sum_i c_i \hat k_i)` with :math:`\hat k = k / \lVert k \rVert`, a
     round costs what it takes to read the keys: no pair is ever stored.
 
@@ -39,7 +39,7 @@ def pagerank(
     ----------
     importance : array, shape (..., N)
         Score per token, higher = keep. Half precision and integers are widened to float32. Infinite and NaN scores stay
-        as they are, and their tokens take no part.
+        as they are, and their tokens are excluded.
     keys : array, shape (..., N, D)
         Cached keys. A key whose length is zero, infinite or NaN in the arithmetic of the call has no direction: its
         cosine with any key is 0.
@@ -48,7 +48,7 @@ def pagerank(
     rounds : int
         The number of rounds. 0 returns the importance.
     valid : array, shape (..., N), bool, optional
-        False for padding, which takes no part and keeps its importance. Default: all True.
+        False for padding, which is excluded and keeps its importance. Default: all True.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -78,7 +78,7 @@ def pagerank(
 
     Examples
     --------
-    The two tokens on the right support each other; the one above stands alone and loses:
+    The two keys that point right support each other; the one that points up is alone and loses:
 
     >>> import numpy as np
     >>> from graphkv import pagerank
@@ -98,26 +98,28 @@ def pagerank(
     checks.mask("valid", valid, shape, "importance", backend=backend)
     importance, keys = primitives.widen(importance, xp=xp), primitives.widen(keys, xp=xp)
     if damping == 0 or rounds == 0:
-        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype), copy=False)
-    step = backend.pagerank or _pagerank
-    return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
+        return xp.astype(importance, xp.result_type(importance.dtype, keys.dtype))
+    step: PageRankStep = backend.pagerank or portable_pagerank
+    with backend.guarded(importance):
+        return step(importance, keys, valid, damping=damping, rounds=rounds, backend=backend)
 
 
-def _pagerank(
+def portable_pagerank(
     importance: Array, keys: Array, valid: Array, /, *, damping: float, rounds: int, backend: Backend
 ) -> Array:
-    """The specification of `pagerank`: arguments checked and widened, at least one round."""
+    """Let importance flow: the specification of `pagerank`, with arguments checked and at least one round."""
     xp = backend.xp
     dtype = xp.result_type(importance.dtype, keys.dtype)
-    importance, directions = xp.astype(importance, dtype), normalise(xp.astype(keys, dtype), xp=xp)
+    importance, directions = xp.astype(importance, dtype), normalize(xp.astype(keys, dtype), xp=xp)
     takes_part = valid & xp.isfinite(importance)
     mask = xp.astype(takes_part, dtype)
     directions = xp.where(takes_part[..., None], directions, xp.zeros_like(directions))
 
-    # Halved, the shift cannot overflow; divided by the largest, the sum cannot.
-    half = xp.where(takes_part, importance, xp.zeros_like(importance)) / 2
-    lowest = xp.min(half, axis=-1, keepdims=True) if half.shape[-1] else half
-    shifted = (half - xp.minimum(lowest, xp.zeros_like(lowest))) * mask
+    # Of an eighth, the shift cannot overflow, nor its reciprocal, which XLA divides by, be subnormal; divided by the
+    # largest, the sum cannot overflow.
+    eighth = xp.where(takes_part, importance, xp.zeros_like(importance)) / 8
+    lowest = xp.min(eighth, axis=-1, keepdims=True) if eighth.shape[-1] else eighth
+    shifted = (eighth - xp.minimum(lowest, xp.zeros_like(lowest))) * mask
     largest = xp.max(shifted, axis=-1, keepdims=True) if shifted.shape[-1] else shifted
     is_flat = ~(largest > 0)
     teleport = xp.where(is_flat, mask, shifted / _or_one(largest, backend))
@@ -130,15 +132,15 @@ def _pagerank(
         if left > 1:
             likeness = (directions @ xp.matrix_transpose(anchor))[..., 0]
         else:
-            # Not a matrix product at last: equal tokens must come out equal, wherever they stand.
+            # No matrix product in the last round: equal tokens must come out equal, whatever their position.
             likeness = xp.sum(directions * anchor, axis=-1)
         near = xp.sum(central, axis=-1, keepdims=True) + likeness
         near = xp.maximum(near, xp.zeros_like(near)) * mask
         central = damping * (near / _or_one(xp.sum(near, axis=-1, keepdims=True), backend)) + (1 - damping) * teleport
-    scores = xp.where(is_flat, central, central * total * largest * 2)
+    scores = xp.where(is_flat, central, central * total * largest * 8)
     return xp.where(takes_part, scores, importance)
 
 
 def _or_one(divisor: Array, backend: Backend, /) -> Array:
-    """Replace 0 by 1, to divide by."""
+    """Replace 0 by 1 in a divisor."""
     return backend.xp.where(divisor > 0, divisor, backend.xp.ones_like(divisor))

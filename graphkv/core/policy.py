@@ -1,184 +1,105 @@
-"""What an eviction policy is."""
+"""The contract of an eviction policy: a budget and a short list of stages."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from . import budgets, checks
-from .backend import Backend
-from .types import Array, Graph, Namespace
+from .layer import Cost, Layer, LayerShape, Memory
+from .merging import Merge
+from .protection import Protection
+from .selection import Choice, select
+from .types import Array, Graph
 from .values import Value
 
-__all__ = ["Assessment", "LayerInputs", "LayerShape", "Policy", "Requirements", "Wrapper"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LayerInputs:
-    """What a policy may look at: one attention layer, checked, with floating-point arrays in float32 or wider.
-
-    Attributes
-    ----------
-    keys : array, shape (batch, kv_heads, N, D)
-        Cached keys, after the rotary embedding.
-    values : array, shape (batch, kv_heads, N, Dv), or None
-    queries : array, shape (batch, query_heads, Q, D), or None
-        The last Q positions.
-    attention : array, shape (batch, query_heads, Q, N), or None
-        Attention probabilities of the last Q positions.
-    valid : array, shape (batch, kv_heads, N), bool
-        False for padding.
-    budget : int
-        Tokens to keep per row in this layer. `score` is asked only when it is smaller than N.
-    layer, num_layers : int
-        Index of the layer and number of layers.
-    backend : Backend
-    state : mapping of str to array, shape (batch, kv_heads, N, ...), or None
-        The policy's running sums per token, new tokens at zero. None at the first call.
-    num_seen : int
-        S, the first tokens that the state covers already; the N - S tokens after them are new. 0 at the first call.
-    unrotated_keys : array, shape (batch, kv_heads, N, D), or None
-        The keys before the rotary embedding.
-    """
-
-    keys: Array
-    values: Array | None
-    queries: Array | None
-    attention: Array | None
-    valid: Array
-    budget: int
-    layer: int
-    num_layers: int
-    backend: Backend
-    state: Mapping[str, Array] | None = None
-    num_seen: int = 0
-    unrotated_keys: Array | None = None
-
-    @property
-    def xp(self) -> Namespace:
-        """The array API namespace of the arrays."""
-        return self.backend.xp
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of cached tokens."""
-        return int(self.keys.shape[-2])
+__all__ = ["Assessment", "Policy", "Requirements", "Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Assessment:
-    """What a policy thinks of one layer's tokens.
+    """What was found about one layer's tokens.
 
     Attributes
     ----------
     importance : array, shape (batch, kv_heads, N)
         Base score per token, higher = keep.
     scores : array, shape (batch, kv_heads, N)
-        What selection ranks by: the importance, or what propagation made of it.
+        What the choice ranks by: the importance, or what re-scoring made of it.
     protected : array, shape (batch, kv_heads, N), bool, or None
-        Tokens that selection keeps before all others.
+        Tokens to keep before all others.
     graph : Graph or None
         The last graph that changed the scores.
-    head_budgets : array, shape (batch, kv_heads), integer, or None
-        Tokens to keep per head, for policies that share a layer's budget out over its heads.
+    counts : array, shape (batch, kv_heads), integer, or None
+        Tokens to keep per head, where a policy settles them by the scores of its own stage.
     """
 
     importance: Array
     scores: Array
     protected: Array | None = None
     graph: Graph | None = None
-    head_budgets: Array | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """The sizes of one layer, for costs.
-
-    Attributes
-    ----------
-    num_tokens : int
-        N, the number of cached tokens.
-    query_heads, kv_heads, head_size : int
-        The layer's heads and D.
-    budget : int
-        Tokens to keep per row in this layer.
-    batch : int
-        Default: 1.
-    """
-
-    num_tokens: int
-    query_heads: int
-    kv_heads: int
-    head_size: int
-    budget: int
-    batch: int = 1
-
-
-def _no_cost(policy: Any, shape: LayerShape, /) -> int:
-    return 0
+    counts: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What a policy needs beyond the cached keys, and what it costs on top of the model.
+    """What a policy needs beyond the cached keys. `evict` checks it before anything is computed.
 
     Attributes
     ----------
     values : bool
-        Looks at the cached values.
+        Needs the cached values.
     queries : str
-        ``"none"``, ``"window"`` (those of the last few positions) or ``"all"`` (those, or the attention rows, of every
-        position).
-    state : bool
-        Carries running sums per token from call to call.
-    fused_attention : bool
-        Works with an attention kernel that hands out no attention rows.
+        ``"none"``, ``"window"`` (those of the last `Policy.num_queries` positions), ``"new"`` (those of every position
+        since the last call) or ``"all"`` (those of every position; fewer are accepted). Attention rows serve as well.
+    logits : bool
+        Needs the queries themselves: attention rows cannot replace them.
+    state : tuple of str
+        Names of the arrays of its `Memory`. Empty for a policy that remembers nothing.
     unrotated_keys : bool
-        Looks at the keys before the rotary embedding.
-    preferences : bool
-        Shares the layers' budgets out by `Policy.preference`, so that all layers must be read before one is evicted.
+        Needs the keys before the rotary embedding.
+    wants : bool
+        Shares the layers' budgets out by `Policy.wants`, so that all layers must be read before one is evicted.
     couples_heads : bool
         What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
-        otherwise where some of the heads are in another process.
-    flops : callable
-        ``flops(policy, shape)``, floating-point operations per layer to leading order, as a plain function of the
-        policy's fields and a `LayerShape`. Default: none to speak of.
-    bytes : callable
-        ``bytes(policy, shape)``, size of the largest temporary array in float32. Default: none larger than the scores.
+        differently where some of the heads are in another process.
+    settled : bool
+        Every layer's budget is fixed, so that no other can be asked for.
     """
 
     values: bool = False
     queries: str = "none"
-    state: bool = False
-    fused_attention: bool = True
+    logits: bool = False
+    state: tuple[str, ...] = ()
     unrotated_keys: bool = False
-    preferences: bool = False
+    wants: bool = False
     couples_heads: bool = False
-    flops: Callable[[Any, LayerShape], int] = _no_cost
-    bytes: Callable[[Any, LayerShape], int] = _no_cost
+    settled: bool = False
 
     def joined(self, base: Requirements, /) -> Requirements:
-        """Add the needs of a base policy; costs stay with their own policy, see `Policy.flops`."""
-        kinds = ("none", "window", "all")
+        """Return these needs together with those of a base policy."""
+        kinds = ("none", "window", "new", "all")
         return replace(
             self,
             values=self.values or base.values,
             queries=max(self.queries, base.queries, key=kinds.index),
-            state=self.state or base.state,
-            fused_attention=self.fused_attention and base.fused_attention,
+            logits=self.logits or base.logits,
+            state=tuple(sorted({*self.state, *base.state})),
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
-            preferences=self.preferences or base.preferences,
+            wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
+            settled=self.settled or base.settled,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(Value, ABC):
-    """An immutable eviction policy: a budget per layer, and a score per token.
+    """An immutable eviction policy: a budget per layer, and the stages that decide what stays.
 
-    A new policy is a frozen dataclass that defines `score`; the other methods have defaults.
+    A new policy is a frozen dataclass that defines `score`; the other stages have defaults. `evict` runs them in the
+    order observe, score, protection, rescore, choose, merge.
 
     Parameters
     ----------
@@ -187,7 +108,7 @@ class Policy(Value, ABC):
         (0, 1].
     """
 
-    # What this class itself needs; `needs`, `flops` and `bytes` speak for a whole policy with its base.
+    # What this class itself needs; `needs` speaks for a whole policy with its base.
     requirements: ClassVar[Requirements] = Requirements()
 
     budget: int | float
@@ -195,14 +116,34 @@ class Policy(Value, ABC):
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", checks.ratio_or_count("budget", self.budget, zero=False))
 
-    @abstractmethod
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the importance of every token.
+    def observe(self, layer: Layer, memory: Memory | None, /) -> Memory | None:
+        """Remember the attention of the new positions.
+
+        Runs first, in a policy whose requirements name a state. Only the last `Layer.num_new` positions belong in it:
+        earlier calls have seen the others. Growing the memory to N tokens is part of this stage.
 
         Parameters
         ----------
-        inputs : LayerInputs
-            One layer, arrays in float32 or wider.
+        layer : Layer
+        memory : Memory or None
+            What the last call left, of the N - num_new tokens that are still there; None at the first call.
+
+        Returns
+        -------
+        Memory or None
+            Of all N tokens. Default: None.
+        """
+        return None
+
+    @abstractmethod
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return the importance of every token.
+
+        Parameters
+        ----------
+        layer : Layer
+        memory : Memory or None
+            What `observe` returned.
 
         Returns
         -------
@@ -210,53 +151,78 @@ class Policy(Value, ABC):
             Higher = keep. Entries of invalid tokens do not matter.
         """
 
-    def protect(self, inputs: LayerInputs, /) -> Array | None:
-        """Mark the tokens to keep before all others.
+    def protection(self, budget: int, /) -> Protection:
+        """Return who is kept before all others, at a layer budget in tokens. Default: nobody."""
+        return Protection()
+
+    def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
+        """Return new scores in the light of all importance. Default: what was found.
 
         Parameters
         ----------
-        inputs : LayerInputs
-            One layer.
+        found : Assessment
+            Importance, scores equal to it, and who is protected.
+        layer : Layer
+        budget : int
+            Tokens to keep per row.
 
         Returns
         -------
-        array, shape (batch, kv_heads, N), bool, or None
-            None protects nothing, which is the default.
+        Assessment
+        """
+        return found
+
+    def choose(self, found: Assessment, layer: Layer, budget: int, /) -> Choice:
+        """Return who stays. Default: `select`, which fills the budget in every row.
+
+        Parameters
+        ----------
+        found : Assessment
+            What the last stage returned.
+        layer : Layer
+        budget : int
+            Tokens to keep per row; less than N.
+
+        Returns
+        -------
+        Choice
+        """
+        kept = select(found.scores, budget, protected=found.protected, valid=layer.valid, backend=layer.backend)
+        return Choice(kept=kept)
+
+    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
+        """Return which dropped tokens go into which kept ones. Default: None, they are gone."""
+        return None
+
+    def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
+        """Return how much one layer wants of the common budget.
+
+        Returns
+        -------
+        array, shape (batch,), or None
+            Default: None, for policies whose budgets do not depend on what is in the layers.
         """
         return None
 
-    def num_protected(self, budget: int, /) -> int:
-        """Say how many tokens `protect` marks in a row without padding.
+    def share_out(self, wants: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Return the budgets of all layers in tokens.
 
         Parameters
         ----------
-        budget : int
-            The layer's budget in tokens.
-
-        Returns
-        -------
-        int
-            Default: 0. May be more than the budget.
-        """
-        return 0
-
-    def num_queries(self, num_tokens: int, /) -> int:
-        """Say of how many last positions `score` needs the queries.
-
-        Parameters
-        ----------
+        wants : sequence of float
+            What `wants` returned for one row of the batch, one number per layer.
         num_tokens : int
             N, tokens in the cache.
 
         Returns
         -------
-        int
-            At most N. Default: 0.
+        list of int
+            Default: `layer_budget` of every layer.
         """
-        return 0
+        return [self.layer_budget(num_tokens, layer, len(wants)) for layer in range(len(wants))]
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the budget of one layer in tokens.
+        """Return the budget of one layer in tokens.
 
         Parameters
         ----------
@@ -272,78 +238,21 @@ class Policy(Value, ABC):
         """
         return budgets.tokens_of(self.budget, num_tokens)
 
-    def preference(self, inputs: LayerInputs, /) -> Array | None:
-        """Say how much one layer wants of the common budget.
+    def num_queries(self, num_tokens: int, /) -> int:
+        """Return how many trailing queries `score` uses, at most N. Default: 0."""
+        return 0
 
-        Parameters
-        ----------
-        inputs : LayerInputs
-            One layer.
-
-        Returns
-        -------
-        array, shape (batch,), or None
-            Default: None, for policies whose budgets do not depend on what is in the layers.
-        """
-        return None
-
-    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
-        """Share the budgets of all layers out by their preferences.
-
-        Parameters
-        ----------
-        preferences : sequence of float
-            One per layer, of one row of the batch.
-        num_tokens : int
-            N, tokens in the cache.
-
-        Returns
-        -------
-        list of int
-            Default: `layer_budget` of every layer.
-        """
-        return [self.layer_budget(num_tokens, layer, len(preferences)) for layer in range(len(preferences))]
-
-    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
-        """Say how many tokens a single head may keep at most, at a layer budget."""
-        return min(budget, num_tokens)
+    def at(self, layer: int, num_layers: int, /) -> Policy:
+        """Return the policy of one layer. Default: this one for all."""
+        return self
 
     def needs(self) -> Requirements:
-        """Say what the policy needs, its base included."""
+        """Return what the policy needs, its base included."""
         return self.requirements
 
-    def flops(self, shape: LayerShape, /) -> int:
-        """Count the extra floating-point operations of one layer, to leading order."""
-        return self.requirements.flops(self, shape)
-
-    def bytes(self, shape: LayerShape, /) -> int:
-        """Give the size of the largest temporary array of one layer, in float32."""
-        return self.requirements.bytes(self, shape)
-
-    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array] | None:
-        """Fold the attention of the given queries into the running state; None for a policy without one.
-
-        Called before `score`, whenever queries or attention rows are given. The state is one array of shape (batch,
-        kv_heads, N, ...) per name, and travels with the kept tokens. Only rows of the N - `LayerInputs.num_seen` new
-        positions belong in it: the others were folded in by an earlier call.
-        """
-        return None
-
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Score one layer.
-
-        Parameters
-        ----------
-        inputs : LayerInputs
-            One layer.
-
-        Returns
-        -------
-        Assessment
-            Default: scores equal to the importance, and no graph.
-        """
-        importance = self.score(inputs)
-        return Assessment(importance=importance, scores=importance, protected=self.protect(inputs))
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Return the extra cost of one layer. Default: negligible."""
+        return Cost()
 
 
 @dataclass(frozen=True)
@@ -362,54 +271,55 @@ class Wrapper(Policy):
         checks.instance("base", self.base, Policy)
         object.__setattr__(self, "budget", self.base.budget)
 
-    def score(self, inputs: LayerInputs, /) -> Array:
-        """Give the base's importance."""
-        return self.base.score(inputs)
+    def observe(self, layer: Layer, memory: Memory | None, /) -> Memory | None:
+        """Return the base's memory."""
+        return self.base.observe(layer, memory)
 
-    def protect(self, inputs: LayerInputs, /) -> Array | None:
-        """Protect what the base protects."""
-        return self.base.protect(inputs)
+    def score(self, layer: Layer, memory: Memory | None, /) -> Array:
+        """Return the base's importance."""
+        return self.base.score(layer, memory)
 
-    def num_protected(self, budget: int, /) -> int:
-        """Count what the base protects."""
-        return self.base.num_protected(budget)
+    def protection(self, budget: int, /) -> Protection:
+        """Return the base's protection."""
+        return self.base.protection(budget)
 
-    def num_queries(self, num_tokens: int, /) -> int:
-        """Ask for the queries that the base needs."""
-        return self.base.num_queries(num_tokens)
+    def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
+        """Return the base's scores."""
+        return self.base.rescore(found, layer, budget)
+
+    def choose(self, found: Assessment, layer: Layer, budget: int, /) -> Choice:
+        """Return the base's choice."""
+        return self.base.choose(found, layer, budget)
+
+    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
+        """Return the base's merge."""
+        return self.base.merge(choice, layer, memory)
+
+    def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
+        """Return what the base wants."""
+        return self.base.wants(layer, memory)
+
+    def share_out(self, wants: Sequence[float], num_tokens: int, /) -> list[int]:
+        """Return the base's budgets."""
+        return self.base.share_out(wants, num_tokens)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
-        """Give the base's budget of the layer."""
+        """Return the base's budget of the layer."""
         return self.base.layer_budget(num_tokens, layer, num_layers)
 
-    def preference(self, inputs: LayerInputs, /) -> Array | None:
-        """Give the base's preference."""
-        return self.base.preference(inputs)
+    def num_queries(self, num_tokens: int, /) -> int:
+        """Return how many queries the base uses."""
+        return self.base.num_queries(num_tokens)
 
-    def layer_budgets(self, preferences: Sequence[float], num_tokens: int, /) -> list[int]:
-        """Give the base's budgets."""
-        return self.base.layer_budgets(preferences, num_tokens)
-
-    def widest_head(self, budget: int, num_tokens: int, kv_heads: int, /) -> int:
-        """Give the base's widest head."""
-        return self.base.widest_head(budget, num_tokens, kv_heads)
+    def at(self, layer: int, num_layers: int, /) -> Policy:
+        """Return this wrapper over the base's policy of the layer."""
+        base = self.base.at(layer, num_layers)
+        return self if base is self.base else replace(self, base=base)
 
     def needs(self) -> Requirements:
-        """Need what the base needs as well."""
+        """Return the needs of the base and of this wrapper."""
         return self.requirements.joined(self.base.needs())
 
-    def flops(self, shape: LayerShape, /) -> int:
-        """Add to the base's operations."""
-        return self.base.flops(shape) + super().flops(shape)
-
-    def bytes(self, shape: LayerShape, /) -> int:
-        """Compare with the base's largest array."""
-        return max(self.base.bytes(shape), super().bytes(shape))
-
-    def observe(self, inputs: LayerInputs, /) -> Mapping[str, Array] | None:
-        """Keep the base's state."""
-        return self.base.observe(inputs)
-
-    def assess(self, inputs: LayerInputs, /) -> Assessment:
-        """Let the base score."""
-        return self.base.assess(inputs)
+    def cost(self, shape: LayerShape, /) -> Cost:
+        """Return the base's cost."""
+        return self.base.cost(shape)

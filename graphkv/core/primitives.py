@@ -1,27 +1,29 @@
-"""What the array API standard lacks, written in the standard.
+"""Operations that the array API standard lacks, written in the standard.
 
-A backend may bring a faster form of each; the result must be the same.
+`top_k`, `segment_product` and `segment_sum` are doors: they call the backend's own form where it brings one, else the
+portable one. A backend's form is called like the portable one and must give the same results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import sqrt
 from typing import Any
 
+from .backend import Backend, SegmentReduce, TopK
 from .types import Array, Namespace
 
 __all__ = [
     "device_of",
     "finite_rows",
     "packed_top_k",
-    "received_attention",
+    "portable_segment_product",
+    "portable_segment_sum",
+    "portable_top_k",
     "segment_product",
     "segment_sum",
     "take_rows",
     "top_k",
     "widen",
-    "window_attention",
 ]
 
 # A packed key holds, from high to low bits: tier (2), score (32), token index (29).
@@ -31,7 +33,7 @@ INDEX_MASK = (1 << INDEX_BITS) - 1
 
 
 def widen(x: Array, /, *, xp: Namespace) -> Array:
-    """Give float32 and float64 as they are, everything else (half precision, integers) as float32.
+    """Return float32 and float64 as they are, everything else (half precision, integers) as float32.
 
     Parameters
     ----------
@@ -46,28 +48,36 @@ def widen(x: Array, /, *, xp: Namespace) -> Array:
 
 
 def device_of(x: Array, /) -> Any:
-    """Give the device of an array, or None for one that has no place yet: under ``jax.jit`` there are no devices."""
+    """Return the device of an array, or None for a traced array without a device, as under ``jax.jit``."""
     return getattr(x, "device", None)
 
 
-def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace) -> Array:
-    """Rank along the last axis and give the first k indices, best first.
+def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, backend: Backend) -> Array:
+    """Rank along the last axis and return the first k indices, best first.
 
-    The order is total, so every library gives the same indices: lower tier first; then higher score; then lower index.
-    NaN comes after every number of its tier, and -0.0 equals 0.0.
+    The order is total, so every library returns the same indices: lower tier first; then higher score; then lower
+    index. NaN comes after every number of its tier, and -0.0 equals 0.0.
 
     Parameters
     ----------
     scores : array, shape (..., N), float32 or float64
     k : int
         At most N.
-    tiers : array, shape (..., N), integer, optional
+    tiers : array, shape (..., N), integer or bool, optional
         0, 1, 2 or 3. Default: all in one tier.
+    backend : Backend
 
     Returns
     -------
     array, shape (..., k), int64
     """
+    step: TopK = backend.top_k or portable_top_k
+    return step(scores, k, tiers, backend=backend)
+
+
+def portable_top_k(scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array:
+    """Rank by two stable sorts: the specification of `top_k`."""
+    xp = backend.xp
     is_nan = xp.isnan(scores)
     # A NaN would sort first on some libraries and last on others.
     order = xp.argsort(xp.where(is_nan, xp.zeros_like(scores), scores), axis=-1, descending=True, stable=True)
@@ -81,38 +91,38 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, xp: Namespace
 def packed_top_k(
     scores: Array,
     k: int,
+    tiers: Array | None,
     /,
-    tiers: Array | None = None,
     *,
     bits: Callable[[Array], Array],
     smallest: Callable[[Array, int], Array],
-    xp: Namespace,
+    backend: Backend,
 ) -> Array:
-    """`top_k` by a library's own partial selection, which need not be stable: all keys are different.
+    """Compute `top_k` by a library's own partial selection, which need not be stable: all keys are different.
 
-    Where the scores are not float32, or there are too many tokens for a key, this is `top_k` itself.
+    Where the scores are not float32, or there are too many tokens for a key, the portable form is called.
 
     Parameters
     ----------
-    scores, k, tiers
-        As in `top_k`.
+    scores, k, tiers, backend
+        As for `top_k`.
     bits : callable
         Reads a float32 array as int32 without changing a bit, which the standard cannot.
     smallest : callable
-        ``smallest(keys, k)`` gives the k smallest of int64 keys along the last axis, ascending; 0 < k <= N.
+        ``smallest(keys, k)`` returns the k smallest of int64 keys along the last axis, ascending; 0 < k <= N.
 
     Returns
     -------
     array, shape (..., k), int64
     """
-    if scores.dtype != xp.float32 or k == 0 or scores.shape[-1] > INDEX_MASK:
-        return top_k(scores, k, tiers, xp=xp)
-    return smallest(_packed_keys(bits(scores), tiers, xp=xp), k) & INDEX_MASK
+    if scores.dtype != backend.xp.float32 or k == 0 or scores.shape[-1] > INDEX_MASK:
+        return portable_top_k(scores, k, tiers, backend=backend)
+    return smallest(_packed_keys(bits(scores), tiers, xp=backend.xp), k) & INDEX_MASK
 
 
 def _packed_keys(bits: Array, tiers: Array | None, /, *, xp: Namespace) -> Array:
     """Pack tier, score and token index of every token into one int64, ascending from the best token."""
-    # On the integers alone: compilers for GPUs may flush a subnormal float to zero, and so tie what is no tie.
+    # Only on the integers: compilers for GPUs may flush a subnormal float to zero, which would tie different scores.
     lowest = -(2**31)
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     bits = xp.where(bits == lowest, xp.zeros_like(bits), bits)  # -0.0 equals 0.0
@@ -148,86 +158,7 @@ def finite_rows(x: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
     return xp.where(is_finite[..., None], x, xp.zeros_like(x)), is_finite
 
 
-def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
-    """Softmax attention of the last W positions to all N keys, causal inside the window.
-
-    Query heads are folded into the rows of one product per KV head, so no key is repeated.
-
-    Parameters
-    ----------
-    queries : array, shape (batch, query_heads, W, D)
-        The last W positions.
-    keys : array, shape (batch, kv_heads, N, D)
-    valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none. So it is with keys and queries that hold an
-        infinity or NaN.
-
-    Returns
-    -------
-    array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
-        Probabilities.
-    """
-    queries, gives = finite_rows(queries, xp=xp)
-    keys, receives = finite_rows(keys, xp=xp)
-    batch, query_heads, window, head_size = queries.shape
-    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
-    groups = query_heads // kv_heads
-    rows = xp.reshape(queries, (batch, kv_heads, groups * window, head_size))
-    logits = rows @ xp.matrix_transpose(keys) / sqrt(max(head_size, 1))
-    logits = xp.reshape(logits, (batch, kv_heads, groups, window, num_tokens))
-
-    device = device_of(keys)
-    query_position = xp.arange(num_tokens - window, num_tokens, dtype=xp.int64, device=device)[:, None]
-    causal = xp.arange(num_tokens, dtype=xp.int64, device=device)[None, :] <= query_position
-    gives = xp.reshape(gives, (batch, kv_heads, groups, window, 1))
-    sees = (
-        causal[None, None, None, :, :]
-        & (valid & receives)[:, :, None, None, :]
-        & valid[:, :, None, num_tokens - window :, None]
-        & gives
-    )
-    lowest = xp.full_like(logits, -xp.inf)
-    logits = xp.where(sees, logits, lowest)
-    highest = xp.max(logits, axis=-1, keepdims=True)
-    # A padded query sees nothing: its row is all minus infinity, and stays all zero.
-    highest = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
-    weight = xp.exp(logits - highest)
-    total = xp.sum(weight, axis=-1, keepdims=True)
-    return weight / xp.where(total > 0, total, xp.ones_like(total))
-
-
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, xp: Namespace) -> Array:
-    """Sum what each token gets from the last Q positions: the columns of `window_attention`, but never all its rows.
-
-    A row needs the keys up to its own position only, and all of them are at hand, so its softmax needs no second pass.
-
-    Parameters
-    ----------
-    queries : array, shape (batch, query_heads, Q, D)
-        The last Q positions.
-    keys : array, shape (batch, kv_heads, N, D)
-    valid : array, shape (batch, kv_heads, N), bool
-        Padding receives no attention, and a padded query gives none.
-    block_size : int
-        At most so many queries of a head have their rows in memory at a time. It changes nothing but rounding.
-
-    Returns
-    -------
-    array, shape (batch, kv_heads, query_heads / kv_heads, N)
-    """
-    batch, query_heads, num_queries, _ = queries.shape
-    kv_heads, num_tokens = keys.shape[1], keys.shape[2]
-    shape = (batch, kv_heads, query_heads // kv_heads, num_tokens)
-    total = xp.zeros(shape, dtype=keys.dtype, device=device_of(keys))
-    for start in range(0, num_queries, block_size):
-        stop = min(start + block_size, num_queries)
-        end = num_tokens - num_queries + stop
-        rows = window_attention(queries[:, :, start:stop, :], keys[:, :, :end, :], valid[:, :, :end], xp=xp)
-        total = xp.concat([total[..., :end] + xp.sum(rows, axis=-2), total[..., end:]], axis=-1)
-    return total
-
-
-def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Multiply, row by row of the leading axes, the values that share an index; 1 where there are none.
 
     Parameters
@@ -235,17 +166,23 @@ def segment_product(values: Array, index: Array, num_segments: int, /, *, xp: Na
     values : array, shape (..., E), float32 or float64
     index : array, shape (..., E), integer in [0, num_segments)
     num_segments : int
-    xp : namespace
+    backend : Backend
 
     Returns
     -------
     array, shape (..., num_segments), dtype of `values`
         Entry t is the product of the values[..., e] with index[..., e] == t.
     """
-    return _segment_reduce(values, index, num_segments, xp.multiply, 1, xp=xp)
+    step: SegmentReduce = backend.segment_product or portable_segment_product
+    return step(values, index, num_segments, backend=backend)
 
 
-def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namespace) -> Array:
+def portable_segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
+    """Multiply by a sort: the specification of `segment_product`."""
+    return _segment_reduce(values, index, num_segments, backend.xp.multiply, 1, xp=backend.xp)
+
+
+def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Add, row by row of the leading axes, the values that share an index; 0 where there are none.
 
     Parameters
@@ -253,20 +190,26 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, xp: Namesp
     values : array, shape (..., E), float32 or float64
     index : array, shape (..., E), integer in [0, num_segments)
     num_segments : int
-    xp : namespace
+    backend : Backend
 
     Returns
     -------
     array, shape (..., num_segments), dtype of `values`
         Entry t is the sum of the values[..., e] with index[..., e] == t.
     """
-    return _segment_reduce(values, index, num_segments, xp.add, 0, xp=xp)
+    step: SegmentReduce = backend.segment_sum or portable_segment_sum
+    return step(values, index, num_segments, backend=backend)
+
+
+def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
+    """Add by a sort: the specification of `segment_sum`."""
+    return _segment_reduce(values, index, num_segments, backend.xp.add, 0, xp=backend.xp)
 
 
 def _segment_reduce(
     values: Array, index: Array, num_segments: int, combine: Callable[..., Array], identity: int, /, *, xp: Namespace
 ) -> Array:
-    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds it all."""
+    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds all."""
     *leading, num_values = values.shape
     num_rows = 1
     for size in leading:
@@ -284,7 +227,7 @@ def _segment_reduce(
     position = xp.arange(segment.shape[0], dtype=xp.int64, device=device)
     neutral = xp.full(result.shape, identity, dtype=result.dtype, device=device)
     step = 1
-    # A segment has at most one value per slot of its own row, so no run is longer than num_values.
+    # A segment has at most all values of its own row, so no run is longer than num_values.
     while step < num_values:
         back = xp.where(position >= step, position - step, xp.zeros_like(position))
         same = (position >= step) & (xp.take(segment, back) == segment)

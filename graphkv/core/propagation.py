@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, PropagateStep, resolve
 from .graph import clip_weights
 from .types import Array, Graph, Namespace
 
-__all__ = ["SIGNALS", "propagate"]
+__all__ = ["SIGNALS", "portable_propagate", "propagate"]
 
-# No factor of a decay product is smaller, so an exact duplicate keeps a positive score and its place among duplicates.
+# The lower bound of a factor of the product: an exact duplicate keeps a positive score and its place among duplicates.
 SMALLEST_FACTOR = 1e-6
 
 
@@ -53,7 +53,7 @@ def propagate(
         Score per token. Half precision and integers are widened to float32. Infinite and NaN scores stay as they are
         under ``"decay"`` and ``"enhance"``.
     graph : Graph
-        Edges of the same rows, from `build_graph`. A weight outside [0, 1] is clipped, NaN is no edge.
+        Edges of the same rows, from `build_graph`. A weight outside [0, 1] is clipped, and NaN counts as 0.
     signal : str
         ``"decay"``, ``"enhance"`` or ``"evict"``.
     rounds : int
@@ -75,14 +75,14 @@ def propagate(
     ArgumentError
         If shapes disagree, an option is unknown or out of range, or the sum is iterated.
     ArgumentTypeError
-        If `graph` is no Graph, `rounds` not an integer, `strength` not a number or an array not real.
+        If `graph` is not a Graph, `rounds` not an integer, `strength` not a number or an array not real.
     BackendError
         If the arrays are not all of the backend's library.
 
     Notes
     -----
-    The paper's text multiplies, its method figure adds; without negative scores both keep the same tokens there. For
-    negative importance (KNorm gives minus the norm) the paper is silent: a plain product would raise it.
+    The paper's text multiplies, its method figure adds; without negative scores both keep the same tokens there. The
+    paper does not cover negative importance (KNorm returns minus the norm): a plain product would raise it.
 
     References
     ----------
@@ -110,9 +110,9 @@ def propagate(
     importance = primitives.widen(importance, xp=backend.xp)
     if rounds == 0 or strength == 0 or graph.num_sources == 0 or graph.num_neighbors == 0:
         return importance
-    # Indices of any integer dtype name tokens, and not every library can gather by all of them.
+    # Indices may have any integer dtype, and not every library can gather by all of them.
     graph = replace(graph, neighbors=backend.xp.astype(graph.neighbors, backend.xp.int64))
-    step = backend.propagate or _propagate
+    step: PropagateStep = backend.propagate or portable_propagate
     with backend.guarded(importance):
         return step(
             importance,
@@ -125,7 +125,7 @@ def propagate(
         )
 
 
-def _propagate(
+def portable_propagate(
     importance: Array,
     graph: Graph,
     /,
@@ -136,9 +136,9 @@ def _propagate(
     strength: float,
     backend: Backend,
 ) -> Array:
-    """The specification of `propagate`: arguments checked, at least one edge and one round."""
+    """Send a signal: the specification of `propagate`, with arguments checked, and at least one edge and one round."""
     xp = backend.xp
-    # The arithmetic of the factors is as wide as the wider of the two inputs.
+    # Factors are computed in the wider dtype of the two inputs.
     dtype = xp.result_type(importance.dtype, primitives.widen(graph.weights, xp=xp).dtype)
     weights = clip_weights(xp.astype(graph.weights, dtype), xp=xp)
     graph = Graph(sources=graph.sources, neighbors=graph.neighbors, weights=weights, num_tokens=graph.num_tokens)
@@ -150,18 +150,18 @@ def _propagate(
 def decay(
     importance: Array, graph: Graph, /, *, rounds: int, accumulation: str, strength: float, backend: Backend
 ) -> Array:
-    """Lower every neighbor, the more the closer it is to the sources."""
+    """Lower every neighbor: the closer it is to the sources, the more."""
     return _scale(importance, _factor(graph, -strength, accumulation, backend), rounds, xp=backend.xp)
 
 
 def enhance(
     importance: Array, graph: Graph, /, *, rounds: int, accumulation: str, strength: float, backend: Backend
 ) -> Array:
-    """Raise every neighbor, the more the closer it is to the sources."""
+    """Raise every neighbor: the closer it is to the sources, the more."""
     return _scale(importance, _factor(graph, +strength, accumulation, backend), rounds, xp=backend.xp)
 
 
-def evict(
+def bar(
     importance: Array, graph: Graph, /, *, rounds: int, accumulation: str, strength: float, backend: Backend
 ) -> Array:
     """Send every neighbor to minus infinity."""
@@ -171,11 +171,11 @@ def evict(
     return xp.where(reached, xp.full_like(importance, -xp.inf), importance)
 
 
-SIGNALS: dict[str, Callable[..., Array]] = {"decay": decay, "enhance": enhance, "evict": evict}
+SIGNALS: dict[str, Callable[..., Array]] = {"decay": decay, "enhance": enhance, "evict": bar}
 
 
 def _factor(graph: Graph, signed_strength: float, accumulation: str, backend: Backend) -> Array:
-    """F: what one round multiplies each token by, from the edges that reach it."""
+    """Compute F, by which one round multiplies each token, from the edges that reach it."""
     if accumulation == "sum":
         return 1 + signed_strength * _accumulate(graph.weights, graph, "sum", backend)
     factors = 1 + signed_strength * graph.weights
@@ -187,22 +187,19 @@ def _accumulate(values: Array, graph: Graph, how: str, backend: Backend) -> Arra
     """Multiply or add the values (..., K, M) of all edges that reach each token: (..., N)."""
     xp = backend.xp
     edges = (*graph.sources.shape[:-1], graph.num_sources * graph.num_neighbors)
-    reduce = {
-        "product": backend.segment_product or primitives.segment_product,
-        "sum": backend.segment_sum or primitives.segment_sum,
-    }[how]
-    return reduce(xp.reshape(values, edges), xp.reshape(graph.neighbors, edges), graph.num_tokens, xp=xp)
+    reduce = primitives.segment_product if how == "product" else primitives.segment_sum
+    return reduce(xp.reshape(values, edges), xp.reshape(graph.neighbors, edges), graph.num_tokens, backend=backend)
 
 
 def _scale(importance: Array, factor: Array, rounds: int, /, *, xp: Namespace) -> Array:
-    """Multiply by the factor `rounds` times: towards zero from above, away from zero below."""
+    """Multiply by the factor `rounds` times, such that negative scores move in the direction of positive ones."""
     power = factor
     for _ in range(rounds - 1):
         power = power * factor
     score = xp.astype(importance, power.dtype)
-    # 0 and infinity absorb every finite factor. They stand aside, because infinity times a factor that rounds to 0, and
-    # 0 times one that overflows, are NaN (and NumPy would warn). What no edge reaches does so too: a library may take a
-    # subnormal number for 0 when it multiplies.
+    # 0 and infinity absorb every finite factor. Leave them unchanged: infinity times a factor that rounds to 0, and 0
+    # times one that overflows, are NaN (and NumPy would warn). Tokens that no edge reaches too: a library may flush a
+    # subnormal number to 0 when it multiplies.
     fixed = (score == 0) | xp.isinf(score) | (power == 1)
     number = xp.where(fixed, xp.ones_like(score), score)
     scaled = xp.where(number >= 0, number * power, number - xp.abs(number) * (1 - power))

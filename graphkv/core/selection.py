@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from . import checks, primitives
-from .backend import Backend, resolve
+from .backend import Backend, SelectStep, resolve
 from .types import Array, Namespace
 
-__all__ = ["select", "select_per_head"]
+__all__ = ["Choice", "select", "select_per_head"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """Who stays.
+
+    Attributes
+    ----------
+    kept : array, shape (batch, kv_heads, b), int64
+        Positions of the kept tokens, ascending. Where rows keep different numbers, b is what the widest may keep and a
+        row ends with -1.
+    counts : array, shape (batch, kv_heads), integer, or None
+        Number of kept tokens per row, where they differ.
+    levels : array, shape (batch, kv_heads, b), integer, or None
+        How far each kept token is demoted: 0 as it is, 1 and more in fewer bits. None: all as they are.
+    """
+
+    kept: Array
+    counts: Array | None = None
+    levels: Array | None = None
 
 
 def select(
@@ -18,7 +40,7 @@ def select(
     valid: Array | None = None,
     backend: Backend | str | None = None,
 ) -> Array:
-    """Choose which tokens stay: exactly `budget` per row.
+    """Select the tokens to keep: exactly `budget` per row.
 
     Protected valid tokens come first, then other valid tokens, then invalid ones. Within each group the higher score
     comes first, equal scores by lower token index, NaN last.
@@ -69,48 +91,50 @@ def select(
         checks.mask("protected", protected, shape, "scores", backend=backend)
     if valid is not None:
         checks.mask("valid", valid, shape, "scores", backend=backend)
-    step = backend.select or _select
+    step: SelectStep = backend.select or portable_select
     with backend.guarded(scores):
         return step(primitives.widen(scores, xp=xp), budget, protected, valid, backend=backend)
 
 
-def _select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
-    """The specification of `select`: arguments checked and widened."""
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    return xp.sort(top_k(scores, budget, _tiers(scores, protected, valid, xp=xp), xp=xp), axis=-1)
+def portable_select(
+    scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
+) -> Array:
+    """Rank and sort: the specification of `select`, with arguments checked and widened, and at most N to keep."""
+    tiers = _tiers(scores, protected, valid, xp=backend.xp)
+    return backend.xp.sort(primitives.top_k(scores, budget, tiers, backend=backend), axis=-1)
 
 
 def select_per_head(
     scores: Array, budgets: Array, width: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
 ) -> Array:
-    """Keep another number of tokens in every row.
+    """Select a different number of tokens in every row.
 
     Parameters
     ----------
     scores : array, shape (..., N), float32 or wider
     budgets : array, shape (...), integer in [0, width]
     width : int
-        At most N. What the widest row may keep; shapes cannot depend on `budgets`.
+        At most N. The most that a row may keep; shapes cannot depend on `budgets`.
     protected, valid : array, shape (..., N), bool, or None
         As in `select`.
 
     Returns
     -------
     array, shape (..., width), int64
-        In each row its budget of positions, ascending, then -1.
+        In each row the positions of its kept tokens, ascending, then -1.
     """
-    xp, top_k = backend.xp, backend.top_k or primitives.top_k
-    ranked = top_k(scores, width, _tiers(scores, protected, valid, xp=xp), xp=xp)
+    xp = backend.xp
+    ranked = primitives.top_k(scores, width, _tiers(scores, protected, valid, xp=xp), backend=backend)
     place = xp.arange(width, dtype=ranked.dtype, device=primitives.device_of(scores))
     place = xp.reshape(place, (*(1 for _ in budgets.shape), -1))
     is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]
-    # Dropped places sort behind every position.
+    # Unused slots sort behind every position.
     kept = xp.sort(xp.where(is_kept, ranked, xp.full_like(ranked, scores.shape[-1])), axis=-1)
     return xp.where(is_kept, kept, xp.full_like(kept, -1))
 
 
 def _tiers(scores: Array, protected: Array | None, valid: Array | None, /, *, xp: Namespace) -> Array:
-    """Say who comes first, whatever the score: 0 protected, 1 others, 2 padding."""
+    """Return the tiers, which rank before the scores: 0 protected, 1 others, 2 padding."""
     tiers = xp.ones(scores.shape, dtype=xp.int32, device=primitives.device_of(scores))
     if protected is not None:
         tiers = xp.where(protected, xp.zeros_like(tiers), tiers)

@@ -6,15 +6,15 @@ A signal is a frozen dataclass that defines `Signal.rescore`; `GraphKV` takes an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from . import budgets, checks
 from .backend import Backend
 from .fusion import EXPONENT, FUSIONS, degree, fuse
 from .graph import CHUNK_SIZE, build_graph
+from .layer import Cost, LayerShape
 from .pagerank import DAMPING, ROUNDS, pagerank
-from .policy import LayerShape
 from .propagation import propagate
 from .types import Array, Graph
 from .values import Value
@@ -56,13 +56,14 @@ class Signal(Value, ABC):
             The last graph that changed the scores.
         """
 
-    def flops(self, shape: LayerShape, open_tokens: int, /) -> int:
-        """Count the floating-point operations of one layer, to leading order. Default: 0."""
-        return 0
+    def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
+        """Return the cost of one layer. Default: the normalized keys in memory."""
+        return Cost(bytes=4 * _entries(shape))
 
-    def bytes(self, shape: LayerShape, open_tokens: int, /) -> int:
-        """Return the size of the largest temporary array of one layer, in float32. Default: the normalized keys."""
-        return 4 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+
+def _entries(shape: LayerShape, /) -> int:
+    """Return the number of entries of the keys."""
+    return shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +86,15 @@ class _Edges(Signal):
         """Link the best candidates to those that resemble them most, and send the signal once."""
         return self._send(scores, keys, candidates, open_tokens, backend)
 
-    def flops(self, shape: LayerShape, open_tokens: int, /) -> int:
-        """Compare every source with every token: 2 K N D, and 3 N D to normalize."""
-        num_sources, _ = self._counts(open_tokens)
-        rows = shape.batch * shape.kv_heads
-        return rows * shape.num_tokens * shape.head_size * (2 * min(num_sources, shape.num_tokens) + 3)
+    def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
+        """Compare every source with every token, 2 K N D, and normalize, 3 N D.
 
-    def bytes(self, shape: LayerShape, open_tokens: int, /) -> int:
-        """Hold the normalized keys, or a chunk of similarities where that is more, as the portable form does."""
-        similarities = self._counts(open_tokens)[0] * min(shape.num_tokens, CHUNK_SIZE)
-        return max(4 * shape.batch * shape.kv_heads * similarities, super().bytes(shape, open_tokens))
+        In memory: the normalized keys, or a chunk of similarities where that is more, as in the portable form.
+        """
+        num_sources, _ = self._counts(open_tokens)
+        chunk = 4 * shape.batch * shape.kv_heads * num_sources * min(shape.num_tokens, CHUNK_SIZE)
+        flops = _entries(shape) * (2 * min(num_sources, shape.num_tokens) + 3)
+        return Cost(flops, max(chunk, super().cost(shape, open_tokens).bytes))
 
     def _counts(self, open_tokens: int) -> tuple[int, int]:
         """Return K and M."""
@@ -148,9 +148,10 @@ class _Factors(_Edges):
             )
         return scores, graph
 
-    def flops(self, shape: LayerShape, open_tokens: int, /) -> int:
-        """Count as often as a graph is built."""
-        return super().flops(shape, open_tokens) * (self.rounds if self.recompute_sources else 1)
+    def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
+        """Count the operations once for every graph that is built."""
+        once = super().cost(shape, open_tokens)
+        return replace(once, flops=once.flops * (self.rounds if self.recompute_sources else 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +270,9 @@ class Degree(Signal):
         fused = fuse(scores, degrees, fusion=self.fusion, exponent=self.exponent, valid=candidates, backend=backend)
         return fused, None
 
-    def flops(self, shape: LayerShape, open_tokens: int, /) -> int:
+    def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
         """Normalize (3), sum up (1) and compare with the mean (2)."""
-        return 6 * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+        return replace(super().cost(shape, open_tokens), flops=6 * _entries(shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +310,6 @@ class PageRank(Signal):
         flowed = pagerank(scores, keys, damping=self.damping, rounds=self.rounds, valid=candidates, backend=backend)
         return flowed, None
 
-    def flops(self, shape: LayerShape, open_tokens: int, /) -> int:
+    def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
         """Normalize (3), then sum up (2) and compare (2) every round."""
-        return (3 + 4 * self.rounds) * shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+        return replace(super().cost(shape, open_tokens), flops=(3 + 4 * self.rounds) * _entries(shape))

@@ -1,4 +1,4 @@
-"""The types that every part of graphkv speaks."""
+"""The types that every part of graphkv uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import checks
 
 __all__ = ["Array", "Graph", "Namespace"]
 
-# The array API has no static type that NumPy, torch and CuPy all satisfy; shapes and dtypes stand in the docstrings.
+# The array API has no static type that NumPy, torch and CuPy all satisfy; shapes and dtypes are given in docstrings.
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 
@@ -18,7 +18,7 @@ Namespace: TypeAlias = Any
 class Graph:
     """The edges from source tokens to their neighbors, in regular (ELL) form.
 
-    Every source has the same number of edges, so three dense arrays hold the graph on every array library. An edge of
+    Every source has the same number of edges, so three dense arrays hold the graph in every array library. An edge of
     weight 0 has no effect anywhere; such edges fill rows that have fewer than M eligible tokens.
 
     Attributes
@@ -31,7 +31,7 @@ class Graph:
     weights : array, shape (..., K, M), float32 or wider
         Edge weights in [0, 1].
     num_tokens : int
-        N, the number of tokens over which the graph lives.
+        N, the number of tokens that the graph connects.
 
     Raises
     ------

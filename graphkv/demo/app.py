@@ -1,4 +1,4 @@
-"""Read the prompt once, evict a copy of its cache per policy, and compare the answers."""
+"""The command ``graphkv demo``: one prompt, a copy of its cache evicted by each policy, and their answers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from .. import __version__
 from ..core.backend import Backend, load
 from ..core.errors import ArgumentError
 from ..core.policy import Policy
-from ..evaluation.model import DEFAULT_MODEL, load_model
-from ..evaluation.policies import make_policy
 from ..integrations.transformers import EvictingCache, Fate, fates, observing
 from ..integrations.transformers.versions import with_cache
-from .files import check_folder, write_files
+from ..workbench.files import check_folder, write_files
+from ..workbench.forward import read, teacher_forced_logits
+from ..workbench.model import DEFAULT_MODEL, load_model
+from ..workbench.names import FULL
+from ..workbench.policies import make_policy
+from ..workbench.progress import show_steps
+from ..workbench.text import read_text
 from .picture import draw
-from .progress import progress
-from .prompt import Prompt, make_prompt, read_paragraphs
+from .prompt import ChatPrompt, make_prompt
 from .result import Result
 
 __all__ = ["Reader", "main"]
 
-DEFAULT_POLICIES = ("full", "random", "streaming-llm", "snapkv", "snapkv+graphkv", "snapkv+degree")
+DEFAULT_POLICIES = (FULL, "random", "streaming-llm", "snapkv", "snapkv+graphkv", "snapkv+degree")
 
 
 def main(
@@ -57,10 +60,10 @@ def main(
     if answer is not None and question is None:
         raise ArgumentError("--answer must come with --question")
     check_folder(output)
-    document = None if text is None else read_paragraphs(text)
+    document = None if text is None else read_text(text)
 
     console = Console()
-    with progress() as say:
+    with show_steps() as say:
         language_model, tokenizer = load_model(model, say)
         room = int(language_model.config.max_position_embeddings) - max_new_tokens
         prompt = make_prompt(tokenizer, document, question, answer, room)
@@ -93,7 +96,7 @@ def main(
         write_files(
             output,
             {
-                "report.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+                "report.json": json.dumps(report, indent=2) + "\n",
                 "kept.png": lambda path: draw(path, results, prompt),
             },
         )
@@ -105,27 +108,27 @@ def main(
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A model with its prompt: reads it once, and answers from whatever is left of the cache."""
+    """A model with its prompt, which it reads once and answers from whatever is left of the cache."""
 
     model: Any
     tokenizer: Any
-    prompt: Prompt
+    prompt: ChatPrompt
     max_new_tokens: int
 
     def prefill(self, policies: list[Policy]) -> tuple[EvictingCache, float]:
         """Read all of the prompt but its last token, so that every token of the answer comes from the evicted cache.
 
-        Gives the cache, with the queries that the policies will ask for, and the seconds that it took.
+        Returns the cache, with the queries that the policies will ask for, and the seconds that it took.
         """
         cached = self.prompt.token_ids[:, :-1]
         wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
         cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
-        self.model(cached, **with_cache(self.model, cache), logits_to_keep=1)
+        read(self.model, cached, cache)
         return cache, time.perf_counter() - start
 
     def answer(self, cache: EvictingCache) -> tuple[str, float]:
-        """Generate greedily from the cache; give the answer and the tokens per second."""
+        """Generate greedily from the cache; return the answer and the tokens per second."""
         ids = self.prompt.token_ids
         start = time.perf_counter()
         out = self.model.generate(
@@ -140,13 +143,12 @@ class Reader:
         return self.tokenizer.decode(new, skip_special_tokens=True).strip(), new.shape[0] / seconds
 
     def nll(self, cache: EvictingCache, expected: str) -> float | None:
-        """Give the mean negative log-likelihood per token of the expected answer, in nats; None of an empty one."""
-        ids = self.tokenizer(expected, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        if ids.shape[1] == 0:
+        """Return the mean negative log-likelihood per token of the expected answer, in nats; None of an empty one."""
+        answer = self.tokenizer(expected, add_special_tokens=False)["input_ids"]
+        if not answer:
             return None
-        inputs = torch.cat([self.prompt.token_ids[:, -1:], ids[:, :-1]], dim=1)
-        logits = self.model(inputs, **with_cache(self.model, cache)).logits
-        return float(torch.nn.functional.cross_entropy(logits[0].float(), ids[0]))
+        logits = teacher_forced_logits(self.model, cache, self.prompt.token_ids[0, -1:].tolist(), answer)
+        return float(torch.nn.functional.cross_entropy(logits[0].float(), torch.tensor(answer, device=logits.device)))
 
 
 def _try_policy(

@@ -1,4 +1,4 @@
-"""What `graphkv inspect` shows: one prompt of an evicted cache, token by token."""
+"""The findings of ``graphkv inspect``: one prompt of an evicted cache, token by token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Findings", "find"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Findings:
-    """What became of one prompt in a cache.
+    """The fate of one prompt's tokens in a cache.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Findings:
 
     @property
     def competes(self) -> Any:
-        """Which tokens were ranked by their scores, bool (layers, kv_heads, N): scored, and not kept in any case."""
+        """Tokens that were ranked by their scores, bool (layers, kv_heads, N): scored and not protected."""
         return ~np.isnan(self.importance) & (self.fates != Fate.PROTECTED)
 
     def ranks(self, scores: Any) -> Any:
@@ -78,7 +78,7 @@ def find(
     fact: tuple[int, int] | None = None,
     row: int = 0,
 ) -> Findings:
-    """Take what became of one prompt from a cache with ``record=True``.
+    """Collect the fate of one prompt's tokens from a cache with ``record=True``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""``graphkv inspect``: read one prompt, evict it, and show what became of every token."""
+"""The command ``graphkv inspect``: one prompt, evicted, and the fate of every token."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from rich.console import Console
 
 from ..core.backend import load
 from ..core.errors import ArgumentError
-from ..evaluation.model import DEFAULT_MODEL, load_model
-from ..evaluation.policies import make_policy
 from ..integrations.transformers import EvictingCache, observing
-from ..integrations.transformers.versions import with_cache
-from .files import check_folder, write_files
+from ..workbench.files import check_folder, write_files
+from ..workbench.forward import read
+from ..workbench.model import DEFAULT_MODEL, load_model
+from ..workbench.policies import make_policy
+from ..workbench.progress import show_steps
+from ..workbench.text import read_text
 from .findings import find
 from .page import write_page
 from .picture import draw_findings
-from .progress import progress
-from .prompt import make_prompt, read_paragraphs
+from .prompt import make_prompt
 
 __all__ = ["main"]
 
@@ -44,9 +45,9 @@ def main(
     if question is not None and not question.strip():
         raise ArgumentError("--question must not be empty")
     check_folder(output)
-    document = None if text is None else read_paragraphs(text)
+    document = None if text is None else read_text(text)
 
-    with progress() as say:
+    with show_steps() as say:
         language_model, tokenizer = load_model(model, say)
         config = language_model.config
         sizes = {"--layer": (layer, config.num_hidden_layers), "--head": (head, _num_heads(config))}
@@ -57,7 +58,7 @@ def main(
         say(f"Reading {prompt.token_ids.shape[1]} tokens")
         cache = EvictingCache(chosen, record=True, backend=decider)
         with observing(language_model), torch.inference_mode():
-            language_model(prompt.token_ids, **with_cache(language_model, cache), logits_to_keep=1)
+            read(language_model, prompt.token_ids, cache)
         say("Drawing")
         title = f"{policy} on {model or DEFAULT_MODEL}"
         findings = find(cache, prompt.words, title=title, layer=layer, head=head, fact=prompt.fact)
@@ -74,5 +75,5 @@ def main(
 
 
 def _num_heads(config: object) -> int:
-    """Give the number of KV heads."""
+    """Return the number of KV heads."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)  # type: ignore[attr-defined]

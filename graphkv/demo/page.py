@@ -1,4 +1,4 @@
-"""A self-contained HTML page: the text, with what became of every token in every layer and head."""
+"""A self-contained HTML page: the text, with the fate of every token in every layer and head."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def _quarters(fates: Any) -> Any:
 
 
 def _packed(array: Any, kind: str) -> dict[str, str]:
-    """Give little-endian numbers in base64."""
+    """Encode little-endian numbers in base64."""
     content = np.ascontiguousarray(array, dtype=np.dtype(kind).newbyteorder("<")).tobytes()
     return {"type": kind, "base64": base64.b64encode(content).decode("ascii")}
 
 
 def _edges(findings: Findings) -> dict[str, Any]:
-    """Give the edges from sources to suppressed tokens, with where those of each layer and head start."""
+    """Collect the edges from sources to suppressed tokens, with where those of each layer and head start."""
     num_heads = findings.fates.shape[1]
     counts, tokens, sources, weights = [], [], [], []
     for each in findings.stats:
@@ -130,7 +130,7 @@ def _numbers(findings: Findings) -> list[tuple[str, str]]:
 
 
 def _sentence(findings: Findings, layer: int) -> str:
-    """Say in words what one layer did."""
+    """Describe one layer in words."""
     here, each = findings.fates[layer], findings.stats[layer]
     said = f"Keeps {_span((here >= Fate.KEPT).sum(axis=-1))} of {here.shape[-1]:,} tokens per head"
     if not each.evicts:

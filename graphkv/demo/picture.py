@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from ..integrations.transformers import Fate
 from .findings import Findings
-from .prompt import Prompt
+from .prompt import ChatPrompt
 from .result import Result
 
 __all__ = ["draw", "draw_findings"]
@@ -29,7 +29,7 @@ DPI = 150
 BINS = 360
 
 
-def draw(path: Path, results: list[Result], prompt: Prompt) -> None:
+def draw(path: Path, results: list[Result], prompt: ChatPrompt) -> None:
     """Draw one panel per policy, tokens from left to right and layers from top to bottom.
 
     Parameters
@@ -37,7 +37,7 @@ def draw(path: Path, results: list[Result], prompt: Prompt) -> None:
     path : pathlib.Path
         Where the PNG goes.
     results : list of Result
-    prompt : Prompt
+    prompt : ChatPrompt
     """
     num_tokens = results[0].kept.shape[-1]
     figure = Figure(figsize=(11, 0.9 + 1.55 * len(results)), dpi=DPI, layout="constrained")
@@ -107,7 +107,7 @@ def draw_findings(path: Path, findings: Findings) -> None:
 
 
 def _draw_share(panel: Any, share: Any, shape: tuple[int, int, int], **options: Any) -> Any:
-    """Draw a share per layer and bin, from masks of shape (layers, heads, N); gives the image."""
+    """Draw a share per layer and bin, from masks of shape (layers, heads, N); return the image."""
     num_layers, _, num_tokens = shape
     panel.set_ylabel("layer", fontsize=8)
     panel.tick_params(labelsize=7)

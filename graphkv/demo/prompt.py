@@ -1,18 +1,17 @@
-"""What the model is asked to read, and what about it."""
+"""A document with a question, in the chat template of a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import torch
 
 from ..core.errors import ArgumentError
+from ..workbench.text import Text, language_reference
 
-__all__ = ["Prompt", "make_prompt", "read_paragraphs"]
+__all__ = ["ChatPrompt", "make_prompt"]
 
 FACT = "The magic number of the library is 4817264."
 NUMBER = "4817264"
@@ -23,7 +22,7 @@ DEFAULT_TOKENS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class ChatPrompt:
     """A document with a question.
 
     Attributes
@@ -35,11 +34,11 @@ class Prompt:
     expected : str or None
         The expected answer; None if only the full cache can tell.
     must_contain : str or None
-        What a correct answer contains.
+        A part of every correct answer.
     document : tuple of int
         First token of the document and the one after its last.
     fact : tuple of int or None
-        Likewise for the fact that was placed in the document.
+        The same for the fact that was placed in the document.
     """
 
     token_ids: torch.Tensor
@@ -51,8 +50,8 @@ class Prompt:
 
 
 def make_prompt(
-    tokenizer: Any, paragraphs: list[str] | None, question: str | None, answer: str | None, max_tokens: int
-) -> Prompt:
+    tokenizer: Any, text: Text | None, question: str | None, answer: str | None, max_tokens: int
+) -> ChatPrompt:
     """Put document and question into the model's chat template.
 
     Without a question, a fact is placed in the middle of the document, between two paragraphs, and asked for.
@@ -60,11 +59,11 @@ def make_prompt(
     Parameters
     ----------
     tokenizer : transformers tokenizer
-    paragraphs : list of str or None
+    text : Text or None
         The document. None: CPython's language reference.
     question, answer : str or None
     max_tokens : int
-        What fits into the model's context, room for the answer already taken off.
+        Room in the model's context, without that of the answer.
 
     Raises
     ------
@@ -73,7 +72,7 @@ def make_prompt(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("--model must have a chat template; this one has none")
-    paragraphs = paragraphs or _default_document(tokenizer)
+    paragraphs = _default_document(tokenizer) if text is None else text.paragraphs
     fact = FACT if question is None else None
     if fact is not None:
         middle = _middle(paragraphs)
@@ -91,7 +90,7 @@ def make_prompt(
             f"--text must fit into the model's context: {max_tokens} tokens with the question; got {len(ids)}"
         )
     begin = whole.index(document)
-    return Prompt(
+    return ChatPrompt(
         token_ids=torch.asarray([ids]),
         words=_words(whole, offsets),
         expected=fact or answer,
@@ -101,45 +100,31 @@ def make_prompt(
     )
 
 
-def read_paragraphs(path: Path) -> list[str]:
-    """Read a UTF-8 text, or say in an ArgumentError why it cannot be used."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ArgumentError(f"--text {path} cannot be read: {reason}") from error
-    paragraphs = [part.strip("\n") for part in content.split("\n\n") if part.strip()]
-    if not paragraphs:
-        raise ArgumentError(f"--text {path} must not be empty")
-    return paragraphs
-
-
 def _default_document(tokenizer: Any) -> list[str]:
     """Take paragraphs of the language reference until there are enough."""
     paragraphs: list[str] = []
     room = DEFAULT_TOKENS
-    for chapter in CHAPTERS:
-        for paragraph in topics.topics[chapter].strip().split("\n\n"):
-            room -= len(tokenizer(paragraph, add_special_tokens=False)["input_ids"]) + 1
-            if room < 0:
-                return paragraphs
-            paragraphs.append(paragraph)
+    for paragraph in language_reference(*CHAPTERS).paragraphs:
+        room -= len(tokenizer(paragraph, add_special_tokens=False)["input_ids"]) + 1
+        if room < 0:
+            break
+        paragraphs.append(paragraph)
     return paragraphs
 
 
 def _middle(paragraphs: list[str]) -> int:
-    """Give the paragraph boundary that is nearest to half of the text."""
+    """Return the paragraph boundary that is nearest to half of the text."""
     ends = list(accumulate((len(paragraph) for paragraph in paragraphs), initial=0))
     return min(range(len(ends)), key=lambda boundary: abs(ends[boundary] - ends[-1] / 2))
 
 
 def _words(whole: str, offsets: list[tuple[int, int]]) -> list[str]:
-    """Cut the text at the tokens. Several tokens may share one character, and some leave a space to nobody."""
+    """Cut the text at the tokens. Several tokens may share one character, and some spaces belong to no token."""
     ends = [stop for _, stop in offsets]
     return [whole[begin:end] for begin, end in zip([0, *ends], [*ends[:-1], len(whole)], strict=False)]
 
 
 def _span(offsets: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
-    """Give the tokens that touch the characters from `start` to `stop`."""
+    """Return the tokens that touch the characters from `start` to `stop`."""
     touching = [index for index, (begin, end) in enumerate(offsets) if begin < stop and end > start]
     return touching[0], touching[-1] + 1

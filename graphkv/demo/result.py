@@ -1,4 +1,4 @@
-"""What the demo reports of one policy."""
+"""The demo's result of one policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Result"]
 
 @dataclass(kw_only=True)
 class Result:
-    """What one policy did and how the model answered from it.
+    """The cache that one policy left, and the answer from it.
 
     `kept` and `suppressed` are bool arrays of shape (layers, kv_heads, N) on the host; a token is suppressed where the
     base policy alone would have kept it and the graph dropped it.
@@ -29,5 +29,5 @@ class Result:
     suppressed: Any = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Give everything that is not an array."""
+        """Return everything that is not an array."""
         return {name: value for name, value in vars(self).items() if name not in ("kept", "suppressed")}

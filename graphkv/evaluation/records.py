@@ -1,4 +1,4 @@
-"""A run on disk: the records of its examples, and what they were made with."""
+"""A run on disk: the records of its examples, and their provenance."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ArgumentError
+from ..workbench.files import write_file
 
 __all__ = ["SCHEMA", "Record", "Run", "read_header", "read_records"]
 
-# Raised whenever a field changes its meaning; runs of another schema are not continued.
-SCHEMA = 1
+# Raised whenever a field changes its meaning. Runs of an older schema can be read, and not continued.
+# 2: caches are measured; a budget is what was asked for. In 1, no record says how large its cache was.
+SCHEMA = 2
 RECORDS = "records.jsonl"
 HEADER = "run.json"
 
@@ -39,7 +41,7 @@ class Record:
     num_tokens : int
         Tokens in the cache when it was evicted.
     depth : float or None
-        Where the needle lies, in [0, 1]: tokens before it as a share of `length`.
+        Depth of the needle in [0, 1]: tokens before it as a share of `length`.
     split : str or None
         ``tuning`` or ``held-out``. None for rows of a data set.
     seed : int or None
@@ -48,9 +50,9 @@ class Record:
         ``aware`` or ``agnostic``.
     policy : str
     budget : int or None
-        Tokens kept per KV head in the average layer. None for ``full``.
+        Tokens to keep per KV head in the average layer, as asked for. None for ``full``.
     sinks : int or None
-        First tokens that every policy had to keep. None for ``full``.
+        First tokens to keep before all others. None for ``full``.
     answer_tokens : int
         Tokens that `nll`, `kl` and `match` are about.
     nll : float
@@ -64,14 +66,20 @@ class Record:
     score : float or None
         The metric of `text`, in [0, 1]. None where nothing was generated.
     text : str or None
-        What greedy decoding gave.
+        What greedy decoding generated.
     output_error : float or None
         Relative error of the attention outputs, averaged over layers and heads. None where not asked for.
     attention_mass : float or None
-        Share of the full cache's attention that falls on kept tokens, likewise.
+        Share of the full cache's attention on kept tokens. None where not asked for.
     redundancy : float or None
         Mean cosine of two different kept keys of a head, averaged over layers and heads: the lower, the more diverse.
         None in runs that did not measure it.
+    tokens_kept : float or None
+        Tokens in the cache after the eviction, measured: mean over KV heads and over the layers that can be evicted.
+        None in runs that did not measure it.
+    cache_bytes : int or None
+        Bytes of all keys and values that the cache stores then, measured: padding of shorter heads and layers that
+        cannot be evicted included. None in runs that did not measure it.
     """
 
     prompt: str
@@ -97,14 +105,21 @@ class Record:
     output_error: float | None = None
     attention_mass: float | None = None
     redundancy: float | None = None
+    tokens_kept: float | None = None
+    cache_bytes: int | None = None
 
     @property
     def key(self) -> str:
-        """What tells this record from every other one of its run."""
+        """The identity of this record in its run."""
         return record_key(self.prompt, self.question, self.mode, self.policy, self.budget, self.sinks)
 
+    @property
+    def is_off_budget(self) -> bool:
+        """Whether the cache was measured and kept another number of tokens than the budget."""
+        return self.budget is not None and self.tokens_kept is not None and self.tokens_kept != self.budget
+
     def line(self) -> str:
-        """Give the line of JSON, with its newline."""
+        """Return the line of JSON, with its newline."""
         return json.dumps({"key": self.key, **asdict(self)}, ensure_ascii=False) + "\n"
 
 
@@ -127,7 +142,7 @@ def read_records(folder: Path, /) -> list[Record]:
     Raises
     ------
     ArgumentError
-        If there is no run, or a line is none of a record.
+        If there is no run, or a line is not a valid record.
     """
     path = folder / RECORDS
     try:
@@ -139,7 +154,7 @@ def read_records(folder: Path, /) -> list[Record]:
 
 
 def read_header(folder: Path, /) -> dict[str, Any]:
-    """Read what a run is: its configuration, hashes and sessions.
+    """Read the provenance of a run: its configuration, hashes and sessions.
 
     Parameters
     ----------
@@ -168,7 +183,7 @@ def _parse(line: bytes, where: str) -> Record:
         values = json.loads(line)
         return Record(**{name: value for name, value in values.items() if name != "key"})
     except (ValueError, TypeError, AttributeError) as error:
-        raise ArgumentError(f"{where} must be a record of schema {SCHEMA}; got {line[:80]!r}") from error
+        raise ArgumentError(f"{where} must be a record of schema {SCHEMA} or older; got {line[:80]!r}") from error
 
 
 class Run:
@@ -177,11 +192,11 @@ class Run:
     Parameters
     ----------
     folder : pathlib.Path
-        Made if it is not there. A run that is there is continued.
+        Made if it does not exist. A run in it is continued.
     identity : dict
         What the numbers depend on: configuration and SHA-256 of model and text. Values of JSON.
     session : dict
-        What this session works with: versions, commit, machine, time. Values of JSON.
+        Versions, commit, machine and time of this session. Values of JSON.
 
     Raises
     ------
@@ -191,7 +206,7 @@ class Run:
     Attributes
     ----------
     done : set of str
-        Keys of the records that are there.
+        Keys of the records in the folder.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], session: dict[str, Any]) -> None:
@@ -199,7 +214,7 @@ class Run:
         self.path = folder / RECORDS
         self.done: set[str] = set()
         header = folder / HEADER
-        # As JSON gives it back, so that tuples and lists compare alike.
+        # As it comes back from JSON, so that tuples and lists compare alike.
         identity = json.loads(json.dumps({"schema": SCHEMA, **identity}))
         sessions: list[dict[str, Any]] = []
         try:
@@ -208,13 +223,13 @@ class Run:
                 sessions = self._continue(header, identity)
             elif self.path.exists():
                 raise ArgumentError(f"--output {folder} holds {RECORDS} but no {HEADER}; it cannot be continued")
-            _replace(header, {**identity, "sessions": [*sessions, session]})
+            write_file(header, _as_json({**identity, "sessions": [*sessions, session]}))
             self.path.touch()
         except OSError as error:
             raise ArgumentError(f"--output {folder} cannot be written: {error.strerror or error}") from error
 
     def _continue(self, header: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check that the run there is the same, take note of its records and cut off a torn last line."""
+        """Check that the run in the folder is the same, note its records and cut off a torn last line."""
         try:
             known = json.loads(header.read_text(encoding="utf-8"))
             sessions: list[dict[str, Any]] = known.pop("sessions")
@@ -237,7 +252,7 @@ class Run:
         return sessions
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write the records that are not there yet, and make sure that they are on disk.
+        """Write the records that are missing, through to the disk.
 
         Parameters
         ----------
@@ -257,7 +272,7 @@ class Run:
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Name what differs, down to the single setting."""
+    """List what differs, down to the single setting."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             difference
@@ -272,8 +287,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of JSON whole or not at all."""
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

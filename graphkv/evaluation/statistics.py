@@ -1,4 +1,4 @@
-"""What the records of a run say, with what chance alone could have done.
+"""Means, differences and intervals of records, paired by prompt.
 
 Prompts are the units: all policies answer the same prompts, so differences are taken prompt by prompt, and a prompt
 with several questions counts once, with their mean. Prompts cut from one text may overlap, which no interval knows.
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from ..core.errors import ArgumentError
-from .names import base_name
+from ..workbench.names import FULL, base_name
 from .records import Record
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "compare",
     "interval",
     "prompts_needed",
-    "summarise",
+    "summarize",
     "table",
     "wilcoxon",
 ]
@@ -41,13 +41,14 @@ METRICS = {
     "output_error": False,
     "attention_mass": True,
     "redundancy": False,
+    "tokens_kept": False,
+    "cache_bytes": False,
 }
 RESAMPLES = 9999
-FULL = "full"
 
 
 class Cell(NamedTuple):
-    """Where policies can be compared: everything but the policy and the prompt."""
+    """A place where policies are compared: everything but policy and prompt."""
 
     task: str
     mode: str
@@ -66,7 +67,7 @@ class Interval:
     count: int
 
     def excludes_zero(self) -> bool:
-        """Whether all of the interval lies on one side of zero."""
+        """Return whether all of the interval is on one side of zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -102,7 +103,7 @@ class Comparison:
 def table(records: Iterable[Record], metric: str, /) -> dict[Cell, dict[str, dict[str, float]]]:
     """Sort the values of a metric: per cell and policy, one number per prompt.
 
-    The full cache has no budget; it stands in every cell of its task, mode and length.
+    The full cache has no budget; it is in every cell of its task, mode and length.
 
     Parameters
     ----------
@@ -136,8 +137,8 @@ def table(records: Iterable[Record], metric: str, /) -> dict[Cell, dict[str, dic
     return result
 
 
-def summarise(records: Iterable[Record], metric: str, /) -> dict[Cell, dict[str, Interval]]:
-    """Give mean and interval of every policy in every cell."""
+def summarize(records: Iterable[Record], metric: str, /) -> dict[Cell, dict[str, Interval]]:
+    """Compute mean and interval of every policy in every cell."""
     return {
         cell: {policy: interval(list(values.values())) for policy, values in policies.items()}
         for cell, policies in table(records, metric).items()
@@ -187,13 +188,12 @@ def compare(records: Iterable[Record], metric: str, pairs: Mapping[str, str] | N
 
 
 def interval(values: Sequence[float], /, *, level: float = 0.95, seed: int = 0) -> Interval:
-    """Give the mean and its bias-corrected, accelerated bootstrap interval (Efron 1987).
+    """Compute the mean and its bias-corrected, accelerated bootstrap interval (Efron 1987).
 
     Parameters
     ----------
     values : sequence of float
-        One per prompt. A single one says nothing about others: the interval is infinite. Equal ones have an interval of
-        no width.
+        One per prompt. Of a single one the interval is infinite, of equal ones it has no width.
     level : float
     seed : int
         Of the resampling, so that equal values give equal intervals.
@@ -211,13 +211,13 @@ def interval(values: Sequence[float], /, *, level: float = 0.95, seed: int = 0) 
 
 
 def wilcoxon(differences: Sequence[float], /) -> float:
-    """Give the two-sided p-value of Wilcoxon's signed-rank test, zeros ranked as by Pratt; 1 if all are zero."""
+    """Compute the two-sided p-value of Wilcoxon's signed-rank test, zeros ranked as by Pratt; 1 if all are zero."""
     array = np.asarray(differences, dtype=float)
     return float(stats.wilcoxon(array, zero_method="pratt").pvalue) if array.any() else 1.0
 
 
 def prompts_needed(deviation: float, effect: float, /, *, power: float = 0.8, level: float = 0.05) -> int:
-    """Say how many prompts a paired t-test needs to find a mean difference.
+    """Compute the number of prompts that a paired t-test needs to find a mean difference.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def prompts_needed(deviation: float, effect: float, /, *, power: float = 0.8, le
     power : float
         Probability of finding it.
     level : float
-        Probability of finding something where there is nothing, two-sided.
+        Probability of finding a difference where there is none, two-sided.
 
     Returns
     -------

@@ -1,1 +1,1 @@
-"""Where the policies are plugged in: one file per model library."""
+"""The model libraries that policies plug into, one file each."""

@@ -3,14 +3,14 @@
 Three things that kvpress leaves open are settled here:
 
 * Kept tokens stay in the order of the prompt, so a later step that goes by position finds a window where it looks.
-* What a press forces is told from what it merely likes, and protected by a mask: it takes no part in the graph.
+* Tokens a press forces are distinguished from high-scoring ones, and protected: they take no part in the graph.
 * What kvpress would get wrong in silence, padding for instance, is an error.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from typing import Any
@@ -22,11 +22,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, QuantizedCache
 
+from ..adapters.given import Given
 from ..core import checks
 from ..core.errors import ArgumentError
 from ..core.eviction import Eviction, evict
 from ..core.graphkv import GraphKV
-from ..core.policy import LayerInputs, Policy
+from ..core.policy import Policy
 from ..core.signals import Decay, Signal
 
 __all__ = ["GraphKVPress", "PolicyPress"]
@@ -77,7 +78,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         checks.instance("policy", self.policy, Policy)
-        if self.policy.needs().preferences:
+        if self.policy.needs().wants:
             raise ArgumentError(
                 "policy must know each layer's budget beforehand: kvpress evicts a layer before the next one has read "
                 f"anything; {type(self.policy).__name__} does not, so wrap it in LayerBudgets"
@@ -155,7 +156,11 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             backend="torch",
         )
         self._evicted[layer.layer_idx] = 1 - min(decision.budget, num_tokens) / num_tokens
-        if decision.head_budgets is None:
+        if decision.merge is not None:
+            raise ArgumentError(
+                f"policy must drop tokens, not merge them, in kvpress; {type(self.policy).__name__} merges"
+            )
+        if decision.counts is None:
             return decision.apply(keys), decision.apply(values)
         if is_eager:
             raise ArgumentError(
@@ -214,7 +219,7 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
     """
 
     base_press: ScorerPress
-    graphkv: GraphKV
+    signal: Signal
 
     def __init__(
         self, base_press: ScorerPress, *, compression_ratio: float | None = None, signal: Signal = _PAPER
@@ -225,7 +230,8 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
                 f"base_press must evict by its scores alone; {type(base_press).__name__} has a compress of its own"
             )
         self.base_press = base_press
-        self.graphkv = GraphKV(_SCORES, signal)
+        checks.instance("signal", signal, Signal)
+        self.signal = signal
         if compression_ratio is not None:
             self.compression_ratio = checks.fraction("compression_ratio", compression_ratio)
 
@@ -313,14 +319,13 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         # Forced tokens stand outside the graph; their importance only says who stays if the budget is too small.
         importance = scores.to(torch.promote_types(scores.dtype, torch.float32))
         place = torch.arange(scores.shape[-1], dtype=importance.dtype, device=scores.device)
-        base = replace(
-            _SCORES,
+        base = Given(
             budget=self._num_kept(module, keys.shape[2]),
             importance=torch.where(is_forced, place, importance),
             protected=is_forced.expand(scores.shape),
-            num_forced=int(is_forced.sum()),
+            num_protected=int(is_forced.sum()),
         )
-        decision = evict(replace(self.graphkv, base=base), keys.detach(), backend="torch")
+        decision = evict(GraphKV(base, self.signal), keys.detach(), backend="torch")
         return scores, is_forced, decision
 
     def _num_kept(self, module: Any, num_tokens: int) -> int:
@@ -330,31 +335,6 @@ class GraphKVPress(ScorerPress):  # type: ignore[misc]
         # kvpress multiplies floats, which may lose a token; it is never one too many.
         exact = floor((1 - Fraction(repr(ratio))) * num_tokens)
         return max(exact, int(compute_n_kept(num_tokens, ratio)))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _PressScores(Policy):
-    """What a scorer press says of one layer, as the base of a `GraphKV`."""
-
-    importance: Any = field(default=None, repr=False)
-    protected: Any = field(default=None, repr=False)
-    num_forced: int = field(default=0, repr=False)
-
-    def score(self, inputs: LayerInputs, /) -> Any:
-        """Return what the press gave."""
-        return self.importance
-
-    def protect(self, inputs: LayerInputs, /) -> Any:
-        """Protect what the press forces."""
-        return self.protected
-
-    def num_protected(self, budget: int, /) -> int:
-        """Count it."""
-        return self.num_forced
-
-
-# Stands for the press in a GraphKV until there are scores.
-_SCORES = _PressScores(budget=1)
 
 
 def _forced(scores: torch.Tensor) -> torch.Tensor:
@@ -424,7 +404,7 @@ def _queries_of(layer: Any, keys: torch.Tensor, values: torch.Tensor, kwargs: di
             f"PolicyPress to see what its heads read; {kind.__name__} of layer {layer.layer_idx} does not (some do "
             "when loaded with attn_implementation='sdpa')"
         )
-    # A quantised cache gives back other numbers than it was given.
+    # A quantized cache gives back other numbers than it was given.
     is_rounded = isinstance(kwargs["past_key_values"], QuantizedCache)
     for name, cached, read in (("keys", keys, seen.key), ("values", values, seen.value)):
         if not _are_heads_of(cached, read, is_rounded):

@@ -4,7 +4,7 @@ With ``pip install graphkv[testing]``, prove a backend in one line::
 
     pytest --pyargs graphkv.testing.suite --graphkv-backend mypkg.backend:BACKEND
 
-or from a test module of your own, with a session-wide fixture that gives your value:
+or from a test module of your own, with a session-wide fixture that returns your value:
 
 .. code-block:: python
 

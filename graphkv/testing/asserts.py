@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import primitives
-from ..core.backend import Backend, library_of
+from ..core.backend import Backend
+from ..core.libraries import library_of
 from ..core.types import Array, Graph
 
 __all__ = [
@@ -39,16 +40,16 @@ __all__ = [
 
 
 def make(backend: Backend, x: NDArray[Any], /, dtype: str | None = None) -> Array:
-    """Give an array of the backend's library with the values of `x`.
+    """Return an array of the backend's library with the values of `x`.
 
     Parameters
     ----------
     backend : Backend
-        Or a `Subject`, which says how its arrays are made.
+        Or a `Subject`, which defines how its arrays are made.
     x : numpy.ndarray
         A dtype that the library does not have is narrowed to its 32-bit kin.
     dtype : str, optional
-        Name of the dtype, ``"bfloat16"`` say. Default: that of `x`.
+        Name of the dtype, for example ``"bfloat16"``. Default: that of `x`.
     """
     # A copy, because a library may share memory, and a fault must not reach the oracle's input.
     with np.errstate(all="ignore"):
@@ -72,7 +73,7 @@ def _from_numpy(backend: Backend, x: NDArray[Any]) -> Array:
 
 @cache
 def supports(backend: Backend, dtype: str, /) -> bool:
-    """Say whether the library, on the device under test, has a dtype of that name."""
+    """Return whether the library, on the device under test, has a dtype of that name."""
     expected = getattr(backend.xp, dtype, None)
     if expected is None:
         return False
@@ -94,7 +95,7 @@ def device_of(backend: Backend, /) -> str:
 
 @cache
 def flushes(backend: Backend, dtype: str, /) -> bool:
-    """Say whether the library's arithmetic takes subnormal numbers for zero, as compilers for speed let it."""
+    """Return whether the library's arithmetic takes subnormal numbers for zero, as compilers for speed let it."""
     small = make(backend, np.full(3, np.finfo(dtype).tiny), dtype)
     return not bool(np.all(values(backend, small * 0.5) > 0))
 
@@ -105,7 +106,7 @@ def wide(backend: Backend, *dtypes: str) -> str:
 
 
 def values(backend: Backend, x: Array, /) -> NDArray[Any]:
-    """Give the values as a NumPy array; half precision, which NumPy may lack, as float32."""
+    """Return the values as a NumPy array; half precision, which NumPy may lack, as float32."""
     xp = backend.xp
     if xp.isdtype(x.dtype, "real floating") and x.dtype not in (xp.float32, xp.float64):
         x = xp.astype(x, xp.float32)
@@ -113,7 +114,7 @@ def values(backend: Backend, x: Array, /) -> NDArray[Any]:
 
 
 def tolerance(dtype: Any, /) -> float:
-    """Give how far apart two computations of one number may lie: 1e-5 in float32, 1e-12 in float64.
+    """Return how far apart two computations of one number may be: 1e-5 in float32, 1e-12 in float64.
 
     That is some tens of roundings of float32, and a fiftieth of what products in TF32 or bfloat16 are off by.
     """

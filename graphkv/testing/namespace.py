@@ -1,4 +1,4 @@
-"""What graphkv uses of an array library: every name and every keyword, in calls that can be tried."""
+"""Every name and keyword that graphkv uses of an array library, in calls that can be tried."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ s (3,) in int64, and m (2, 3) in bool."""
 
 
 def missing(backend: Backend, /) -> list[str]:
-    """Try every call, and list those that the backend's library does not know, with what it said.
+    """Try every call, and list those that the backend's library does not know, with its error.
 
     Parameters
     ----------
@@ -98,12 +98,12 @@ def _failures(backend: Backend, /) -> Iterator[str]:
         "device": primitives.device_of(x),
     }
     for call in CALLS:
-        # A library that lacks a dtype says so in `asserts.supports`, and the properties leave it out.
+        # A library that lacks a dtype is known to `asserts.supports`, and the properties leave the dtype out.
         if call == "float64":
             continue
         try:
             eval(call, {"__builtins__": {}}, _Names(backend.xp, known))
-        except Exception as error:  # whatever it is that the library says
+        except Exception as error:  # libraries differ in what they raise
             yield f"{call}: {type(error).__name__}: {error}"
 
 

@@ -81,7 +81,7 @@ def top_k(scores: Sequence[float], k: int, tiers: Sequence[int] | None = None) -
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """Give the cosine of two keys; 0 if one of them has no direction."""
+    """Return the cosine of two keys; 0 if one of them has no direction."""
     dot = square_a = square_b = 0.0
     for x, y in zip(a, b, strict=True):
         dot += x * y
@@ -181,7 +181,7 @@ def _factor(arriving: Sequence[float], signal: str, accumulation: str, strength:
 
 
 def degree(keys: Sequence[Sequence[float]], *, valid: Sequence[bool] | None = None) -> list[float]:
-    """Give the mean cosine of every valid key with all valid keys, one pair at a time."""
+    """Return the mean cosine of every valid key with all valid keys, one pair at a time."""
     tokens = [j for j in range(len(keys)) if valid is None or valid[j]]
     result = [0.0] * len(keys)
     for j in tokens:
@@ -315,7 +315,7 @@ def evict(
 
 
 def _count(amount: int | float, open_tokens: int) -> int:
-    """Give a count, or the share of the open tokens: rounded down, at least 1 above 0."""
+    """Return a count, or the share of the open tokens: rounded down, at least 1 above 0."""
     if open_tokens == 0:
         return 0
     if isinstance(amount, int):

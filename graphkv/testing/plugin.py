@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _load(name: str) -> Backend:
-    """Give the backend ``MODULE:NAME``, or the one of a known name."""
+    """Return the backend ``MODULE:NAME``, or the one of a known name."""
     try:
         if ":" not in name:
             return load(name)
@@ -56,7 +56,7 @@ def _kit(backends: list[Backend]) -> ModuleType:
     """Make a plugin with the fixture and the header. A module or conftest with a fixture of that name overrides it."""
 
     def backend(request: pytest.FixtureRequest) -> Any:
-        """Give each backend that was asked for, with and without its overrides."""
+        """Return each backend that was asked for, with and without its overrides."""
         return request.param
 
     def pytest_report_header(config: pytest.Config) -> str:

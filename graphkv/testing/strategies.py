@@ -1,8 +1,8 @@
-"""What the kit draws: NumPy arrays, few tokens, ties and odd sizes on purpose.
+"""Drawn inputs: NumPy arrays, few tokens, ties and odd sizes on purpose.
 
 `exact` inputs are chosen so that float32 makes no rounding error anywhere, whatever the order of operations: scores
-are dyadic numbers, and keys come from a pool in which every length is a power of two and every cosine a multiple of
-1/16. Results on them must be equal on all libraries, not merely close.
+are dyadic numbers, and keys are drawn from a pool in which every length is a power of two and every cosine a
+multiple of 1/16. Results on them must be equal on all libraries, not merely close.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 
 
 def _exact_keys() -> NDArray[np.float64]:
-    """Give keys of 16 integers with lengths 0, 1, 2, 4 and 8: zero, axes, and sign patterns over 4 or 16 entries."""
+    """Return keys of 16 integers with lengths 0, 1, 2, 4 and 8: zero, axes, and sign patterns over 4 or 16 entries."""
     pool = [np.zeros(16)]
     axes = np.eye(16)
     pool += [axes[0], axes[1], -axes[0], 2 * axes[0], 4 * axes[2]]
@@ -94,12 +94,12 @@ class Layer:
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Give the leading axes."""
+        """Return the leading axes."""
         return self.importance.shape[:-1]
 
     @property
     def num_tokens(self) -> int:
-        """Give N."""
+        """Return N."""
         return int(self.importance.shape[-1])
 
     def take(self, rows: Any) -> Layer:
@@ -169,7 +169,7 @@ def exact_weights() -> st.SearchStrategy[float]:
 
 
 def scores(shape: tuple[int, ...], /, *, elements: st.SearchStrategy[float] | None = None) -> st.SearchStrategy[Floats]:
-    """Draw scores: dyadic, tied (three values), or with special ones among them, unless `elements` says what."""
+    """Draw scores: dyadic, tied (three values), or with special ones among them, unless `elements` is given."""
     if elements is not None:
         return _floats(shape, elements)
     tied = st.sampled_from([1.0, 0.5, -0.5])
@@ -298,7 +298,7 @@ def edges(
 
 
 def max_large_tokens() -> int:
-    """Give the most tokens of `large_layers`: 10^4 under a profile of 1,000 examples or more, else 400."""
+    """Return the most tokens of `large_layers`: 10^4 under a profile of 1,000 examples or more, else 400."""
     return 10_000 if settings.default and settings.default.max_examples >= 1000 else 400
 
 

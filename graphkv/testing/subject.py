@@ -1,4 +1,4 @@
-"""What the kit tests: a backend, and how arrays get into its library."""
+"""A backend under test, and how arrays get into its library."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ from ..core.backend import Backend
 
 __all__ = ["Subject", "describe", "label", "variants"]
 
-# The fields that a backend may leave as None; every property runs with and without them.
-OPTIONAL = (
-    "top_k",
-    "segment_product",
-    "segment_sum",
-    "received_attention",
-    "build_graph",
-    "propagate",
-    "degree",
-    "fuse",
-    "pagerank",
-    "select",
+# The fields for which there is a portable form; every property runs with and without them. The rest have none.
+HOOKS = ("guard", "detach", "refuse")
+OPTIONAL = tuple(
+    field.name for field in dataclasses.fields(Backend) if field.default is None and field.name not in HOOKS
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject(Backend):
-    """A backend under test that says where its arrays are made.
+    """A backend under test that defines where its arrays are made.
 
     A plain `Backend` is tested with arrays from ``xp.asarray``, on the library's default device. This one makes them
     its own way, to test another device or arrays that refuse to be written to.
@@ -50,7 +42,7 @@ def label(backend: Backend, /) -> str:
 
 
 def variants(backend: Backend, /) -> list[Backend]:
-    """Give the backend, and again without its overrides if it has any, so that the portable forms are tested too.
+    """Return the backend, and again without its overrides if it has any, so that the portable forms are tested too.
 
     Parameters
     ----------

@@ -1,12 +1,12 @@
-"""What every backend must do: one claim a function, on drawn inputs, over a ``backend`` fixture.
+"""Properties that every backend must have: one claim a function, on drawn inputs, over a ``backend`` fixture.
 
 The fixture must have pytest's ``session`` scope and give a `graphkv.Backend` (or a `graphkv.testing.Subject`). The
 option ``--graphkv-backend`` brings one; see `graphkv.testing` for writing it by hand.
 
-What needs no chance stands in `graphkv.testing.examples`, and runs with this module.
+Fixed examples are in `graphkv.testing.examples`, and run with this module.
 
 Claims about values are held against `graphkv.testing.oracle`, which is Python loops; the margin rule for inexact
-inputs stands in `graphkv.testing.asserts`.
+inputs is in `graphkv.testing.asserts`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+import graphkv
+
 from ..core import primitives
+from ..core.attention import received_attention
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
 from ..core.fusion import degree, fuse
@@ -33,15 +36,15 @@ from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array, Graph
 from . import asserts, oracle, strategies
 from .examples import *  # noqa: F403 - properties of this module too, and the first to run
-from .policies import GivenImportance
 from .strategies import Edges, Layer
 
 # A library may compile at its first call.
 unhurried = settings(deadline=None)
+EXAMPLES = settings.default.max_examples if settings.default else 5
 # Every example is a loop over all dtypes.
-several = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 5) if settings.default else 5)
+several = settings(deadline=None, max_examples=max(min(5, EXAMPLES), EXAMPLES // 5))
 # Loops over 10^4 tokens take their time; under the default profile that is still some examples.
-large = settings(deadline=None, max_examples=max(5, settings.default.max_examples // 20) if settings.default else 5)
+large = settings(deadline=None, max_examples=max(min(5, EXAMPLES), EXAMPLES // 20))
 
 FLOATS = ("float32", "float64")
 ALL_DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8")
@@ -67,7 +70,7 @@ def test_top_k_agrees_with_the_oracle(backend: Backend, data: Any, scores: NDArr
     k = 3 if data is None else data.draw(st.integers(0, 7))
     x = asserts.make(backend, scores, dtype)
 
-    found = _top_k(backend)(x, k, xp=backend.xp)
+    found = primitives.top_k(x, k, backend=backend)
 
     asserts.equal(found, _int(oracle.top_k(scores.tolist(), k)), backend=backend, like=x)
 
@@ -84,7 +87,7 @@ def test_top_k_ranks_rows_and_tiers_apart(
     k = data.draw(st.integers(0, num_tokens))
     x = asserts.make(backend, scores, dtype)
 
-    found = _top_k(backend)(x, k, asserts.make(backend, tiers), xp=backend.xp)
+    found = primitives.top_k(x, k, asserts.make(backend, tiers), backend=backend)
 
     wanted = np.zeros((*leading, k), dtype=np.int64)
     for row in np.ndindex(*leading):
@@ -100,9 +103,8 @@ def test_segment_product_multiplies_what_shares_an_index(
     """Duplicates multiply, rows are apart, and a segment without values is 1."""
     values, index, num_segments = data.draw(_segments(leading, st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0])))
     x = asserts.make(backend, values, dtype)
-    reduce = backend.segment_product or primitives.segment_product
 
-    found = reduce(x, asserts.make(backend, index), num_segments, xp=backend.xp)
+    found = primitives.segment_product(x, asserts.make(backend, index), num_segments, backend=backend)
 
     wanted = np.ones((*leading, num_segments), dtype=dtype)
     for *row, e in np.ndindex(*values.shape):
@@ -118,9 +120,8 @@ def test_segment_sum_adds_what_shares_an_index(
     """Duplicates add, rows are apart, and a segment without values is 0."""
     values, index, num_segments = data.draw(_segments(leading, strategies.exact()))
     x = asserts.make(backend, values, dtype)
-    reduce = backend.segment_sum or primitives.segment_sum
 
-    found = reduce(x, asserts.make(backend, index), num_segments, xp=backend.xp)
+    found = primitives.segment_sum(x, asserts.make(backend, index), num_segments, backend=backend)
 
     wanted = np.zeros((*leading, num_segments), dtype=dtype)
     for *row, e in np.ndindex(*values.shape):
@@ -140,14 +141,13 @@ def test_received_attention_agrees_with_the_oracle(
     keys = data.draw(arrays(np.float64, (batch, kv_heads, num_tokens, head_size), elements=strategies.general()))
     valid = data.draw(arrays(np.bool_, (batch, kv_heads, num_tokens), fill=st.nothing()))
     x = asserts.make(backend, np.where(valid[..., None], keys, np.nan), dtype)
-    receive = backend.received_attention or primitives.received_attention
 
-    found = receive(
+    found = received_attention(
         asserts.make(backend, queries, dtype),
         x,
         asserts.make(backend, valid),
         block_size=data.draw(st.integers(1, 4)),
-        xp=backend.xp,
+        backend=backend,
     )
 
     wanted = np.zeros((batch, kv_heads, groups, num_tokens), dtype=asserts.wide(backend, dtype))
@@ -397,8 +397,8 @@ def test_decay_never_raises_and_enhance_never_lowers(
 @unhurried
 @given(data=DRAWS, signal=st.sampled_from(["decay", "enhance"]), exponent=st.integers(-6, 6))
 def test_the_product_is_scale_invariant(backend: Backend, data: Any, signal: str, exponent: int) -> None:
-    """Scores twice as large come out twice as large, and the same tokens are chosen."""
-    # Below 1, so that nothing comes near the smallest float32, where scaling rounds.
+    """Scores twice as large stay twice as large, and the same tokens are chosen."""
+    # Below 1, so that nothing is near the smallest float32, where scaling rounds.
     weights = st.floats(0, 0.9375, width=32)
     edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=weights))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
@@ -576,7 +576,7 @@ def test_degree_follows_a_permutation_of_tokens(backend: Backend, data: Any, num
 @unhurried
 @given(layer=strategies.layers(leading=st.just(()), min_tokens=1), data=DRAWS)
 def test_a_duplicate_raises_the_degree(backend: Backend, layer: Layer, data: Any) -> None:
-    """One more of the same kind: of N tokens with the mean cosine c come N + 1 with (N c + 1) / (N + 1)."""
+    """One more of the same kind: N tokens of mean cosine c become N + 1 of (N c + 1) / (N + 1)."""
     layer = _replaced(layer, valid=None)
     token = data.draw(st.integers(0, layer.num_tokens - 1))
     assume(np.any(layer.keys[token]))
@@ -760,7 +760,7 @@ def test_pagerank_only_moves_importance(backend: Backend, data: Any, num_tokens:
 @unhurried
 @given(data=DRAWS, num_tokens=st.integers(1, 8), exponent=st.integers(-6, 6))
 def test_pagerank_is_scale_invariant(backend: Backend, data: Any, num_tokens: int, exponent: int) -> None:
-    """Scores twice as large come out twice as large, and keys may be longer or shorter one by one."""
+    """Scores twice as large stay twice as large, and keys may be longer or shorter one by one."""
     layer = data.draw(strategies.layers(leading=st.just((2,)), min_tokens=num_tokens, max_tokens=num_tokens))
     importance = data.draw(strategies.scores((2, num_tokens), elements=strategies.exact()))
     # All alike, they would be nothing, which has no size.
@@ -778,7 +778,7 @@ def test_pagerank_is_scale_invariant(backend: Backend, data: Any, num_tokens: in
 @unhurried
 @given(data=DRAWS, num_tokens=st.integers(2, 8), damping=st.sampled_from([0.15, 0.5, 1.0]))
 def test_equal_tokens_have_equal_pagerank(backend: Backend, data: Any, num_tokens: int, damping: float) -> None:
-    """Wherever they stand, bit for bit, so that the lower index is kept of them."""
+    """Wherever they are, bit for bit, so that the lower index is kept of them."""
     fixed = strategies.layers(
         keys=strategies.general_keys, leading=st.just(()), min_tokens=num_tokens, max_tokens=num_tokens
     )
@@ -829,9 +829,7 @@ def test_eviction_by_pagerank_agrees_with_the_oracle(backend: Backend, data: Any
     """Only what may still be chosen takes part; there is no graph, and the kept tokens are the best within the cut."""
     layer = _replaced(layer, budget=data.draw(st.integers(1, layer.num_tokens - 1)))
 
-    keys, found = _evicted(
-        backend, layer, data.draw(st.integers(0, layer.num_tokens)), PageRank(damping=damping, rounds=3)
-    )
+    keys, found = _evicted(backend, layer, _num_protected(data, layer), PageRank(damping=damping, rounds=3))
 
     scores = np.zeros(layer.importance.shape)
     for row in np.ndindex(*layer.leading):
@@ -1092,7 +1090,7 @@ def test_eviction_agrees_with_the_oracle(
     """GraphKV over a given importance: counts from the open tokens, candidates only, sources fixed or chosen anew."""
     # Few sources, so that three bits a factor stay exact; duplicates are clipped, which a tolerance must cover.
     rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 2))
-    num_protected = data.draw(st.integers(0, layer.num_tokens))
+    num_protected = _num_protected(data, layer)
     recompute = data.draw(st.booleans()) if accumulation == "product" else False
     options: dict[str, Any] = {
         "source_ratio": source_ratio,
@@ -1151,7 +1149,7 @@ def test_eviction_by_degree_agrees_with_the_oracle(
     if fusion == "power":
         options["exponent"] = exponent
 
-    keys, found = _evicted(backend, layer, data.draw(st.integers(0, num_tokens)), Degree(**options))
+    keys, found = _evicted(backend, layer, _num_protected(data, layer), Degree(**options))
 
     wanted = np.zeros((*layer.leading, layer.budget), dtype=np.int64)
     scores = np.zeros(layer.importance.shape)
@@ -1190,7 +1188,7 @@ def test_eviction_gathers_what_is_kept(backend: Backend, layer: Layer, trailing:
 @unhurried
 @given(layer=strategies.layers(), signal=SIGNALS, dtype=st.sampled_from(FLOATS))
 def test_a_layer_agrees_with_numpy(backend: Backend, layer: Layer, signal: str, dtype: str) -> None:
-    """All three steps give what graphkv's own NumPy backend gives."""
+    """All three steps return what graphkv's own NumPy backend returns."""
     assume(asserts.wide(backend, dtype) == dtype)
     numpy = load("numpy")
 
@@ -1218,10 +1216,6 @@ def test_large_rows_agree_with_the_oracle(backend: Backend, layer: Layer) -> Non
 
 def _int(x: Any) -> NDArray[np.int64]:
     return np.asarray(x, dtype=np.int64)
-
-
-def _top_k(backend: Backend) -> Any:
-    return backend.top_k or primitives.top_k
 
 
 def _replaced(layer: Layer, **fields: Any) -> Layer:
@@ -1284,7 +1278,7 @@ def _same_graph(graph: Graph, expected: Graph, /, *, backend: Backend, like: Arr
 
 
 def _links(backend: Backend, graph: Graph, row: tuple[int, ...]) -> dict[tuple[int, int], float]:
-    """Give a row's edges that have an effect."""
+    """Return a row's edges that have an effect."""
     sources, neighbors = asserts.values(backend, graph.sources)[row], asserts.values(backend, graph.neighbors)[row]
     weights = asserts.values(backend, graph.weights)[row]
     return {(int(sources[k]), int(neighbors[k, m])): float(weights[k, m]) for k, m in np.argwhere(weights > 0).tolist()}
@@ -1355,7 +1349,7 @@ def _positive(edges: Edges) -> Iterator[tuple[int, ...]]:
 
 
 def _degree(backend: Backend, layer: Layer, dtype: str = "float32") -> tuple[Array, Array]:
-    """Give a layer's degrees. Gives the keys too, on whose device they must be."""
+    """Return a layer's degrees, and the keys, on whose device they must be."""
     keys = asserts.make(backend, layer.keys, dtype)
     return keys, degree(keys, valid=_mask(backend, layer.valid), backend=backend)
 
@@ -1430,14 +1424,19 @@ def _three_steps(
     return keys, graph, scores, _selected(backend, layer, scores)
 
 
+def _num_protected(data: Any, layer: Layer) -> int:
+    """Draw how many tokens a policy says are protected: none where it protects none."""
+    return 0 if layer.protected is None else data.draw(st.integers(0, layer.num_tokens))
+
+
 def _evicted(backend: Backend, layer: Layer, num_protected: int, signal: Signal) -> tuple[Array, Eviction]:
     keys = asserts.make(backend, layer.keys, "float32")
-    # A budget of 0 is none: a policy keeps something, or the caller does not evict.
-    base = GivenImportance(
+    # A budget of 0 is not one: a policy keeps something, or the caller does not evict.
+    base = graphkv.Given(
         budget=layer.budget,
         importance=asserts.make(backend, layer.importance, "float32"),
         protected=_mask(backend, layer.protected),
-        protected_count=num_protected,
+        num_protected=num_protected,
     )
     return keys, evict(GraphKV(base, signal), keys, valid=_mask(backend, layer.valid), backend=backend)
 

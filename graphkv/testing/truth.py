@@ -1,7 +1,7 @@
 """The steps once more, whole arrays at a time in float64: the truth on rows too long for the loops of `oracle`.
 
 Written from the specification like the oracle, in NumPy, and sharing no code with `graphkv.core`. Where inputs are
-exact (keys of plus and minus one, say) it is exact as well, ties included.
+exact (such as keys of plus and minus one) it is exact as well, ties included.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .oracle import FREE, LARGEST_POWER, SMALLEST_FACTOR, SMALLEST_POWER
 
-__all__ = ["build_graph", "cosines", "degree", "fuse", "propagate", "received", "select", "top_k"]
+__all__ = ["build_graph", "cosines", "degree", "fuse", "pagerank", "propagate", "received", "select", "top_k"]
 
 Floats = NDArray[np.floating[Any]]
 Indices = NDArray[np.int64]
@@ -81,7 +81,7 @@ def propagate(
     strength: float = 1.0,
     dtype: str = "float64",
 ) -> NDArray[np.float64]:
-    """Send the sources' signal along every edge; a factor has the range of `dtype`, as the specification says."""
+    """Send the sources' signal along every edge; a factor has the range of `dtype`, as in the specification."""
     score = importance.astype(np.float64)
     weights = np.clip(np.nan_to_num(weights.astype(np.float64), nan=0.0, posinf=1, neginf=0), 0, 1)
     factor, reached = np.ones(score.shape), np.zeros(score.shape, np.bool_)
@@ -130,6 +130,35 @@ def fuse(
             ranks = [number_valid - place for place in order]
             fused = np.maximum(*ranks) if fusion == "max_rank" else (ranks[0] + ranks[1]) / 2
     return np.where(valid, fused, score)
+
+
+def pagerank(
+    importance: Floats,
+    keys: Floats,
+    *,
+    damping: float = 0.15,
+    rounds: int = 10,
+    valid: Mask | None = None,
+    dtype: str = "float32",
+) -> NDArray[np.float64]:
+    """Let importance flow between the tokens that take part, with teleports back to where it was."""
+    score = importance.astype(np.float64)
+    takes_part = np.isfinite(score) if valid is None else np.isfinite(score) & valid
+    directions = np.where(takes_part[..., None], _directions(keys, dtype), 0)
+    shifted = np.where(takes_part, score, 0)
+    shifted = shifted - np.min(shifted, axis=-1, keepdims=True, initial=0)
+    size = np.sum(shifted, axis=-1, keepdims=True, where=takes_part)
+    central = teleport = _shares(np.where(takes_part, np.where(size > 0, shifted, 1.0), 0.0))
+    for _ in range(rounds):
+        anchor = np.sum(central[..., None] * directions, axis=-2)
+        near = np.sum(central, axis=-1, keepdims=True) + np.sum(directions * anchor[..., None, :], axis=-1)
+        central = damping * _shares(near * takes_part) + (1 - damping) * teleport
+    return np.where(takes_part, central * np.where(size > 0, size, 1), score)
+
+
+def _shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    total = np.sum(x, axis=-1, keepdims=True)
+    return x / np.where(total > 0, total, 1)
 
 
 def select(scores: Floats, budget: int, *, protected: Mask | None = None, valid: Mask | None = None) -> Indices:

@@ -19,7 +19,7 @@ from graphkv import (
     evict,
 )
 from graphkv.adapters.adakv import code_head_budgets, head_budgets
-from tests.arrays import NUMPY, each_backend, make
+from tests.support.arrays import NUMPY, each_backend, make
 
 RNG = np.random.default_rng(21)
 KEYS = RNG.normal(size=(2, 4, 30, 6))
@@ -60,7 +60,7 @@ def test_head_budgets_are_those_of_a_loop(backend, share, budget):
     scores = backend.to_numpy(alone.scores)
     protected = backend.to_numpy(alone.protected)
     least = least_of(budget, protected, 5, share)
-    found, kept = backend.to_numpy(done.head_budgets), backend.to_numpy(done.kept)
+    found, kept = backend.to_numpy(done.counts), backend.to_numpy(done.kept)
     for row in range(2):
         mask = np.broadcast_to(valid[row], (4, 30))
         expected = budgets_by_loops(
@@ -103,7 +103,7 @@ def test_ties_go_to_the_lower_head_then_to_the_lower_index(backend):
 
     done = evict(AdaKV(KNorm(budget=2), floor=0.0), keys, backend=backend)
 
-    assert backend.to_numpy(done.head_budgets).tolist() == [[4, 2, 0]]
+    assert backend.to_numpy(done.counts).tolist() == [[4, 2, 0]]
     assert backend.to_numpy(done.kept).tolist() == [[[0, 1, 2, 3], [0, 1, -1, -1], [-1, -1, -1, -1]]]
 
 
@@ -114,7 +114,7 @@ def test_a_floor_of_one_keeps_what_the_base_keeps(backend):
     even = evict(AdaKV(SNAPKV, floor=1.0), keys, queries=queries, backend=backend)
     base = evict(SNAPKV, keys, queries=queries, backend=backend)
 
-    assert backend.to_numpy(even.head_budgets).tolist() == [[12] * 4] * 2
+    assert backend.to_numpy(even.counts).tolist() == [[12] * 4] * 2
     assert backend.to_numpy(even.kept)[..., :12].tolist() == backend.to_numpy(base.kept).tolist()
     assert (backend.to_numpy(even.kept)[..., 12:] == -1).all()
 
@@ -151,8 +151,8 @@ def test_a_padded_row_keeps_what_it_keeps_alone(backend):
             policy, make(backend, KEYS[1:, :, 9:]), queries=make(backend, QUERIES[1:, :, 9:]), backend=backend
         )
 
-        budgets = backend.to_numpy(alone.head_budgets)
-        assert backend.to_numpy(together.head_budgets)[1:].tolist() == budgets.tolist()
+        budgets = backend.to_numpy(alone.counts)
+        assert backend.to_numpy(together.counts)[1:].tolist() == budgets.tolist()
         for head in range(4):
             count = budgets[0, head]
             one, other = backend.to_numpy(together.kept)[1, head], backend.to_numpy(alone.kept)[0, head]
@@ -172,17 +172,17 @@ def test_it_works_above_and_below_a_graph(backend):
 
     for done in (above, below):
         assert np.array_equal(backend.to_numpy(done.scores), backend.to_numpy(graph.scores))
-        assert backend.to_numpy(done.head_budgets).sum(-1).tolist() == [48, 48]
-        assert ((backend.to_numpy(done.kept) >= 0).sum(-1) == backend.to_numpy(done.head_budgets)).all()
-    assert backend.to_numpy(above.head_budgets).tolist() == backend.to_numpy(shares.head_budgets).tolist()
-    assert backend.to_numpy(below.head_budgets).tolist() != backend.to_numpy(shares.head_budgets).tolist()
+        assert backend.to_numpy(done.counts).sum(-1).tolist() == [48, 48]
+        assert ((backend.to_numpy(done.kept) >= 0).sum(-1) == backend.to_numpy(done.counts)).all()
+    assert backend.to_numpy(above.counts).tolist() == backend.to_numpy(shares.counts).tolist()
+    assert backend.to_numpy(below.counts).tolist() != backend.to_numpy(shares.counts).tolist()
     assert backend.to_numpy(above.kept).tolist() != backend.to_numpy(shares.kept).tolist()
 
 
 def test_protected_tokens_fill_a_budget_that_they_exceed():
     done = evict(AdaKV(SnapKV(budget=3, window=4, kernel_size=3)), KEYS, queries=QUERIES)
 
-    assert done.head_budgets.tolist() == [[3] * 4] * 2
+    assert done.counts.tolist() == [[3] * 4] * 2
     assert done.kept[..., :3].tolist() == [[[27, 28, 29]] * 4] * 2
 
 
@@ -192,23 +192,23 @@ def test_protected_tokens_that_exceed_the_budget_do_not_compete_between_heads():
 
     done = evict(AdaKV(KNorm(budget=3, num_sinks=5)), keys)
 
-    assert done.head_budgets.tolist() == [[3] * 4] * 2
+    assert done.counts.tolist() == [[3] * 4] * 2
     assert (done.kept[..., :3] < 5).all()
 
 
 def test_it_stands_on_any_policy_and_follows_the_layers_budget():
     done = evict(AdaKV(PyramidKV(budget=12, window=4)), KEYS, queries=QUERIES, layer=0, num_layers=2)
     assert done.budget == 20
-    assert done.head_budgets.sum(-1).tolist() == [80, 80]
+    assert done.counts.sum(-1).tolist() == [80, 80]
     # Positions are the same in every head: all is even until the last one's ties.
     done = evict(AdaKV(StreamingLLM(budget=6, num_sinks=2)), KEYS)
-    assert done.head_budgets.tolist() == [[6] * 4] * 2
+    assert done.counts.tolist() == [[6] * 4] * 2
 
 
 def test_what_fits_is_kept_whole():
     done = evict(AdaKV(SNAPKV), KEYS[:, :, :12], queries=QUERIES[:, :, :12])
 
-    assert done.head_budgets is None
+    assert done.counts is None
     assert done.kept.shape == (2, 4, 12)
 
 
@@ -219,8 +219,8 @@ def test_heads_with_paddings_of_their_own_give_the_rest_to_others(backend):
 
     done = evict(AdaKV(KNorm(budget=10)), make(backend, KEYS), valid=make(backend, valid, bool), backend=backend)
 
-    assert backend.to_numpy(done.head_budgets)[:, 1].tolist() == [2, 2]
-    assert backend.to_numpy(done.head_budgets).sum(-1).tolist() == [40, 40]
+    assert backend.to_numpy(done.counts)[:, 1].tolist() == [2, 2]
+    assert backend.to_numpy(done.counts).sum(-1).tolist() == [40, 40]
 
 
 def code_by_loops(scores, past, share, num_protected):
@@ -241,8 +241,8 @@ def test_the_official_blend_is_that_of_a_loop(backend):
 
     scores = backend.to_numpy(done.scores)[..., :26]
     expected = [code_by_loops(scores[row].tolist(), 8, 0.2, 4) for row in range(2)]
-    assert backend.to_numpy(done.head_budgets).tolist() == expected
-    assert ((backend.to_numpy(done.kept) >= 0).sum(-1) == backend.to_numpy(done.head_budgets)).all()
+    assert backend.to_numpy(done.counts).tolist() == expected
+    assert ((backend.to_numpy(done.kept) >= 0).sum(-1) == backend.to_numpy(done.counts)).all()
 
 
 def test_official_and_default_differ_in_the_sum():

@@ -1,17 +1,13 @@
-"""CAKE: indicators and preferences against loops, shares against all claims in a row."""
+"""CAKE: indicators and preferences against loops."""
 
-import random
-from fractions import Fraction
-from itertools import pairwise
 from math import exp, log, sqrt
 
 import numpy as np
 import pytest
 
 from graphkv import CAKE, ArgumentError, ArgumentTypeError, GraphKV, LayerBudgets, evict
-from graphkv.adapters.cake import adjust, allocate, cascade
-from graphkv.core import LayerInputs
-from tests.arrays import BACKENDS, NUMPY, each_backend, make
+from graphkv.core import Layer
+from tests.support.arrays import BACKENDS, each_backend, make
 
 RNG = np.random.default_rng(12)
 KEYS = RNG.normal(size=(2, 2, 17, 4))
@@ -66,17 +62,7 @@ def preference_by_loops(keys, queries, window, tau1, tau2):
 def inputs_of(backend, keys, queries, valid=None):
     keys = make(backend, keys, np.float64)
     valid = np.ones(keys.shape[:3], dtype=bool) if valid is None else valid
-    return LayerInputs(
-        keys=keys,
-        values=None,
-        queries=make(backend, queries, np.float64),
-        attention=None,
-        valid=make(backend, valid, bool),
-        budget=9,
-        layer=0,
-        num_layers=1,
-        backend=backend,
-    )
+    return Layer(keys, queries=make(backend, queries, np.float64), valid=make(backend, valid, bool), backend=backend)
 
 
 @each_backend
@@ -100,7 +86,7 @@ def test_importance_is_mean_and_variance_of_the_window(backend, window, kernel_s
 def test_a_preference_is_entropy_times_variance_row_by_row(backend, tau1, tau2):
     policy = CAKE(budget=9, window=4, tau1=tau1, tau2=tau2)
 
-    found = backend.to_numpy(policy.preference(inputs_of(backend, KEYS, QUERIES)))
+    found = backend.to_numpy(policy.wants(inputs_of(backend, KEYS, QUERIES), None))
 
     expected = [preference_by_loops(KEYS[row].tolist(), QUERIES[row].tolist(), 4, tau1, tau2) for row in range(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -111,8 +97,8 @@ def test_a_padded_row_has_the_preference_that_it_has_alone(backend):
     policy, valid = CAKE(budget=9, window=4), np.ones((2, 2, 17), dtype=bool)
     valid[1, :, :6] = False
 
-    together = backend.to_numpy(policy.preference(inputs_of(backend, KEYS, QUERIES, valid)))
-    alone = backend.to_numpy(policy.preference(inputs_of(backend, KEYS[1:, :, 6:], QUERIES[1:])))
+    together = backend.to_numpy(policy.wants(inputs_of(backend, KEYS, QUERIES, valid), None))
+    alone = backend.to_numpy(policy.wants(inputs_of(backend, KEYS[1:, :, 6:], QUERIES[1:]), None))
 
     np.testing.assert_allclose(together[1:], alone, rtol=1e-10)
 
@@ -122,118 +108,22 @@ def test_a_layer_that_looks_at_one_token_or_has_no_past_prefers_nothing():
     one[..., 0] = 1.0
     for keys, window in ((np.ones((1, 1, 6, 2)), 2), (np.ones((1, 1, 2, 2)), 8)):
         rows = one[..., : keys.shape[2]]
-        inputs = inputs_of(NUMPY, keys, np.ones((1, 2, 2, 2)))
         for tau1 in (1.0, 1.6):
-            found = CAKE(budget=1, window=window, tau1=tau1).preference(
-                LayerInputs(**{**vars(inputs), "queries": None, "attention": rows})
-            )
+            policy = CAKE(budget=1, window=window, tau1=tau1)
+            found = policy.wants(Layer(keys, attention=rows), None)
             assert found.tolist() == [0.0]
-
-
-def by_all_claims(preferences, total, most, least):
-    """Line up every single token's claim and serve from the front."""
-    claims = sorted(
-        (-Fraction(share) / (2 * token - 1), token, layer)
-        for layer, share in enumerate(preferences)
-        for token in range(least + 1, most + 1)
-    )
-    result = [least] * len(preferences)
-    for _, _, layer in claims[: max(0, total - least * len(preferences))]:
-        result[layer] += 1
-    return result
-
-
-def random_preferences(rng, layers):
-    kind = rng.randrange(4)
-    if kind == 0:
-        return [rng.choice([0.0, 0.0, 1.0, 2.0]) for _ in range(layers)]
-    if kind == 1:
-        return [float(rng.randrange(5)) for _ in range(layers)]
-    return [rng.lognormvariate(0, rng.choice([0.2, 1.0, 2.0, 8.0])) for _ in range(layers)]
-
-
-def test_shares_are_those_of_the_highest_claims():
-    rng = random.Random(3)
-    for _ in range(600):
-        layers, least = rng.randrange(1, 8), rng.choice([0, 0, 3])
-        most = least + rng.randrange(0, 20)
-        total = rng.randrange(0, layers * most + 5)
-        preferences = random_preferences(rng, layers)
-
-        assert allocate(preferences, total, most, least) == by_all_claims(preferences, total, most, least)
-
-
-def test_shares_add_up_in_ten_thousand_cases():
-    rng = random.Random(4)
-    for _ in range(10_000):
-        layers, least = rng.randrange(1, 9), rng.choice([0, 0, 30])
-        most = least + rng.randrange(0, 3000)
-        total = rng.randrange(0, layers * most + 100)
-        found = allocate(random_preferences(rng, layers), total, most, least)
-
-        assert sum(found) == min(max(total, layers * least), layers * most)
-        assert min(found) >= least
-        assert max(found) <= most
-
-
-def test_a_cascade_is_exact_at_every_step_never_grows_and_ends_at_the_static_shares():
-    rng = random.Random(5)
-    for _ in range(150):
-        layers, most = rng.randrange(1, 12), rng.randrange(1, 400)
-        total = rng.randrange(1, layers * most + 50)
-        preferences = random_preferences(rng, layers)
-        steps = cascade(preferences, total, most, 0)
-
-        for number, shares in enumerate(steps):
-            assert sum(shares) == min(total, (number + 1) * most)
-        for before, after in pairwise(steps):
-            assert all(b <= a for a, b in zip(before, after, strict=False))
-        assert steps[-1] == allocate(preferences, total, most, 0)
-
-
-def test_extreme_preferences_are_shared_out_too():
-    assert allocate([1e300, 1e-300, 5e-324, 0.0], 10, 4) == [4, 4, 2, 0]
-    assert allocate([0.0, 0.0, 0.0], 8, 10) == [3, 3, 2]
-    assert allocate([0.0, 5.0], 12, 10) == [2, 10]
-    assert allocate([1.0, 1.0], 5, 10) == [3, 2]
-    assert allocate([1.0], 0, 10) == [0]
-    assert allocate([], 5, 10) == []
-
-
-def test_adjust_is_that_of_the_public_code_and_drifts():
-    assert adjust([5.9, 3.2, 1.1, 20.0], 30, 12) == [9, 6, 3, 12]
-    # Too many: evenly from the layers above 1.
-    assert adjust([1.9, 2.5, 5.0, 5.0], 9, 12) == [1, 0, 4, 4]
-    # 2 layers, 40 tokens in all, 12 in each at most: the lack of 16 is added above the limit, and clipped later.
-    assert sum(min(share, 12) for share in adjust([39.0, 1.0], 40, 12)) == 24
-    # What is clipped goes evenly to the other layers, whatever they prefer; proportional shares do not.
-    assert adjust([30.0, 9.0, 1.0], 40, 18) == [18, 15, 7]
-    assert allocate([30.0, 9.0, 1.0], 40, 18) == [18, 18, 4]
-
-
-def test_the_cascade_of_the_public_code_asks_evicted_tokens_back():
-    preferences, held, wanted = [16.0, 1.0, 16.0, 1.0], [20] * 4, []
-    for layers in range(1, 5):
-        parts = [share / sum(preferences[:layers]) * 36 for share in preferences[:layers]]
-        wanted.append([min(20, share) for share in adjust(parts, 36, 20)])
-        held[:layers] = [min(pair) for pair in zip(held, wanted[-1], strict=False)]
-
-    # Layer 1 is cut to 1 token when the third layer joins, and may have 2 with the fourth.
-    assert wanted == [[20], [20, 16], [18, 1, 17], [17, 2, 16, 1]]
-    assert (held, sum(held)) == ([17, 1, 16, 1], 35)
-    assert cascade(preferences, 36, 20) == [[20], [20, 16], [18, 1, 17], [17, 1, 17, 1]]
 
 
 def test_layer_budgets_add_up_and_are_applied():
     policy = CAKE(budget=10, window=4, kernel_size=3)
-    budgets = policy.layer_budgets([6.0, 3.0, 0.0], 17)
+    budgets = policy.share_out([6.0, 3.0, 0.0], 17)
 
     # 18 tokens to choose, at most 13 in a layer: 12, 6 and none.
     assert budgets == [16, 10, 4]
     for wrapped in (LayerBudgets(policy, budgets=budgets), GraphKV(LayerBudgets(policy, budgets=budgets))):
         sizes = [evict(wrapped, KEYS, queries=QUERIES, layer=layer, num_layers=3).kept.shape[-1] for layer in range(3)]
         assert sizes == [16, 10, 4]
-    assert CAKE(budget=10, window=4, num_sinks=2).layer_budgets([6.0, 3.0, 0.0], 17) == [14, 10, 6]
+    assert CAKE(budget=10, window=4, num_sinks=2).share_out([6.0, 3.0, 0.0], 17) == [14, 10, 6]
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [(20, 17), (17, 17), (4, 17), (3, 17), (0, 17), (5, 0)])
@@ -241,7 +131,7 @@ def test_layer_budgets_add_up_and_are_applied():
 def test_layer_budgets_are_equal_where_nothing_is_to_choose(budget, tokens, schedule):
     policy = CAKE(budget=budget, window=4, schedule=schedule)
 
-    assert policy.layer_budgets([6.0, 3.0, 0.0], tokens) == [budget] * 3
+    assert policy.share_out([6.0, 3.0, 0.0], tokens) == [budget] * 3
 
 
 def test_official_and_default_differ_in_the_rounding_of_layer_budgets():
@@ -250,12 +140,12 @@ def test_official_and_default_differ_in_the_rounding_of_layer_budgets():
 
     official, default = CAKE(budget=14, window=4, schedule="code"), CAKE(budget=14, window=4)
     # 40 tokens to choose, in the ratio of the claims, and 18 at most.
-    assert default.layer_budgets([60.0, 18.0, 2.0, 0.0], 22) == [22, 22, 8, 4]
-    assert official.layer_budgets([60.0, 18.0, 2.0, 0.0], 22) == [22, 17, 9, 8]
-    assert sum(official.layer_budgets([1.0, 0.0], 15)) <= 28 == sum(default.layer_budgets([1.0, 0.0], 15))
+    assert default.share_out([60.0, 18.0, 2.0, 0.0], 22) == [22, 22, 8, 4]
+    assert official.share_out([60.0, 18.0, 2.0, 0.0], 22) == [22, 17, 9, 8]
+    assert sum(official.share_out([1.0, 0.0], 15)) <= 28 == sum(default.share_out([1.0, 0.0], 15))
     # The last 17 and 3 of 38, 16 and 3 get 9 each of the 18 that are clipped at 20: 25 is 5 more than there are.
-    assert CAKE(budget=23, window=4, schedule="code").layer_budgets([38.0, 16.0, 3.0], 24) == [24, 24, 16]
-    assert default.layer_budgets([38.0, 16.0, 3.0], 15) == [15, 15, 12]
+    assert CAKE(budget=23, window=4, schedule="code").share_out([38.0, 16.0, 3.0], 24) == [24, 24, 16]
+    assert default.share_out([38.0, 16.0, 3.0], 15) == [15, 15, 12]
     assert CAKE.official(64).schedule == "code"
     assert CAKE(budget=64).schedule == "exact"
     assert CAKE.official(64, tau1=1.6, tau2=0.6).tau2 == 0.6
@@ -290,12 +180,6 @@ def test_options_are_checked(options, error):
         CAKE(budget=9, **options)
 
 
-def test_allocations_are_checked():
-    with pytest.raises(ArgumentError, match=r"preferences\[1\] must be finite"):
-        allocate([1.0, float("nan")], 3, 5)
-    with pytest.raises(ArgumentError, match=r"preferences\[0\]"):
-        CAKE(budget=9, window=4).layer_budgets([-1.0], 20)
-    with pytest.raises(ArgumentError, match="least must be at most most=2"):
-        allocate([1.0], 3, 2, 3)
-    with pytest.raises(ArgumentTypeError, match="total"):
-        allocate([1.0], 3.5, 5)
+def test_preferences_are_checked():
+    with pytest.raises(ArgumentError, match=r"wants\[0\]"):
+        CAKE(budget=9, window=4).share_out([-1.0], 20)

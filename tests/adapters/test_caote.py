@@ -7,7 +7,7 @@ import pytest
 
 from graphkv import CAOTE, H2O, ArgumentError, ArgumentTypeError, GraphKV, Policy, SnapKV, evict
 from graphkv.adapters.attention import last_rows
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(17)
 KEYS, VALUES = 2 * RNG.normal(size=(2, 2, 15, 4)), RNG.normal(size=(2, 2, 15, 3))
@@ -19,8 +19,8 @@ VALID = np.arange(15) >= np.asarray([0, 4])[:, None]
 class LastRow(Policy):
     """The last query's attention, as it is; nothing is protected."""
 
-    def score(self, inputs):
-        return inputs.xp.mean(last_rows(inputs, 1, name="LastRow")[:, :, :, 0, :], axis=2)
+    def score(self, layer, memory):
+        return layer.xp.mean(last_rows(layer, 1)[:, :, :, 0, :], axis=2)
 
 
 def run(policy, backend, **change):
@@ -121,8 +121,8 @@ def test_the_remaining_attention_is_taken_as_at_least_a_millionth(backend):
 def test_negative_and_nan_scores_are_no_attention_and_padding_may_hold_anything():
     @dataclass(frozen=True, kw_only=True)
     class Given(Policy):
-        def score(self, inputs):
-            return inputs.keys[..., 0]
+        def score(self, layer, memory):
+            return layer.keys[..., 0]
 
     keys = np.asarray([[[[np.nan], [3.0], [-5.0], [1.0], [np.nan]]]])
     values = np.asarray([[[[np.nan], [1.0], [7.0], [5.0], [9.0]]]])

@@ -8,7 +8,7 @@ import pytest
 from graphkv import ArgumentError, ArgumentTypeError, ExpectedAttention, evict
 from graphkv.adapters.expected_attention import expected_logits, moments
 from tests.adapters.loops import dot, mean, softmax
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(23)
 KEYS, VALUES = RNG.normal(size=(2, 2, 20, 4)), RNG.normal(size=(2, 2, 20, 3))
@@ -50,7 +50,7 @@ def importance_by_loops(keys, queries, norms, first, num_sinks, epsilon):
 @pytest.mark.parametrize("with_values", [True, False])
 def test_the_score_equals_loops(backend, num_sinks, num_queries, with_values):
     decision = run(
-        ExpectedAttention(budget=8, num_sinks=num_sinks, epsilon=0.03),
+        ExpectedAttention(budget=8, num_sinks=num_sinks, epsilon=0.03, value_norm=with_values),
         backend,
         queries=QUERIES[:, :, 20 - num_queries :],
         values=VALUES if with_values else None,
@@ -134,7 +134,7 @@ def test_official_differs_in_epsilon_alone():
 def test_ties_go_to_the_lower_position(backend):
     keys = make(backend, np.ones((1, 1, 12, 2)))
 
-    decision = evict(ExpectedAttention(budget=4, num_sinks=1), keys, queries=keys, backend=backend)
+    decision = evict(ExpectedAttention(budget=4, num_sinks=1), keys, values=keys, queries=keys, backend=backend)
 
     assert backend.to_numpy(decision.kept).tolist() == [[[0, 1, 2, 3]]]
 
@@ -146,15 +146,22 @@ def test_a_budget_below_the_sinks_keeps_the_first_of_them():
 
 
 def test_large_keys_overflow_nothing():
-    found = evict(ExpectedAttention(budget=8), 1e4 * KEYS.astype("f4"), queries=QUERIES.astype("f4"))
+    policy = ExpectedAttention(budget=8, value_norm=False)
+    found = evict(policy, 1e4 * KEYS.astype("f4"), queries=QUERIES.astype("f4"))
 
     assert np.isfinite(found.importance).all()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"attention": np.ones((2, 6, 20, 20))}, {"queries": QUERIES[:, :, :0]}])
 def test_queries_must_be_there(arguments):
-    with pytest.raises(ArgumentError, match="queries must be given for ExpectedAttention"):
-        evict(ExpectedAttention(budget=8), KEYS, **arguments)
+    with pytest.raises(ArgumentError, match="queries must hold the last position for ExpectedAttention; got none"):
+        evict(ExpectedAttention(budget=8), KEYS, values=VALUES, **arguments)
+
+
+def test_values_must_be_there_unless_their_norm_is_left_out():
+    with pytest.raises(ArgumentError, match="values must be given for ExpectedAttention; got None"):
+        evict(ExpectedAttention(budget=8), KEYS, queries=QUERIES)
+    evict(ExpectedAttention(budget=8, value_norm=False), KEYS, queries=QUERIES)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphkv import H2O, ArgumentError, ArgumentTypeError, evict
+from graphkv import H2O, ArgumentError, ArgumentTypeError, Memory, evict
 from graphkv.adapters.attention import window_attention
 from tests.adapters.decoding import decode
 from tests.adapters.loops import REDUCE, best, simulate
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 VECTORS = json.loads((Path(__file__).parent / "h2o_vectors.json").read_text())["cases"]
 RNG = np.random.default_rng(11)
@@ -87,12 +87,12 @@ def test_a_prompt_in_chunks_has_the_sums_of_the_whole(backend):
     whole, _ = decode(H2O(budget=40), KEYS, QUERIES, 40, backend)[-1]
     chunked, _ = decode(H2O(budget=40), KEYS, QUERIES, 7, backend, chunk=6)[-1]
 
-    assert set(whole.state) == {"attention", "queries"}
-    for name, sums in whole.state.items():
-        np.testing.assert_allclose(backend.to_numpy(chunked.state[name]), backend.to_numpy(sums), rtol=1e-12)
-    assert backend.to_numpy(whole.state["queries"])[0, 0].tolist() == list(range(40, 0, -1))
+    assert set(whole.state.tokens) == {"attention", "queries"}
+    for name, sums in whole.state.tokens.items():
+        np.testing.assert_allclose(backend.to_numpy(chunked.state.tokens[name]), backend.to_numpy(sums), rtol=1e-12)
+    assert backend.to_numpy(whole.state.tokens["queries"])[0, 0].tolist() == list(range(40, 0, -1))
     # Every row of attention sums to 1.
-    np.testing.assert_allclose(backend.to_numpy(whole.state["attention"]).sum(axis=2), 40)
+    np.testing.assert_allclose(backend.to_numpy(whole.state.tokens["attention"]).sum(axis=2), 40)
 
 
 def test_more_queries_than_new_tokens_do_not_count_twice():
@@ -102,7 +102,7 @@ def test_more_queries_than_new_tokens_do_not_count_twice():
     more = evict(H2O(budget=9), KEYS[:, :, :15], queries=QUERIES[:, :, 8:15], state=first.state)
 
     np.testing.assert_array_equal(more.importance, exact.importance)
-    np.testing.assert_array_equal(more.state["queries"], exact.state["queries"])
+    np.testing.assert_array_equal(more.state.tokens["queries"], exact.state.tokens["queries"])
 
 
 @each_library
@@ -176,7 +176,7 @@ def test_given_rows_of_padding_and_of_the_future_do_not_count():
 
     assert decision.importance.tolist() == [[[0, 0.75, 0.5, 0.25]]]
     assert decision.kept.tolist() == [[[1, 3]]]
-    assert decision.state["queries"].tolist() == [[[3, 1]]]
+    assert decision.state.tokens["queries"].tolist() == [[[3, 1]]]
 
 
 def test_ties_go_to_the_lower_position():
@@ -199,25 +199,37 @@ def test_the_official_sizes_are_not_the_default_split():
     official = H2O.official(6, 3)
 
     assert (official.budget, official.num_recent, official.group_reduction) == (9, 3, "sum")
-    assert (H2O(budget=9).num_protected(9), official.num_protected(9)) == (4, 3)
+    assert (H2O(budget=9).protection(9).count, official.protection(9).count) == (4, 3)
     kept = [evict(policy, KEYS, queries=QUERIES) for policy in (official, H2O(budget=9))]
     assert [decision.protected.sum() for decision in kept] == [2 * 3, 2 * 4]
     np.testing.assert_allclose(kept[0].importance, 3 * kept[1].importance)
     assert kept[0].kept.tolist() != kept[1].kept.tolist()
 
 
+OTHERS = Memory({"sum": KEYS[..., 0]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "queries must be given for H2O: all 40 positions"),
+        ({}, "queries must hold all 40 new positions for H2O; got none"),
         ({"queries": QUERIES[:, :, 1:]}, "queries must hold all 40 new positions for H2O; got 39"),
         ({"attention": np.ones((1, 6, 3, 40))}, "attention must hold all 40 new positions for H2O; got 3"),
         (
-            {"queries": QUERIES[:, :, -1:], "state": {"attention": KEYS[:, :, :38, :3], "queries": KEYS[:, :, :38, 0]}},
+            {
+                "queries": QUERIES[:, :, -1:],
+                "state": Memory({"attention": KEYS[:, :, :38, :3], "queries": KEYS[:, :, :38, 0]}),
+            },
             "queries must hold all 2 new positions for H2O; got 1",
         ),
-        ({"queries": QUERIES, "state": {"sum": KEYS[..., 0]}}, r"state must hold \['attention', 'queries'\] for H2O"),
-        ({"state": {"sum": KEYS[..., 0]}}, r"state must hold \['attention', 'queries'\] for H2O; got \['sum'\]"),
+        (
+            {"queries": QUERIES, "state": Memory({"sum": KEYS[..., 0]})},
+            r"state must hold \['attention', 'queries'\] for H2O",
+        ),
+        (
+            {"state": Memory({"sum": KEYS[..., 0]})},
+            r"state must hold \['attention', 'queries'\] for H2O; got \['sum'\]",
+        ),
     ],
 )
 def test_h2o_says_what_is_missing(arguments, message):
@@ -247,4 +259,4 @@ def test_a_padded_query_between_others_gives_nothing():
     decision = evict(H2O(budget=2), np.ones((1, 1, 4, 2)), attention=rows, valid=valid)
 
     assert decision.importance.tolist() == [[[0.75, 0, 0.5, 0.25]]]
-    assert decision.state["queries"].tolist() == [[[3, 1]]]
+    assert decision.state.tokens["queries"].tolist() == [[[3, 1]]]

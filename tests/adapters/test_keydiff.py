@@ -5,7 +5,7 @@ from math import sqrt
 import numpy as np
 
 from graphkv import KeyDiff, evict
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 KEYS = np.random.default_rng(6).normal(size=(2, 2, 23, 5))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from graphkv import ArgumentError, ArgumentTypeError, KNorm, evict
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 VECTORS = json.loads((Path(__file__).parent / "knorm_vectors.json").read_text())["cases"]
 

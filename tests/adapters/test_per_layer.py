@@ -106,8 +106,7 @@ def test_groups_are_as_equal_as_whole_layers_can_be():
     chosen = [number * 3 // 30 for number in range(30)]
     taken = []
     for layer in range(30):
-        inputs = type("Inputs", (), {"layer": layer, "num_layers": 30})
-        taken.append(policies.index(PerLayer(KNorm(budget=4), policies=policies)._of(inputs)))
+        taken.append(policies.index(PerLayer(KNorm(budget=4), policies=policies).at(layer, 30)))
     assert taken == chosen == [0] * 10 + [1] * 10 + [2] * 10
 
 
@@ -115,7 +114,7 @@ def test_the_base_speaks_for_all_layers_and_wrappers_add_their_needs():
     base = SnapKV(budget=12, window=4)
     policy = PerLayer(base, policies=[base, GraphKV(base)])
 
-    assert (policy.budget, policy.num_protected(12), policy.num_queries(40)) == (12, base.num_protected(12), 4)
+    assert (policy.budget, policy.protection(12).count, policy.num_queries(40)) == (12, base.protection(12).count, 4)
     assert policy.needs().queries == "window"
     assert policy.layer_budget(40, 1, 2) == 12
 

@@ -9,7 +9,7 @@ import pytest
 
 from graphkv import ArgumentError, ArgumentTypeError, GraphKV, PyramidKV, SnapKV, evict
 from graphkv.adapters.pyramidkv import layer_budgets
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 VECTORS = json.loads((Path(__file__).parent / "pyramidkv_schedule.json").read_text())["cases"]
 

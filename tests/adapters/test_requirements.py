@@ -7,7 +7,7 @@ import pytest
 
 from graphkv import TOVA, AdaKV, ArgumentError, Decay, Degree, GraphKV, Policy, Random, SnapKV, evict
 from graphkv.core import LayerShape, Requirements, Wrapper
-from tests.arrays import NUMPY
+from tests.support.arrays import NUMPY
 
 SHAPE = LayerShape(num_tokens=100, query_heads=6, kv_heads=2, head_size=8, budget=20, batch=3)
 
@@ -15,8 +15,8 @@ SHAPE = LayerShape(num_tokens=100, query_heads=6, kv_heads=2, head_size=8, budge
 def test_the_cost_of_window_attention_is_that_of_its_product_and_softmax():
     policy = SnapKV(budget=20, window=10)
 
-    assert policy.flops(SHAPE) == 3 * 6 * 10 * 100 * (2 * 8 + 5)
-    assert policy.bytes(SHAPE) == 4 * 3 * 6 * 10 * 100
+    assert policy.cost(SHAPE).flops == 3 * 6 * 10 * 100 * (2 * 8 + 5)
+    assert policy.cost(SHAPE).bytes == 4 * 3 * 6 * 10 * 100
 
 
 def test_a_graph_adds_its_cost_to_that_of_the_base():
@@ -25,27 +25,27 @@ def test_a_graph_adds_its_cost_to_that_of_the_base():
     )
 
     # P = 20 - 10, so K = 5; a graph for each of two rounds.
-    assert policy.flops(SHAPE) == policy.base.flops(SHAPE) + 2 * 3 * 2 * 100 * 8 * (2 * 5 + 3)
-    assert policy.bytes(SHAPE) == policy.base.bytes(SHAPE)
-    assert GraphKV(Random(budget=20)).bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
+    assert policy.cost(SHAPE).flops == policy.base.cost(SHAPE).flops + 2 * 3 * 2 * 100 * 8 * (2 * 5 + 3)
+    assert policy.cost(SHAPE).bytes == policy.base.cost(SHAPE).bytes
+    assert GraphKV(Random(budget=20)).cost(SHAPE).bytes == 4 * 3 * 2 * 100 * 8
 
 
 def test_the_degree_signal_costs_six_operations_an_entry_of_the_keys():
     policy = GraphKV(Random(budget=20), Degree())
 
-    assert policy.flops(SHAPE) == 3 * 2 * 100 * 8 * 6
-    assert policy.bytes(SHAPE) == 4 * 3 * 2 * 100 * 8
+    assert policy.cost(SHAPE).flops == 3 * 2 * 100 * 8 * 6
+    assert policy.cost(SHAPE).bytes == 4 * 3 * 2 * 100 * 8
     assert policy.needs() == GraphKV(Random(budget=20)).needs()
 
 
 def test_needs_join_those_of_the_base():
     @dataclass(frozen=True)
     class Valued(Wrapper):
-        requirements: ClassVar[Requirements] = Requirements(values=True, state=True, fused_attention=False)
+        requirements: ClassVar[Requirements] = Requirements(values=True, state=("sums",))
 
     found = Valued(GraphKV(SnapKV(budget=20))).needs()
 
-    assert (found.values, found.queries, found.state, found.fused_attention) == (True, "window", True, False)
+    assert (found.values, found.queries, found.state) == (True, "window", ("sums",))
     assert Requirements(queries="all").joined(Requirements(queries="window")).queries == "all"
 
 
@@ -59,10 +59,18 @@ def test_a_policy_that_declares_no_queries_runs_without_them_and_others_say_so()
     keys = NUMPY.xp.ones((1, 1, 6, 2))
 
     assert evict(Random(budget=2), keys).kept.shape == (1, 1, 2)
-    with pytest.raises(ArgumentError, match="queries must be given for SnapKV"):
+    with pytest.raises(ArgumentError, match=r"queries must hold the last 6 positions for SnapKV; got none"):
         evict(SnapKV(budget=2), keys)
 
 
 def test_requirements_are_of_the_class():
     assert isinstance(Policy.requirements, Requirements)
     assert SnapKV.requirements.queries == "window"
+
+
+def test_a_wrapper_forwards_every_stage():
+    """A method of Policy that Wrapper forgot would silently be the default, whatever the base does."""
+    stages = {name for name, value in vars(Policy).items() if callable(value) and not name.startswith("_")}
+
+    assert {"observe", "score", "protection", "rescore", "choose", "merge", "wants", "share_out", "at"} <= stages
+    assert stages <= set(vars(Wrapper))

@@ -5,11 +5,11 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from graphkv import ArgumentError, ArgumentTypeError, RoCo, evict
+from graphkv import ArgumentError, ArgumentTypeError, Memory, RoCo, evict
 from graphkv.adapters.roco import deviation
 from tests.adapters.decoding import decode
 from tests.adapters.loops import best, mean, simulate
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(13)
 KEYS, QUERIES = 2 * RNG.normal(size=(1, 2, 60, 4)), 2 * RNG.normal(size=(1, 6, 60, 4))
@@ -106,8 +106,8 @@ def test_where_official_and_default_differ():
 
     assert (official.num_sinks, default.num_sinks) == (0, 4)
     # One more outside the feasible set, and the share is a float product rounded down.
-    assert (official.num_protected(40), default.num_protected(40)) == (13, 14)
-    assert (RoCo.official(100).num_protected(100), RoCo(budget=100).num_protected(100)) == (31, 30)
+    assert (official.protection(40).count, default.protection(40).count) == (13, 14)
+    assert (RoCo.official(100).protection(100).count, RoCo(budget=100).protection(100).count) == (31, 30)
 
 
 @each_library
@@ -119,7 +119,7 @@ def test_the_state_is_sums_squares_and_counts(backend):
         RoCo(budget=3), make(backend, np.ones((1, 1, 3, 2))), attention=make(backend, two_heads), backend=backend
     )
 
-    state = {name: backend.to_numpy(sums)[0, 0].tolist() for name, sums in decision.state.items()}
+    state = {name: backend.to_numpy(sums)[0, 0].tolist() for name, sums in decision.state.tokens.items()}
     # The mean of both query heads first: 1, .125 and .25 for token 0; .875 and .125 for 1; .625 for 2.
     assert state == {
         "attention": [1.375, 1.0, 0.625],
@@ -133,8 +133,8 @@ def test_a_prompt_in_chunks_has_the_sums_of_the_whole(backend):
     whole, _ = decode(RoCo(budget=60), KEYS, QUERIES, 60, backend)[-1]
     chunked, _ = decode(RoCo(budget=60), KEYS, QUERIES, 7, backend, chunk=6)[-1]
 
-    for name, sums in whole.state.items():
-        np.testing.assert_allclose(backend.to_numpy(chunked.state[name]), backend.to_numpy(sums), rtol=1e-12)
+    for name, sums in whole.state.tokens.items():
+        np.testing.assert_allclose(backend.to_numpy(chunked.state.tokens[name]), backend.to_numpy(sums), rtol=1e-12)
 
 
 @each_library
@@ -152,7 +152,7 @@ def test_equal_deviations_and_means_go_to_the_lower_position():
         RoCo(budget=4, num_varying=3, num_sinks=0, num_recent=1),
         np.ones((1, 1, 8, 2)),
         queries=np.zeros((1, 1, 8, 2)),
-        state={name: np.zeros((1, 1, 7)) for name in ("attention", "squares", "queries")},
+        state=Memory({name: np.zeros((1, 1, 7)) for name in ("attention", "squares", "queries")}),
     )
 
     # All that any token has is an eighth from the newest query.
@@ -171,12 +171,12 @@ def test_a_budget_below_the_protected_keeps_the_highest_means_of_them():
 
 
 def test_roco_says_what_is_missing():
-    with pytest.raises(ArgumentError, match="queries must be given for RoCo: all 60 positions"):
+    with pytest.raises(ArgumentError, match="queries must hold all 60 new positions for RoCo; got none"):
         evict(RoCo(budget=9), KEYS)
     with pytest.raises(ArgumentError, match="queries must hold all 60 new positions for RoCo; got 5"):
         evict(RoCo(budget=9), KEYS, queries=QUERIES[:, :, :5])
     with pytest.raises(ArgumentError, match="state must hold"):
-        evict(RoCo(budget=9), KEYS, state={"attention": KEYS[..., 0]})
+        evict(RoCo(budget=9), KEYS, state=Memory({"attention": KEYS[..., 0]}))
 
 
 @pytest.mark.parametrize(

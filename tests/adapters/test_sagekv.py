@@ -8,7 +8,7 @@ import pytest
 from graphkv import SAGEKV, ArgumentError, ArgumentTypeError, evict
 from graphkv.adapters.sagekv import summed_logits
 from tests.adapters.loops import best, dot
-from tests.arrays import NUMPY, each_library, make
+from tests.support.arrays import NUMPY, each_library, make
 
 RNG = np.random.default_rng(19)
 KEYS, QUERIES = RNG.normal(size=(2, 2, 30, 4)), RNG.normal(size=(2, 6, 3, 4))
@@ -64,7 +64,7 @@ def test_the_papers_setting_is_not_the_default_split():
     official, default = SAGEKV.official(), SAGEKV(budget=8192)
 
     assert (official.budget, official.num_sinks, official.num_recent) == (8192, 4, 7676)
-    assert (official.num_protected(8192), default.num_protected(8192)) == (7680, 4 + 4094)
+    assert (official.protection(8192).count, default.protection(8192).count) == (7680, 4 + 4094)
     assert SAGEKV.official(window_length=20, num_chosen=6).num_recent == 10
     kept = [
         evict(policy, KEYS, queries=QUERIES).kept.tolist()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from graphkv import TOVA, ArgumentError, ArgumentTypeError, Decay, GraphKV, evict
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 RNG = np.random.default_rng(8)
 KEYS = RNG.normal(size=(2, 2, 14, 4))
@@ -76,7 +76,7 @@ def test_under_a_graph_the_heads_may_part():
 
 
 def test_missing_queries_and_wrong_options_are_named():
-    with pytest.raises(ArgumentError, match="queries must be given for TOVA"):
+    with pytest.raises(ArgumentError, match="queries must hold the last position for TOVA; got none"):
         evict(TOVA(budget=3), KEYS)
     with pytest.raises(ArgumentTypeError, match="protect_newest"):
         TOVA(budget=3, protect_newest=1)

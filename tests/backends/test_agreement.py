@@ -143,7 +143,7 @@ def test_evict_keeps_the_same_tokens(library, numpy_library, policy, dtype):
     )
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy"])
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy", "mlx"])
 def test_the_library_is_inferred_from_its_arrays(name, request):
     library = request.getfixturevalue("libraries")(name)
 

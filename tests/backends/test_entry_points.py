@@ -17,7 +17,7 @@ SCORES = np.asarray([1.0, 3.0, 2.0])
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Give a function that installs a package with one module and one entry point, as pip would."""
+    """Return a function that installs a package with one module and one entry point, as pip would."""
     monkeypatch.setattr(core_backend, "LOADED", {})
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -95,7 +95,7 @@ def test_an_unknown_name_says_where_was_looked():
         select(SCORES, 2, backend="nonesuch")
 
 
-@pytest.mark.parametrize("name", ["cupy", "jax", "torch"])
+@pytest.mark.parametrize("name", ["cupy", "jax", "mlx", "torch"])
 def test_a_library_that_is_not_installed_is_named_with_the_way_to_get_it(name):
     # In a process where the import fails, because the library may well be installed here.
     code = f"""

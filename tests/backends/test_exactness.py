@@ -53,9 +53,9 @@ def rankings(draw, dtypes: list[str]):
 @given(data=st.data())
 def test_top_k_is_the_ranking_of_the_specification(library, data):
     scores, tiers, k = data.draw(rankings(library.dtypes()))
-    top_k = library.backend.top_k or primitives.top_k
+    made = None if tiers is None else library.make(tiers)
 
-    found = top_k(library.make(scores), k, None if tiers is None else library.make(tiers), xp=library.backend.xp)
+    found = primitives.top_k(library.make(scores), k, made, backend=library.backend)
 
     tiers = np.zeros(scores.shape) if tiers is None else tiers
     expected = [ranked(row.tolist(), tier.tolist(), k) for row, tier in zip(scores, tiers, strict=True)]
@@ -66,9 +66,8 @@ def test_top_k_is_the_ranking_of_the_specification(library, data):
 
 def test_top_k_orders_many_tied_tokens_by_position(library):
     scores = np.tile(np.asarray([0.0, -0.0, 1.0, np.nan], dtype=np.float32), 1250)
-    top_k = library.backend.top_k or primitives.top_k
 
-    found = library.host(top_k(library.make(scores), 5000, xp=library.backend.xp)).tolist()
+    found = library.host(primitives.top_k(library.make(scores), 5000, backend=library.backend)).tolist()
 
     assert found == ranked(scores.tolist(), [0] * 5000, 5000)
 
@@ -76,9 +75,8 @@ def test_top_k_orders_many_tied_tokens_by_position(library):
 def test_top_k_leaves_its_input_alone(library):
     scores = np.asarray([[-0.0, np.nan, 2.0]], dtype=np.float32)
     given_scores = library.make(scores)
-    top_k = library.backend.top_k or primitives.top_k
 
-    top_k(given_scores, 2, xp=library.backend.xp)
+    primitives.top_k(given_scores, 2, backend=library.backend)
 
     assert library.host(given_scores).tobytes() == scores.tobytes()
 
@@ -104,10 +102,9 @@ def segments(draw, dtypes: list[str], factors: list[float]):
 @given(data=st.data())
 def test_segments_combine_all_that_share_an_index(library, name, identity, factors, portable, data):
     values, index, num_segments = data.draw(segments(library.dtypes(), factors))
-    native = None if portable else getattr(library.backend, name)
-    combine = native or getattr(primitives, name)
+    combine = getattr(primitives, f"portable_{name}" if portable else name)
 
-    found = combine(library.make(values), library.make(index), num_segments, xp=library.backend.xp)
+    found = combine(library.make(values), library.make(index), num_segments, backend=library.backend)
 
     expected = np.full((values.shape[0], num_segments), identity, dtype=values.dtype)
     for row in range(values.shape[0]):
@@ -124,9 +121,9 @@ def test_segments_of_thousands_of_edges_agree_with_numpy(library):
     random = np.random.default_rng(0)
     values = random.uniform(0.5, 1.0, size=(2, 6000)).astype(np.float32)
     index = random.integers(0, 500, size=(2, 6000))
-    combine = library.backend.segment_product or primitives.segment_product
 
-    found = library.host(combine(library.make(values), library.make(index), 500, xp=library.backend.xp))
+    made = library.make(values), library.make(index)
+    found = library.host(primitives.segment_product(*made, 500, backend=library.backend))
 
     expected = np.ones((2, 500), dtype=np.float32)
     for row in range(2):

@@ -141,7 +141,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from graphkv import H2O, GraphKV, KNorm, SnapKV, degree, evict, fuse
+from graphkv import H2O, Degree, GraphKV, KNorm, SnapKV, degree, evict, fuse
 
 assert len(jax.devices()) == 4
 mesh = Mesh(np.asarray(jax.devices()), ("x",))
@@ -151,7 +151,7 @@ queries = random.normal(size=(4, 8, 21, 8)).astype("float32")
 snapkv = SnapKV(budget=8, window=4)
 for axes in (("x",), (None, "x"), (None, None, None, "x")):
     spread = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes))) for x in (keys, queries)]
-    for policy in (snapkv, H2O(budget=8), GraphKV(snapkv), KNorm(budget=40), GraphKV.paper(KNorm(budget=8))):
+    for policy in (snapkv, H2O(budget=8), GraphKV(snapkv, Degree()), KNorm(budget=40), GraphKV(KNorm(budget=8))):
         found = evict(policy, spread[0], queries=spread[1])
         np.testing.assert_array_equal(found.kept, evict(policy, keys, queries=queries).kept)
     np.testing.assert_allclose(degree(spread[0]), degree(keys), atol=1e-6)

@@ -18,7 +18,7 @@ FIELDS = ("sources", "neighbors", "weights")
 
 
 def both(name, keys, importance, **options):
-    """Give the graph of a backend, and that of the same without its override."""
+    """Return the graph of a backend, and that of the same without its override."""
     backend = load(name)
     keys, importance = backend.xp.asarray(keys), backend.xp.asarray(importance)
     if options.get("valid") is not None:
@@ -174,3 +174,21 @@ def test_cosines_that_rounding_lifts_above_one_are_ties(name):
     tied = neighbors[weights == 1]
     assert 50 < tied.size < 300
     assert tied.tolist() == sorted(tied.tolist())
+
+
+# A matrix product promises no such thing. It is so where all chunks have one shape, on the machines that we know.
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize(("num_tokens", "chunk_size"), [(1000, None), (4113, None), (1000, 300)])
+def test_equal_keys_have_equal_weights_wherever_they_are(name, num_tokens, chunk_size):
+    rng = np.random.default_rng(num_tokens)
+    keys = rng.normal(size=(2, num_tokens, 64)).astype("float32")
+    duplicates = rng.permutation(num_tokens)[: num_tokens // 10]
+    keys[:, duplicates] = keys[:, duplicates[:1]]
+    importance = rng.random((2, num_tokens)).astype("float32")
+    importance[:, duplicates] = 0
+
+    for graph in both(name, keys, importance, num_sources=25, num_neighbors=num_tokens - 25, chunk_size=chunk_size):
+        weights, neighbors = np.asarray(graph.weights), np.asarray(graph.neighbors)
+        for row, source in np.ndindex(2, 25):
+            of_duplicates = weights[row, source][np.isin(neighbors[row, source], duplicates)]
+            assert len(set(of_duplicates.tolist())) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import H2O, Graph, GraphKV, RoCo, SnapKV, build_graph, degree, evict, fuse, propagate, select
+from graphkv import H2O, Graph, GraphKV, RoCo, SnapKV, build_graph, degree, evict, fuse, pagerank, propagate, select
 from graphkv.core import backend as core_backend
 from graphkv.testing import policies
 
@@ -45,6 +45,7 @@ STEPS = {
     "build_graph": lambda x: build_graph(x, x[..., 0], num_sources=3, num_neighbors=2).weights,
     "degree": degree,
     "fuse": lambda x: fuse(x[..., 0], x[..., 1]),
+    "pagerank": lambda x: pagerank(x[..., 0], x),
     "propagate": lambda x: propagate(x[..., 0], edges(x[..., 0])),
     "select": lambda x: select(x[..., 0], 4),
 }
@@ -130,7 +131,7 @@ def test_a_step_can_be_mapped(step):
     torch.testing.assert_close(found, torch.stack([step(row) for row in x]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", [H2O(budget=8), GraphKV.paper(SnapKV(budget=8, window=4))], ids=["h2o", "paper"])
+@pytest.mark.parametrize("policy", [H2O(budget=8), GraphKV(SnapKV(budget=8, window=4))], ids=["h2o", "paper"])
 def test_evictions_can_be_mapped(policy):
     x = arrays()
 
@@ -143,7 +144,7 @@ def test_evictions_can_be_mapped(policy):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["build_graph", "degree", "fuse", "propagate"])
+@pytest.mark.parametrize("name", ["build_graph", "degree", "fuse", "pagerank", "propagate"])
 def test_a_step_has_forward_mode_gradients(name):
     x = arrays()["keys"][0]
     tangent = torch.ones_like(x)
@@ -156,7 +157,7 @@ def test_a_step_has_forward_mode_gradients(name):
     assert torch.allclose(found.double(), numeric, atol=1e-2)
 
 
-@pytest.mark.parametrize("policy", [H2O(budget=8), GraphKV.paper(SnapKV(budget=8, window=4))], ids=["h2o", "paper"])
+@pytest.mark.parametrize("policy", [H2O(budget=8), GraphKV(SnapKV(budget=8, window=4))], ids=["h2o", "paper"])
 def test_tensors_without_memory_pass(policy):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -193,7 +194,7 @@ def test_state_records_no_gradients(policy):
     found = evict(policy, x["keys"], queries=x["queries"])
 
     assert found.importance is None or found.importance.requires_grad
-    assert all(sums.grad_fn is None and not sums.requires_grad for sums in found.state.values())
+    assert all(sums.grad_fn is None and not sums.requires_grad for sums in found.state.tokens.values())
 
 
 # --------------------------------------------------------------------------------------------------------- odd tensors

@@ -26,7 +26,7 @@ from graphkv import (
     select,
 )
 from graphkv.core.budgets import count_of, tokens_of
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 RNG = np.random.default_rng(7)
 KEYS = RNG.normal(size=(2, 3, 50, 8))
@@ -322,8 +322,8 @@ def test_a_bad_policy_says_what_is_wrong(make_policy, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"queries": None}, ArgumentError, "queries must be given for SnapKV"),
-        ({"queries": QUERIES[:, :, :4]}, ArgumentError, "queries must hold the last window=10 positions; got 4"),
+        ({"queries": None}, ArgumentError, "queries must hold the last 10 positions for SnapKV; got none"),
+        ({"queries": QUERIES[:, :, :4]}, ArgumentError, "queries must hold the last 10 positions for SnapKV; got 4"),
         ({"queries": QUERIES[:, :4]}, ArgumentError, "queries must have a multiple of the 3 KV heads of keys; got 4"),
         ({"queries": QUERIES[..., :4]}, ArgumentError, "queries must have shape"),
         ({"queries": np.ones((2, 6, 51, 8))}, ArgumentError, "queries must cover at most the N=50 positions"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from graphkv import Graph, build_graph, propagate, select
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 NAN, INF = np.nan, np.inf
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from graphkv import Graph, build_graph, propagate, select
-from tests.arrays import each_backend, make
+from tests.support.arrays import each_backend, make
 
 # Importance, cosines of tokens 0..6 to the two sources 3 and 6, and what the figure makes of them.
 IMPORTANCE = [0.1, 0.6, 0.3, 1.2, 0.3, 0.7, 1.1]

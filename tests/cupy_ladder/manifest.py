@@ -66,7 +66,7 @@ def _describe(value: Any) -> dict[str, Any]:
 
 
 def _signature(function: Any) -> list[list[Any]] | None:
-    """Give [name, kind, is required] of every parameter; None where Python cannot tell."""
+    """Return [name, kind, is required] of every parameter; None where Python cannot tell."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

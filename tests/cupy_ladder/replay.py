@@ -25,7 +25,7 @@ _alive: list[np.ndarray] = []  # the buffers must outlive the arrays
 
 
 def host_block(num_bytes: int) -> MemoryPointer:
-    """Give host memory where CuPy expects the memory of a device."""
+    """Return host memory where CuPy expects the memory of a device."""
     buffer = np.ones(max(num_bytes, 1), np.uint8)
     _alive.append(buffer)
     return MemoryPointer(UnownedMemory(buffer.ctypes.data, buffer.nbytes, buffer, device_id=0), 0)

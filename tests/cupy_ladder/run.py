@@ -18,10 +18,10 @@ KIT = "graphkv.testing.plugin"
 
 
 class Header:
-    """Says at the top of the report what this run is."""
+    """Write at the top of the report what this run is."""
 
     def pytest_report_header(self) -> str:
-        """Give the line."""
+        """Return the line."""
         return f"CuPy: stand-in over NumPy with the names of {standin.MANIFEST['version']}; nothing runs on a GPU"
 
 

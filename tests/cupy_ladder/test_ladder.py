@@ -53,7 +53,7 @@ def rung_2(tmp_path_factory):
         tmp_path_factory.mktemp("rung_2"),
         "tests/backends/test_exactness.py",
         "tests/backends/test_agreement.py",
-        "tests/backends/test_papers.py",
+        "tests/adapters/test_on_every_library.py",
         "tests/cupy_ladder/on_standin/test_no_waiting.py",
         "-k",
         "(cupy or test_no_waiting) and not planted",
@@ -98,7 +98,7 @@ def test_rung_2_can_fail(tmp_path):
         "from dataclasses import replace\n"
         "from graphkv.core.backend import load\n"
         "def test_it():\n"
-        "    bad = replace(load('cupy'), top_k=lambda s, k, t=None, *, xp: cupy.argsort(-s, stable=True)[..., :k])\n"
+        "    bad = replace(load('cupy'), top_k=lambda s, k, t=None, *, backend: cupy.argsort(-s, stable=True)[..., :k])\n"
         "    graphkv.select(cupy.ones(4), 2, backend=bad)\n"
     )
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from graphkv.evaluation.tasks import PromptMaker
-from graphkv.evaluation.text import default_text
+from graphkv.evaluation.prompts.haystack import prompt_text
+from graphkv.evaluation.prompts.prompts import PromptMaker
 from tests.integrations.tiny import byte_tokenizer, save_tiny_llama, tiny_llama
 
 
@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def maker(tokenizer):
-    return PromptMaker(tokenizer, default_text())
+    return PromptMaker(tokenizer, prompt_text())
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from graphkv.__main__ import main
-from graphkv.evaluation import app
-from graphkv.evaluation.config import Config, load_config, suite_names
 from graphkv.evaluation.records import read_records
+from graphkv.evaluation.runs import provenance, workers
+from graphkv.evaluation.runs.config import Config, load_config, suite_names
 
 OPTIONS = ("--length", 240, "--budget", 64, "--policy", "snapkv", "--policy", "h2o+graphkv", "--threads", 1)
 
@@ -79,17 +79,15 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_an_example(finished, t
 
 
 def test_a_run_that_breaks_goes_on(finished, tiny, tmp_path, monkeypatch):
-    from graphkv.evaluation import team
-
     answered = []
 
-    def break_off(model, tokenizer, prompt, config, done, evaluate=team.evaluate):
+    def break_off(model, tokenizer, prompt, config, done, evaluate=workers.evaluate):
         if len(answered) == 2:
             raise KeyboardInterrupt
         answered.append(prompt)
         return evaluate(model, tokenizer, prompt, config, done)
 
-    monkeypatch.setattr(team, "evaluate", break_off)
+    monkeypatch.setattr(workers, "evaluate", break_off)
     assert run("--model", tiny, *OPTIONS, "--prompts", 3, "--output", tmp_path) == 130
     assert len(read_records(tmp_path)) == 18
     answered.append(None)
@@ -99,7 +97,7 @@ def test_a_run_that_breaks_goes_on(finished, tiny, tmp_path, monkeypatch):
 
 def test_a_finished_run_does_nothing_but_print(finished, tiny, tmp_path, capsys, monkeypatch):
     before = (finished / "records.jsonl").read_bytes()
-    monkeypatch.setattr("graphkv.evaluation.team.evaluate", None)
+    monkeypatch.setattr(workers, "evaluate", None)
 
     assert run("--model", tiny, *OPTIONS, "--prompts", 3, "--output", finished) == 0
     assert (finished / "records.jsonl").read_bytes() == before
@@ -213,16 +211,17 @@ def test_a_prompt_that_the_model_cannot_hold_is_refused(tiny, tmp_path, capsys):
 
 
 def test_a_missing_library_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "graphkv.evaluation.app", None)
+    monkeypatch.setitem(sys.modules, "graphkv.evaluation.runs.command", None)
 
     assert run("--output", tmp_path) == 2
     assert "graphkv eval needs: pip install 'graphkv[eval]'" in capsys.readouterr().err
 
 
 def test_the_commit_is_that_of_this_checkout_and_of_no_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(app, "_git", lambda folder, *arguments: "/elsewhere" if "rev-parse" in arguments else "abc")
-    assert app._commit() is None
-    monkeypatch.setattr(
-        app, "_git", lambda folder, *arguments: str(folder.parent) if "rev-parse" in arguments else "abc"
-    )
-    assert app._commit() == "abc"
+    def is_inside(top):
+        return lambda folder, *arguments: (top or str(folder.parent)) if "rev-parse" in arguments else "abc"
+
+    monkeypatch.setattr(provenance, "_git", is_inside("/elsewhere"))
+    assert provenance._commit() is None
+    monkeypatch.setattr(provenance, "_git", is_inside(None))
+    assert provenance._commit() == "abc"

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from graphkv import ArgumentError
-from graphkv.evaluation.data import data_prompts, read_rows
+from graphkv.evaluation.prompts.rows import data_prompts, read_rows
 
 ROW = {"context": "Ann is here.", "question": "Who?", "answers": ["Ann"], "metric": "f1", "max_new_tokens": 5}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from graphkv.evaluation import metrics
+from graphkv.evaluation.prompts import metrics
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from graphkv import (
     SnapKV,
     StreamingLLM,
 )
-from graphkv.evaluation.names import base_name, parse, split
-from graphkv.evaluation.policies import BASES, WRAPPERS, make_policy
+from graphkv.workbench.names import base_name, parse, split
+from graphkv.workbench.policies import BASES, WRAPPERS, make_policy
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,9 @@ def test_sinks_go_to_the_base_unless_it_names_its_own():
 def test_a_name_is_parsed_at_the_plus_signs_outside_parentheses():
     assert split("a(b=1+2)+c(d=(3, [4+5]))+e") == ["a(b=1+2)", "c(d=(3, [4+5]))", "e"]
     assert (base_name("snapkv(window=8)+graphkv"), base_name("snapkv")) == ("snapkv(window=8)", "snapkv")
+    # The path of a preset is no base with wrappers, whatever its folder is called.
+    assert split("runs/a+b/preset.toml") == ["runs/a+b/preset.toml"]
+    assert parse("my.package:Holder.make(x=':')+adakv") == [("my.package:Holder.make", {"x": ":"}), ("adakv", {})]
     assert parse("snapkv(pooling='a, b', window=+8)+per(budgets=[1, 2], shares=(1, -2), on=True)+word") == [
         ("snapkv", {"pooling": "a, b", "window": 8}),
         ("per", {"budgets": [1, 2], "shares": (1, -2), "on": True}),
@@ -86,14 +89,22 @@ def test_sinks_are_kept_by_every_policy(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("best", "--policy must be one of full, random"),
+        ("best", "--policy must be one of full, snapkv"),
         ("snapkv+graph", "--policy must be one of"),
         ("full+graphkv", "--policy must be one of"),
         ("snapkv(window)", "options like window=8"),
         ("snapkv(windows=8)", "unexpected keyword argument 'windows'"),
         ("snapkv(window=0)", r"--policy snapkv\(window=0\): window must be at least 1"),
         ("snapkv+graphkv-paper", r"--policy must be one of .*\+graphkv, \+enhance, .*; got 'snapkv\+graphkv-paper'"),
-        ("snapkv+degree(neighbors=3)", "unexpected keyword argument 'neighbors'"),
+        (
+            "snapkv+degree(neighbors=3)",
+            r"--policy snapkv\+degree\(neighbors=3\): got an unexpected keyword argument 'neighbors'; there are "
+            "exponent, fusion, unrotated$",
+        ),
+        ("h2o+adakv(exponent=3)", "'exponent'; there are .*schedule"),
+        ("snapkv(exponent=3)", "'exponent'; there are .*window"),
+        ("kvpress:KnormPress", "presses of kvpress are for graphkv eval; got 'kvpress:KnormPress'"),
+        ("preset.toml+graphkv", r"must be a base and its wrappers, such as .*; got 'preset.toml' in"),
         ("snapkv+graphkv(signal=degree)", "unexpected keyword argument 'signal'"),
         ("snapkv+graphkv(neighbors=-3)", r"--policy snapkv.*: neighbors must be at least 0; got -3"),
         ("snapkv+", r"--policy must be a base and its wrappers, such as .*; got '' in 'snapkv\+'"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from graphkv import ArgumentError, BackendUnavailableError
-from graphkv.evaluation.config import Config
-from graphkv.evaluation.runner import evaluate
+from graphkv.evaluation.runs.config import Config
+from graphkv.evaluation.runs.prompt_run import evaluate
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.versions import with_cache
 
@@ -25,7 +25,10 @@ def kvpress():
     return pytest.importorskip("kvpress", reason="kvpress is an extra of its own")
 
 
-@pytest.mark.parametrize("name", ["kvpress:NoPress", "kvpress:BasePress", "kvpress:KnormPress(ratio=1)", "kvpress:"])
+@pytest.mark.parametrize(
+    "name",
+    ["kvpress:NoPress", "kvpress:BasePress", "kvpress:KnormPress(ratio=1)", "kvpress:", "kvpress:KnormPress+degree"],
+)
 def test_other_presses_are_refused(kvpress, name):
     with pytest.raises(ArgumentError, match="--policy"):
         Config(policies=(name,))
@@ -47,7 +50,7 @@ def test_a_press_answers_at_the_same_budget_as_everybody(kvpress, model, tokeniz
 
 @torch.inference_mode()
 def test_what_a_press_keeps_is_what_it_leaves_in_its_own_cache(kvpress, model):
-    from graphkv.evaluation.presses import read_under_press
+    from graphkv.evaluation.runs.presses import read_under_press
 
     ids = torch.randint(1, 256, (1, 50), generator=torch.manual_seed(0))
     with observing(model):

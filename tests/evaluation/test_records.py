@@ -10,6 +10,7 @@ from tests.evaluation.test_statistics import record
 
 IDENTITY = {"config": {"budgets": [1, 2]}, "model": {"sha256": "aa"}}
 SESSION = {"commit": "c"}
+SIZES = ("tokens_kept", "cache_bytes")
 
 
 def test_records_come_back_as_they_went(tmp_path):
@@ -71,7 +72,7 @@ def test_damaged_runs_are_refused(tmp_path):
     with pytest.raises(ArgumentError, match="some are there twice"):
         Run(tmp_path, IDENTITY, SESSION)
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(ArgumentError, match="line 1 must be a record of schema 1"):
+    with pytest.raises(ArgumentError, match="line 1 must be a record of schema 2 or older"):
         Run(tmp_path, IDENTITY, SESSION)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ArgumentError, match="damaged"):
@@ -86,3 +87,28 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match="cannot be written"):
         Run(tmp_path / "out", IDENTITY, SESSION)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_records_of_schema_1_are_read_and_say_nothing_of_sizes(tmp_path):
+    old = {name: value for name, value in vars(record("a", "x", 2.5)).items() if name not in SIZES}
+    (tmp_path / "records.jsonl").write_text(json.dumps({"key": "a|0|aware|x|8|4", **old}) + "\n")
+
+    (found,) = read_records(tmp_path)
+    assert found == record("a", "x", 2.5)
+    assert [getattr(found, name) for name in SIZES] == [None, None]
+    assert not found.is_off_budget
+
+
+def test_a_run_of_schema_1_is_not_continued(tmp_path):
+    Run(tmp_path, IDENTITY, SESSION)
+    header = tmp_path / "run.json"
+    header.write_text(header.read_text().replace('"schema": 2', '"schema": 1'))
+
+    with pytest.raises(ArgumentError, match="another schema: 1 there, 2 now"):
+        Run(tmp_path, IDENTITY, SESSION)
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(8.0, False), (7.5, True), (None, False)])
+def test_a_cache_is_off_its_budget_if_it_was_measured_to_be(kept, expected):
+    assert record("a", "x", 1.0, tokens_kept=kept).is_off_budget == expected
+    assert not record("a", "full", 1.0, tokens_kept=64.0).is_off_budget

@@ -15,9 +15,9 @@ import pytest
 
 from graphkv import ArgumentError
 from graphkv.__main__ import main
-from graphkv.evaluation import plots, statistics
+from graphkv.evaluation import statistics
 from graphkv.evaluation.records import Record, Run
-from graphkv.evaluation.report import make_report
+from graphkv.evaluation.report import make_report, plots
 
 ROOT = Path(__file__).parents[2]
 LENGTHS, BUDGETS, MODES = (64, 128), (16, 32, 64), ("aware", "agnostic")
@@ -353,8 +353,8 @@ def test_a_run_without_any_graph_and_without_needles_is_reported(undrawn):
     ]
     markdown, _ = make_report(records, {})
 
-    assert "no policy with a graph" in markdown
-    for absent in ("Gain of the graph", "Needles by length", "Diversity", "share of right"):
+    assert "no policy with wrappers" in markdown
+    for absent in ("Gain over the base", "Needles by length", "Diversity", "share of right"):
         assert absent not in markdown
 
 
@@ -370,3 +370,69 @@ def test_rows_of_a_data_set_have_no_length_and_no_split(undrawn):
 
     assert "## Query-aware" in markdown
     assert "Score of the generated answers, higher is better" in markdown
+
+
+def sized(records, sizes, a_token=384):
+    """Records whose caches were measured: tokens per policy as a share of the budget, bytes as a multiple of those."""
+    result = []
+    for record in records:
+        share, padding = sizes.get(record.policy, (1, 1))
+        kept = record.num_tokens if record.budget is None else record.budget * share
+        changes = {"tokens_kept": float(kept), "cache_bytes": int(kept * padding * a_token)}
+        result.append(Record(**{**vars(record), **changes}))
+    return result
+
+
+def test_sizes_are_shown_only_where_they_differ(undrawn):
+    records = make_records(prompts=2, modes=("aware",), effects=FEW)
+    equal, _ = make_report(sized(records, {}), HEADER)
+    smaller, _ = make_report(sized(records, {"snapkv+graphkv": (0.5, 1)}), HEADER)
+    padded, _ = make_report(sized(records, {"snapkv+graphkv": (1, 1.5)}), HEADER)
+
+    assert "All caches that were measured kept that number of tokens." in equal
+    assert "Measured sizes" not in equal
+    assert "Caches of `snapkv+graphkv` kept another number of tokens, see *Measured sizes*" in smaller
+    found = {(row["policy"], row["prompt"], row["budget"]): row for row in rows(smaller) if "tokens kept" in row}
+    assert found["`snapkv+graphkv`", "128", "32"] == {
+        "policy": "`snapkv+graphkv`", "prompt": "128", "budget": "32", "tokens kept": "16.0", "MB": "0.006",
+        "of the full cache": "12.5%",
+    }  # fmt: skip
+    assert found["`snapkv`", "128", "32"]["of the full cache"] == "25.0%"
+    assert found["`full`", "128", "32"]["tokens kept"] == "128.0"
+    assert "All caches that were measured kept that number of tokens." in padded
+    found = {(row["policy"], row["prompt"], row["budget"]): row for row in rows(padded) if "tokens kept" in row}
+    assert found["`snapkv+graphkv`", "128", "32"]["tokens kept"] == found["`snapkv`", "128", "32"]["tokens kept"]
+    assert found["`snapkv+graphkv`", "128", "32"]["MB"] == "0.018"
+
+
+def test_a_size_that_changes_from_prompt_to_prompt_has_a_range(undrawn):
+    records = sized(make_records(prompts=2, modes=("aware",), effects=FEW), {})
+    changed = [
+        Record(**{**vars(record), "tokens_kept": record.tokens_kept / (record.seed + 1)})
+        if record.policy == "snapkv"
+        else record
+        for record in records
+    ]
+    markdown, _ = make_report(changed, HEADER)
+
+    found = {(row["policy"], row["prompt"], row["budget"]): row for row in rows(markdown) if "tokens kept" in row}
+    assert found["`snapkv`", "128", "32"]["tokens kept"] == "24.0 (16.0 to 32.0)"
+
+
+def test_records_without_sizes_are_said_to_have_none(undrawn):
+    records = make_records(prompts=2, modes=("aware",), effects=FEW)
+    evicted = sum(record.policy != "full" for record in records)
+    unmeasured, _ = make_report(records, HEADER)
+    mixed, _ = make_report([*sized(records[:1] + records[-1:], {}), *records[1:-1]], HEADER)
+
+    assert f"All {evicted} records of evicted caches were made without measuring the caches." in unmeasured
+    assert "All caches that were measured" not in unmeasured
+    assert f"{evicted - 1} of {evicted} records of evicted caches were made without" in mixed
+    assert "Measured sizes" not in unmeasured + mixed
+
+
+def test_variants_are_named_by_all_wrappers_of_a_policy(undrawn):
+    effects = {"snapkv": 0.0, "snapkv+degree(exponent=8)": -0.5, "snapkv+degree(exponent=8)+adakv": -0.6}
+    markdown, _ = make_report(make_records(prompts=3, modes=("aware",), effects=effects), {})
+
+    assert {row["policy"] for row in gains(markdown)} == {f"`{name}`" for name in effects if "+" in name}

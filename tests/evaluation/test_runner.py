@@ -1,4 +1,4 @@
-"""What is measured: against a reference without any cache, at exactly equal budgets, and the same every time."""
+"""What is measured: against a reference without any cache, sizes included, and the same every time."""
 
 from dataclasses import replace
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from graphkv import H2O, AdaKV, GraphKVError, SnapKV
-from graphkv.evaluation import runner
-from graphkv.evaluation.config import Config
-from graphkv.evaluation.policies import BASES, make_policy, running_states
-from graphkv.evaluation.runner import evaluate, stack
+from graphkv import H2O, AdaKV, SnapKV
+from graphkv.evaluation.runs import prompt_run
+from graphkv.evaluation.runs.config import Config
+from graphkv.evaluation.runs.prompt_run import evaluate
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.versions import with_cache
+from graphkv.workbench.policies import BASES, make_policy
 from tests.integrations.reference import reference_logits
 from tests.integrations.tiny import tiny_gemma3
 
@@ -102,26 +102,43 @@ def test_only_what_is_missing_is_given_and_it_is_the_same(model, tokenizer, prom
 def test_every_policy_keeps_exactly_its_budget(model, tokenizer, prompt, monkeypatch, sinks):
     kept = {}
 
-    def watch(self, site, name, policy, budget, shrink=runner.Reading._shrink):
-        cache = shrink(self, site, name, policy, budget)
-        kept[name, site.mode] = [layer.num_stored for layer in cache.layers]
+    def watch(self, read, name, policy, budget, evict=prompt_run.PromptRun._evict):
+        cache = evict(self, read, name, policy, budget)
+        kept[name, read.mode] = [layer.num_stored for layer in cache.layers]
         return cache
 
-    monkeypatch.setattr(runner.Reading, "_shrink", watch)
-    evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=EVERYBODY, sinks=(sinks,)))
+    monkeypatch.setattr(prompt_run.PromptRun, "_evict", watch)
+    found = evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=EVERYBODY, sinks=(sinks,)))
 
     assert {name for name, _ in kept} == set(EVERYBODY)
     assert {sum(stored) for stored in kept.values()} == {3 * 64}
+    assert {record.tokens_kept for record in found if record.policy != "full"} == {64}
+    assert not any(record.is_off_budget for record in found)
 
 
-def test_a_policy_that_keeps_more_is_found_out(model, tokenizer, prompt, monkeypatch):
+def test_a_policy_that_keeps_more_is_recorded_with_what_it_kept(model, tokenizer, prompt, monkeypatch):
     def one_more(name, budget, **_):
-        return None if name == "full" else SnapKV(budget=budget + 1)
+        return SnapKV(budget=budget + 1) if name == "snapkv" else make_policy(name, budget)
 
-    monkeypatch.setattr(runner, "make_policy", one_more)
+    monkeypatch.setattr(prompt_run, "make_policy", one_more)
+    found = evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=("snapkv", "knorm")))
 
-    with pytest.raises(GraphKVError, match="snapkv must keep 64 tokens per head on average"):
-        evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=("snapkv",)))
+    # 3 layers of 2 KV heads of 8 numbers of 4 bytes, for keys and for values.
+    a_token = 3 * 2 * 8 * 4 * 2
+    sizes = {(record.policy, record.mode): (record.budget, record.tokens_kept, record.cache_bytes) for record in found}
+    for mode in ("aware", "agnostic"):
+        assert sizes["snapkv", mode] == (64, 65, 65 * a_token)
+        assert sizes["knorm", mode] == (64, 64, 64 * a_token)
+    assert sizes["full", "agnostic"] == (None, LENGTH, LENGTH * a_token)
+    assert {record.policy for record in found if record.is_off_budget} == {"snapkv"}
+
+
+def test_slots_that_shorter_heads_leave_unused_count_as_bytes_and_not_as_tokens(model, tokenizer, prompt):
+    config = Config(budgets=(64,), policies=("snapkv", "snapkv+adakv", "snapkv+caote"), modes=("agnostic",))
+    found = {record.policy: record for record in evaluate(model, tokenizer, prompt, config)}
+
+    assert {found[name].tokens_kept for name in config.policies[1:]} == {64}
+    assert found["snapkv+adakv"].cache_bytes > found["snapkv+caote"].cache_bytes == found["snapkv"].cache_bytes
 
 
 def test_a_budget_that_holds_the_prompt_is_left_out(model, tokenizer, prompt):
@@ -179,7 +196,7 @@ def test_a_stack_goes_on_as_each_of_its_caches_would(model):
             caches.append(full.copy())
             caches[-1].evict(policy)
         alone = [model(ids[:, 50:], **with_cache(model, cache.copy())).logits for cache in caches]
-        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, stack(caches))).logits
+        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, EvictingCache.stacked(caches))).logits
 
     torch.testing.assert_close(together, torch.cat(alone))
     assert not torch.allclose(alone[0], alone[1])
@@ -194,7 +211,7 @@ def test_heads_with_budgets_of_their_own_can_be_stacked(model):
         cache = full.copy()
         cache.evict(AdaKV(SnapKV(budget=20, window=4)))
         alone = model(ids[:, 50:], **with_cache(model, cache.copy())).logits
-        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, stack([cache, cache]))).logits
+        together = model(ids[:, 50:].expand(2, -1), **with_cache(model, EvictingCache.stacked([cache, cache]))).logits
 
     assert any(layer.valid is not None for layer in cache.layers)
     torch.testing.assert_close(together, torch.cat([alone, alone]))
@@ -250,11 +267,10 @@ def test_running_sums_leave_the_sliding_layers_of_a_mixed_model_alone():
     with observing(model), torch.inference_mode():
         cache = EvictingCache(num_queries=30)
         model(ids[:, :20], **with_cache(model, cache))
-        before = running_states(H2O(budget=1), cache)
+        before = cache.running_states(H2O(budget=1))
         model(ids[:, 20:], **with_cache(model, cache))
-        states = running_states(H2O(budget=1), cache, before)
-        for layer, state in zip(cache.layers, states, strict=True):
-            layer.state = state
+        states = cache.running_states(H2O(budget=1), before)
+        cache = cache.with_states(states)
         cache.evict(H2O(budget=20))
 
     assert [bool(state) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2

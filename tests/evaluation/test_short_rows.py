@@ -8,15 +8,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from graphkv.__main__ import main
-from graphkv.demo.prompt import read_paragraphs
-from graphkv.evaluation.config import Config, load_config
-from graphkv.evaluation.data import read_rows
-from graphkv.evaluation.policies import BASES, make_policy
-from graphkv.evaluation.presets import load_preset
+from graphkv.evaluation.prompts.prompts import Prompt, Question
+from graphkv.evaluation.prompts.rows import read_rows
 from graphkv.evaluation.records import read_records
-from graphkv.evaluation.runner import evaluate
-from graphkv.evaluation.tasks import Prompt, Question
-from graphkv.evaluation.text import read_text
+from graphkv.evaluation.runs.config import Config, load_config
+from graphkv.evaluation.runs.prompt_run import evaluate
+from graphkv.workbench.policies import BASES, make_policy
+from graphkv.workbench.presets import load_preset
+from graphkv.workbench.text import read_text
 from tests.integrations.reference import reference_logits
 
 EVERYBODY = (*BASES, *(f"{base}+graphkv" for base in BASES))
@@ -134,7 +133,7 @@ def test_every_file_of_text_may_begin_with_a_byte_order_mark(tmp_path):
         return tmp_path / name
 
     assert read_text(made("a.txt", "First.")).documents == (("First.",),)
-    assert read_paragraphs(made("b.txt", "First.\n\nSecond.")) == ["First.", "Second."]
+    assert read_text(made("b.txt", "First.\n\nSecond.")).paragraphs == ["First.", "Second."]
     assert load_preset(made("c.toml", 'base = "knorm"\n')).base == "knorm"
     assert load_config(None, made("d.toml", "budgets = [8]\n"), {}).budgets == (8,)
     assert [row.question for row in read_rows(made("e.jsonl", json.dumps(ROW)), "f1")] == ["Who?"]

@@ -7,7 +7,7 @@ from scipy import stats
 from graphkv import ArgumentError
 from graphkv.evaluation import statistics
 from graphkv.evaluation.records import Record
-from graphkv.evaluation.statistics import Cell, compare, interval, prompts_needed, summarise, table, wilcoxon
+from graphkv.evaluation.statistics import Cell, compare, interval, prompts_needed, summarize, table, wilcoxon
 
 
 def record(prompt, policy, nll, *, budget=8, question=0, **changes):
@@ -117,8 +117,8 @@ def test_questions_of_one_prompt_count_once():
     records = [record("a", "x", 1.0), record("a", "x", 3.0, question=1), record("b", "x", 8.0)]
 
     assert table(records, "nll") == {CELL: {"x": {"a": 2.0, "b": 8.0}}}
-    assert summarise(records, "nll")[CELL]["x"].mean == 5.0
-    assert summarise(records, "nll")[CELL]["x"].count == 2
+    assert summarize(records, "nll")[CELL]["x"].mean == 5.0
+    assert summarize(records, "nll")[CELL]["x"].count == 2
 
 
 def test_the_full_cache_stands_in_every_cell():

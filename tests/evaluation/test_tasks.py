@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 
 from graphkv import ArgumentError
-from graphkv.evaluation.tasks import DEPTHS, TASKS, PromptMaker, encode_question, seeds_of
-from graphkv.evaluation.text import SPLITS, Text, default_text, read_text
+from graphkv.evaluation.prompts.haystack import SPLITS, prompt_text, seeds_of, split_of
+from graphkv.evaluation.prompts.prompts import PromptMaker, encode_question
+from graphkv.evaluation.prompts.riddles import DEPTHS, TASKS
+from graphkv.workbench.text import Text, read_text
 
 LENGTH = 1500
 HELD_OUT = SPLITS["held-out"]
@@ -94,7 +96,7 @@ def test_a_continuation_is_what_the_text_goes_on_with(maker, tokenizer):
     (question,) = prompt.questions
     following = tokenizer.decode([*question.ids, *question.answer])
 
-    source = "\n\n".join(maker.text.of_split("held-out"))
+    source = "\n\n".join(split_of(maker.text, "held-out"))
     assert len(question.ids) == 1
     assert len(question.answer) == 32
     assert question.modes == ("agnostic",)
@@ -143,8 +145,8 @@ def test_frequent_words_follow_their_law(maker, tokenizer):
 
 
 def test_the_splits_share_no_paragraph():
-    text = default_text()
-    tuning, held_out = set(text.of_split("tuning")), set(text.of_split("held-out"))
+    text = prompt_text()
+    tuning, held_out = set(split_of(text, "tuning")), set(split_of(text, "held-out"))
 
     assert tuning.isdisjoint(held_out)
     assert 0.25 < len(tuning) / len(tuning | held_out) < 0.4
@@ -152,8 +154,8 @@ def test_the_splits_share_no_paragraph():
 
 
 def test_every_paragraph_is_there_once():
-    text = default_text()
-    paragraphs = text.of_split("tuning") + text.of_split("held-out")
+    text = prompt_text()
+    paragraphs = split_of(text, "tuning") + split_of(text, "held-out")
 
     assert len(set(paragraphs)) == len(paragraphs) > 1000
 
@@ -163,9 +165,11 @@ def test_a_text_of_ones_own(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("First.\n\n\n\n")
     (tmp_path / "c.bin").write_bytes(b"\xff")
 
-    assert read_text(tmp_path).documents == (("First.",), ("Second.", "Third."))
-    assert read_text(tmp_path / "b.md").documents == (("Second.", "Third."),)
-    assert read_text(tmp_path).sha256() != read_text(tmp_path / "b.md").sha256()
+    assert prompt_text(tmp_path).documents == (("First.",), ("Second.", "Third."))
+    assert prompt_text(tmp_path / "b.md").documents == (("Second.", "Third."),)
+    assert prompt_text(tmp_path).sha256() != prompt_text(tmp_path / "b.md").sha256()
+    # A repeated paragraph is left out of prompts alone: the demo reads a text as it is.
+    assert read_text(tmp_path / "b.md").paragraphs == ["Second.", "Third.", "Second."]
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"", "it is empty"), (b"\xff", "not UTF-8 text")])
@@ -173,7 +177,7 @@ def test_an_unusable_text_is_refused(tmp_path, content, message):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(ArgumentError, match=message):
-        read_text(path)
+        prompt_text(path)
 
 
 def test_a_short_text_is_refused(tokenizer):

@@ -12,12 +12,12 @@ pytest.importorskip("tomli_w", reason="presets are written with tomli-w, of grap
 
 from graphkv.__main__ import main
 from graphkv.evaluation import statistics
-from graphkv.evaluation.names import parse
-from graphkv.evaluation.policies import make_preset
-from graphkv.evaluation.presets import Preset, load_preset
 from graphkv.evaluation.records import read_records
-from graphkv.evaluation.search import BudgetSpace, GraphSpace, search
-from graphkv.evaluation.tune import name_of
+from graphkv.evaluation.tuning.objective import name_of
+from graphkv.evaluation.tuning.search import BudgetSpace, GraphSpace, search
+from graphkv.workbench.names import parse
+from graphkv.workbench.policies import make_preset
+from graphkv.workbench.presets import Preset, load_preset
 
 BUDGET, LAYERS = 64, 12
 START = Preset(base="snapkv", layer_budgets=(BUDGET,) * LAYERS)
@@ -180,7 +180,7 @@ def test_it_is_reported_on_prompts_that_it_was_not_tuned_on(tuned, capsys):
 
 def test_a_finished_search_asks_no_model_again(tuned, tiny, monkeypatch, capsys):
     before = {name: (tuned / name).read_bytes() for name in ("preset.toml", "tuning/records.jsonl")}
-    monkeypatch.setattr("graphkv.evaluation.tune.Bench.answer", None)
+    monkeypatch.setattr("graphkv.evaluation.tuning.objective.Candidates.answer", None)
 
     assert tune(tiny, tuned) == 0
     assert {name: (tuned / name).read_bytes() for name in before} == before
@@ -188,9 +188,9 @@ def test_a_finished_search_asks_no_model_again(tuned, tiny, monkeypatch, capsys)
 
 
 def test_an_interrupted_search_goes_on_and_ends_alike(tuned, tiny, tmp_path, monkeypatch):
-    from graphkv.evaluation import tune as module
+    from graphkv.evaluation.records import Run
 
-    calls, append = [], module.Run.append
+    calls, append = [], Run.append
 
     def break_off(self, records):
         calls.append(records)
@@ -200,7 +200,7 @@ def test_an_interrupted_search_goes_on_and_ends_alike(tuned, tiny, tmp_path, mon
             raise KeyboardInterrupt
         append(self, records)
 
-    monkeypatch.setattr(module.Run, "append", break_off)
+    monkeypatch.setattr(Run, "append", break_off)
     assert tune(tiny, tmp_path) == 130
     assert not (tmp_path / "preset.toml").exists()
     monkeypatch.undo()

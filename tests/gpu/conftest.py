@@ -21,7 +21,7 @@ class OnDevice:
     make: Callable[[np.ndarray], Any]
 
     def host(self, x: Any) -> np.ndarray:
-        """Give the values as a NumPy array."""
+        """Return the values as a NumPy array."""
         return np.asarray(self.backend.to_numpy(x))
 
 
@@ -51,13 +51,13 @@ def _on_device(name: str) -> OnDevice:
 
 @pytest.fixture(scope="session", params=DEVICES)
 def gpu(request: pytest.FixtureRequest) -> OnDevice:
-    """Give each library that finds a device; the others are skipped with their own words."""
+    """Return each library that finds a device; the others are skipped with their own words."""
     return _on_device(request.param)
 
 
 @pytest.fixture(scope="session", params=[f"{name}{kind}" for name in DEVICES for kind in ("", ":portable")])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Give the kit what it tests: each library on its device, with and without its overrides."""
+    """Return what the kit tests: each library on its device, with and without its overrides."""
     from graphkv.testing.subject import Subject, variants
 
     name, _, portable = request.param.partition(":")

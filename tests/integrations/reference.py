@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from graphkv import LayerBudgets, evict, preference
+from graphkv import LayerBudgets, Memory, evict, wants
 
 NAME = "slow_reference"
 
@@ -51,7 +51,7 @@ class SlowReference:
         return out.transpose(0, 1)[None].to(kwargs.get("dtype", torch.float32)), None
 
     def _left(self, before, count, sliding_window):
-        """Say which positions are left for which query, bool (kv_heads, queries, positions)."""
+        """Return which positions are left for which query, bool (kv_heads, queries, positions)."""
         kv_heads = len(before[0])
         left = torch.zeros(kv_heads, count, count, dtype=torch.bool)
         start = 0
@@ -79,12 +79,12 @@ class SlowReference:
         return torch.cat(rows)
 
     def _policy_of(self, layer, query, key, value, config):
-        """Give the policy; where budgets depend on all layers, read the preferences of a first run."""
-        if not self.policy.needs().preferences:
+        """Return the policy; where budgets depend on all layers, read the preferences of a first run."""
+        if not self.policy.needs().wants:
             return self.policy
         first = self.calls[0]
         self.wants[layer] = float(
-            preference(
+            wants(
                 self.policy,
                 key[None, :, :first].float().numpy(),
                 queries=query[None, :, :first].float().numpy(),
@@ -98,14 +98,14 @@ class SlowReference:
     def settle_budgets(self):
         """After a first run over the prompt alone, fix the layers' budgets."""
         wants = [self.wants[layer] for layer in sorted(self.wants)]
-        self.layer_budgets = tuple(self.policy.layer_budgets(wants, self.calls[0]))
+        self.layer_budgets = tuple(self.policy.share_out(wants, self.calls[0]))
 
     def _valid(self, kv_heads, positions):
         rows = [positions] * kv_heads if not positions or isinstance(positions[0], int) else positions
         return (torch.tensor(rows) >= self.num_pads)[None].numpy()
 
     def _replay(self, policy, layer, num_layers, query, key, value, sliding_window):
-        """Give what is left before each call: lists of positions, one per head, and where their keys stand."""
+        """Return what is left before each call: lists of positions, one per head, and where their keys stand."""
         kv_heads = key.shape[0]
         stored = [[] for _ in range(kv_heads)]
         stands = [[] for _ in range(kv_heads)]
@@ -147,15 +147,16 @@ class SlowReference:
                 tokens_seen=seen,
             )
             evicted, since = True, 0
-            protected = policy.num_protected(decision.budget)
-            carried = protected if protected <= decision.budget and not policy.needs().state else 0
+            protection = policy.protection(decision.budget)
+            carried = protection.newest if protection.count <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
             if decision.state is not None:
                 widest = max(map(len, kept))
-                state = {name: np.zeros_like(sums[:, :, :widest]) for name, sums in decision.state.items()}
-                for name, sums in decision.state.items():
+                tokens = {name: np.zeros_like(sums[:, :, :widest]) for name, sums in decision.state.tokens.items()}
+                for name, sums in decision.state.tokens.items():
                     for head, row in enumerate(kept):
-                        state[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
+                        tokens[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
+                state = Memory(tokens)
             if any(len(row) < width for row in kept):
                 stored = [[int(index[h, i]) for i in row] for h, row in enumerate(kept)]
                 if self.turned_keys is not None:
@@ -174,7 +175,7 @@ def reference_logits(model, ids, policy, calls, *, every=None, num_pads=0, **opt
     positions = (torch.arange(len(ids)) - num_pads).clamp(min=0)[None]
     mask = (torch.arange(len(ids)) >= num_pads).long()[None]
     with attending(model, slow):
-        if policy.needs().preferences:
+        if policy.needs().wants:
             model(ids[None], attention_mask=mask, position_ids=positions, use_cache=False)
             slow.settle_budgets()
         logits = model(ids[None], attention_mask=mask, position_ids=positions, use_cache=False).logits[0]

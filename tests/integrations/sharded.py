@@ -19,7 +19,7 @@ from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.releases import cache_of
 from tests.integrations.tiny import FAMILIES, tiny_llama
-from tests.policies import every_policy
+from tests.support.policies import every_policy
 
 WORLD = 2
 SNAPKV = SnapKV(budget=12, window=4, kernel_size=3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import CAKE, CAOTE, H2O, AdaKV, Decay, ExpectedAttention, GraphKV, KeyDiff, PyramidKV, RoCo, SnapKV
+from graphkv import CAKE, CAOTE, H2O, AdaKV, ExpectedAttention, GraphKV, KeyDiff, PyramidKV, RoCo, SnapKV
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.report import fates, layer_stats
 from graphkv.integrations.transformers.versions import with_cache
@@ -15,7 +15,7 @@ from tests.integrations.tiny import tiny_llama
 SNAPKV = SnapKV(budget=12, window=4, kernel_size=3)
 POLICIES = {
     "snapkv": SNAPKV,
-    "snapkv+graphkv": GraphKV(SNAPKV, Decay(neighbors=2)),
+    "snapkv+graphkv": GraphKV(SNAPKV),
     "a share": SnapKV(budget=0.3, window=4, kernel_size=3),
     "pyramidkv": PyramidKV(budget=12, window=4, kernel_size=3, beta=4),
     "cake": CAKE(budget=12, window=4, kernel_size=3),
@@ -48,7 +48,7 @@ def masks(row):
 
 
 def read_batch(model, cache, ids):
-    """Give the logits of all rows, each at its own positions."""
+    """Return the logits of all rows, each at its own positions."""
     mask = torch.stack([torch.cat(masks(row)) for row in range(len(SHOWN))]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits, start = [], 0

@@ -12,6 +12,7 @@ from graphkv import (
     H2O,
     AdaKV,
     Bar,
+    Choice,
     Decay,
     Degree,
     Enhance,
@@ -88,12 +89,12 @@ def mean_cosine(keys, valid):
 
 
 def suppressed_by_loops(record):
-    """Give {(row, head, slot)} by sorting, and {(row, head, slot, source slot): weight} by walking the edges."""
+    """Return {(row, head, slot)} by sorting, and {(row, head, slot, source slot): weight} by walking the edges."""
     tokens, edges, first = set(), {}, 0
     for decision in record.decisions:
         to_list = lambda x, give=decision.backend.to_numpy: None if x is None else give(x).tolist()  # noqa: E731
         kept, importance, scores = map(to_list, (decision.kept, decision.importance, decision.scores))
-        protected, budgets = to_list(decision.protected), to_list(decision.head_budgets)
+        protected, budgets = to_list(decision.protected), to_list(decision.counts)
         for row, heads in enumerate(kept):
             for head, stay in enumerate(heads):
                 at = (first + row, head)
@@ -153,7 +154,7 @@ def test_the_worked_example_of_the_contract():
     )
     scores = propagate(importance, graph)
     decision = Eviction(
-        kept=select(scores, 3), budget=3, num_tokens=7, importance=importance, scores=scores, protected=None,
+        choice=Choice(kept=select(scores, 3)), budget=3, num_tokens=7, importance=importance, scores=scores,
         graph=graph, backend=load("numpy"),
     )  # fmt: skip
     layer = EvictingLayer(EvictingCache().settings)
@@ -267,7 +268,7 @@ def test_a_head_drops_tokens_also_where_another_one_keeps_all(model, prompts, ba
     assert any(layer.num_stored == N for layer in cache.layers)
     for layer, stats in zip(cache.layers, cache.stats(), strict=True):
         (decision,) = layer.record.decisions
-        assert stats.num_kept.tolist() == decision.head_budgets.tolist()
+        assert stats.num_kept.tolist() == decision.counts.tolist()
         assert stats.num_dropped == N - stats.num_kept.min()
         for row, head in np.ndindex(2, 2):
             kept = decision.kept[row, head]

@@ -201,7 +201,7 @@ def test_heads_keep_what_they_were_given(model, ids, base, implementation):
     for layer in cache.layers:
         (decision,) = layer.record.decisions
         counts = (layer.positions >= 0).sum(-1)
-        assert counts.tolist() == decision.head_budgets.tolist()
+        assert counts.tolist() == decision.counts.tolist()
         assert int(counts.sum()) == 2 * base.budget
         assert layer.num_stored == int(counts.max())
         assert torch.equal(layer.valid, layer.positions >= 0)
@@ -575,10 +575,10 @@ def test_a_single_layer_outside_of_our_attention_is_refused_at_the_next_call(ids
 class Broken(Policy):
     """Fails in the second layer, from the second eviction on."""
 
-    def score(self, inputs, /):
-        if inputs.layer == 1 and inputs.num_tokens < N:
+    def score(self, layer, memory, /):
+        if layer.layer == 1 and layer.num_tokens < N:
             raise RuntimeError("broken policy")
-        return inputs.keys[..., 0]
+        return layer.keys[..., 0]
 
 
 def test_a_cache_that_an_exception_left_unfinished_is_refused(model, ids):

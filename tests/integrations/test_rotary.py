@@ -96,9 +96,9 @@ class Watching(Policy):
     requirements: ClassVar[Requirements] = Requirements(unrotated_keys=True)
     seen: dict = field(default_factory=dict, compare=False)
 
-    def score(self, inputs):
-        self.seen[inputs.layer] = inputs.unrotated_keys
-        return KNorm(budget=self.budget).score(inputs)
+    def score(self, layer, memory):
+        self.seen[layer.layer] = layer.unrotated_keys
+        return KNorm(budget=self.budget).score(layer, memory)
 
 
 def read(model, ids, policy=None, **inputs):

@@ -18,7 +18,7 @@ BATCH, HEADS, STORED = 3, 2, 5
 
 
 def numbers(*sizes, dtype=torch.float32):
-    """Tell every number from every other."""
+    """Make every number different."""
     shape = (BATCH, HEADS, STORED, *sizes)
     return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
 

@@ -575,8 +575,8 @@ class Oldest(Policy):
 
     step: int = 1
 
-    def score(self, inputs):
-        return -inputs.xp.cumulative_sum(inputs.xp.ones_like(inputs.keys[..., 0]), axis=-1)
+    def score(self, layer, memory):
+        return -layer.xp.cumulative_sum(layer.xp.ones_like(layer.keys[..., 0]), axis=-1)
 
 
 class Jealous(CAKE):

@@ -57,7 +57,7 @@ def is_refused(name):
     model, policy, _ = QUESTIONS[name]
     needs = policy.needs()
     if model == "llama":
-        return needs.couples_heads or needs.preferences
+        return needs.couples_heads or needs.wants
     return model == "multi-query" and needs.queries != "none"
 
 
@@ -66,7 +66,7 @@ ANSWERED = [name for name in QUESTIONS if not is_refused(name)]
 
 
 def heads_of(rank, mine, everybody):
-    """Give the heads of the whole model that a process holds."""
+    """Return the heads of the whole model that a process holds."""
     first = rank * mine if mine < everybody else 0
     return slice(first, first + mine)
 

@@ -234,10 +234,10 @@ def test_the_model_is_as_it_was(model, prompts, implementation):
 class Broken(Policy):
     """Fails in the second layer."""
 
-    def score(self, inputs, /):
-        if inputs.layer == 1:
+    def score(self, layer, memory, /):
+        if layer.layer == 1:
             raise RuntimeError("broken policy")
-        return inputs.keys[..., 0]
+        return layer.keys[..., 0]
 
 
 def test_an_exception_leaves_the_model_as_it_was(model, prompts):
@@ -366,7 +366,7 @@ def test_misuse_of_a_cache_is_refused(model, prompts):
         with pytest.raises(ArgumentError, match="it is empty"):
             cache.evict(POLICIES["snapkv"])
         model(prompts, **with_cache(model, cache))
-        with pytest.raises(ArgumentError, match="queries must be given"):
+        with pytest.raises(ArgumentError, match="queries must hold the last"):
             cache.evict(POLICIES["snapkv"])
     with pytest.raises(ArgumentTypeError, match="num_queries must be an integer"):
         EvictingCache(num_queries=1.5)

@@ -24,9 +24,9 @@ class Watching(Policy):
     requirements: ClassVar[Requirements] = Requirements(unrotated_keys=True)
     seen: list = field(default_factory=list, compare=False)
 
-    def score(self, inputs):
-        self.seen.append(inputs.unrotated_keys)
-        return KNorm(budget=self.budget).score(inputs)
+    def score(self, layer, memory):
+        self.seen.append(layer.unrotated_keys)
+        return KNorm(budget=self.budget).score(layer, memory)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ MODELS = {
     "phi3": lambda: tiny(Phi3ForCausalLM, Phi3Config, **FOUR, rope_parameters=PARTIAL_ROPE),
     # A bias on the projections.
     "qwen2": lambda: tiny(Qwen2ForCausalLM, Qwen2Config, **FOUR),
-    # Normalised queries and keys, heads wider than hidden_size / heads.
+    # Normalized queries and keys, heads wider than hidden_size / heads.
     "qwen3": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, **FOUR, head_dim=16),
 }
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}

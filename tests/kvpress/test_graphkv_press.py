@@ -232,8 +232,8 @@ class Kept(Policy):
         super().__init__(budget=budget)
         object.__setattr__(self, "scores", scores)
 
-    def score(self, inputs):
-        return self.scores[inputs.layer].numpy()
+    def score(self, layer, memory):
+        return self.scores[layer.layer].numpy()
 
 
 @pytest.mark.parametrize("name", ["snapkv", "knorm"])

@@ -33,11 +33,11 @@ from graphkv.integrations.transformers import evicting
 from tests.integrations.reference import reference_generate, reference_logits
 from tests.integrations.tiny import FAMILIES, tiny_llama
 from tests.kvpress.models import MODELS, generate, lengths, num_hooks, prefill, prompts, same
-from tests.policies import every_policy
+from tests.support.policies import every_policy
 
 BUDGET = 14
 HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm"}
-POLICIES = {name: policy for name, policy in every_policy(BUDGET).items() if not policy.needs().preferences}
+POLICIES = {name: policy for name, policy in every_policy(BUDGET).items() if not policy.needs().wants}
 SNAPKV = SnapKV(budget=BUDGET, window=4, kernel_size=3)
 PYRAMID = PyramidKV(budget=BUDGET, window=4, kernel_size=3)
 
@@ -71,7 +71,7 @@ def test_head_budgets_are_the_only_ones_left_out():
 def is_headwise(policy):
     keys = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0))
     queries = keys.repeat_interleave(3, dim=1)
-    return evict(policy, keys, values=keys, queries=queries, num_layers=4).head_budgets is not None
+    return evict(policy, keys, values=keys, queries=queries, num_layers=4).counts is not None
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
@@ -264,7 +264,7 @@ def test_eager_attention_allows_one_budget_only():
 
 
 class Broken(Policy):
-    def score(self, inputs):
+    def score(self, layer, memory):
         raise RuntimeError("broken policy")
 
 

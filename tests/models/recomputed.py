@@ -130,7 +130,7 @@ class Recomputed:
             )
             evicted, since = True, 0
             self.evicted.add(layer)
-            protected = policy.num_protected(decision.budget)
+            protected = policy.protection(decision.budget).count
             carried = protected if protected <= decision.budget else 0
             stored = [[int(index[head, slot]) for slot in row] for head, row in enumerate(decision.kept[0].tolist())]
         return stored

@@ -260,7 +260,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None or layer.record_past:
             return
         is_last = layer.source is not None and layer.source.is_last
-        if not policy.needs().preferences:
+        if not policy.needs().wants:
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
@@ -714,11 +714,11 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
     """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
-    if policy.needs().preferences and any(layer.shared_by != policy for layer in layers if layer.evicts):
+    if policy.needs().wants and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.wants(policy, backend=backend) for layer in layers]
         seen = layers[0].seen_by_row
-        shares = [policy.layer_budgets(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
+        shares = [policy.share_out(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     for layer in layers:

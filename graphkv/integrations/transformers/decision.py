@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ...adapters import LayerBudgets
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
-from ...core.eviction import Eviction, evict, preference
+from ...core.eviction import Eviction, evict, observe, wants
+from ...core.layer import Memory
 from ...core.policy import Policy
 from . import rotary
 from .handover import from_backend, to_backend
@@ -158,40 +158,52 @@ class Decider:
 
     def _evict(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> Eviction:
         slots = part.of(self.slots, self.order)
-        if part.budget is not None:
-            policy = LayerBudgets(policy, (part.budget,) * self.num_layers)
         unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
-        return evict(
+        decision = evict(
             policy,
             to_backend(slots.keys, self.backend),
-            **self._inputs(policy, part, slots),
+            **self._facts(policy, part, slots),
+            budget=part.budget,
             tokens_seen=part.num_seen,
-            state={name: to_backend(sums, self.backend) for name, sums in slots.state.items()} or None,
             unrotated_keys=None if unrotated is None else to_backend(unrotated, self.backend),
         )
+        _check(policy, decision)
+        return decision
+
+    def observe(self, policy: Policy) -> tuple[Memory, ...]:
+        """Return what the policy remembers of each part, without evicting anything."""
+        found = []
+        for part in self.parts:
+            slots = part.of(self.slots, self.order)
+            memory = observe(policy, to_backend(slots.keys, self.backend), **self._facts(policy, part, slots))
+            found.append(memory or Memory())
+        return tuple(found)
 
     def wants(self, policy: Policy) -> list[float]:
-        """Return how much each row of this layer wants, see `Policy.preference`."""
-        wants: list[float] = []
+        """Return how much each row of this layer wants, see `Policy.wants`."""
+        result: list[float] = []
         for part in self.parts:
             slots = part.of(self.slots, self.order)
             keys = to_backend(slots.keys, self.backend)
-            found = preference(policy, keys, **self._inputs(policy, part, slots))
+            found = wants(policy, keys, **self._facts(policy, part, slots))
             if found is None:
-                raise ArgumentError(f"{type(policy).__name__}.preference must give a number per row; got None")
-            wants += [float(x) for x in self.backend.to_numpy(found)]
-        return wants
+                raise ArgumentError(f"wants of {type(policy).__name__} must return a number per row; got None")
+            result += [float(x) for x in self.backend.to_numpy(found)]
+        return result
 
-    def _inputs(self, policy: Policy, part: Part, slots: Slots) -> dict[str, Any]:
-        """Collect the arguments that `evict` and `preference` share, besides the keys."""
+    def _facts(self, policy: Policy, part: Part, slots: Slots) -> dict[str, Any]:
+        """Collect the arguments that `evict`, `observe` and `wants` share, besides the keys."""
+        needs = policy.needs()
         wanted = min(policy.num_queries(slots.count), slots.count)
         if part.num_queries is not None:
             wanted = min(wanted, part.num_queries)
-        arrays = {"values": slots.values, "valid": slots.valid}
+        arrays = {"values": slots.values if needs.values else None, "valid": slots.valid}
         if self.queries is not None and wanted:
             arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
         given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
-        return given | {"layer": self.layer, "num_layers": self.num_layers, "backend": self.backend}
+        tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
+        state = Memory(tokens=tokens) if tokens else None
+        return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""
@@ -201,10 +213,7 @@ class Decider:
         """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
-        names = decisions[0].state or {}
-        state = {
-            name: _below([(each.state or {})[name] for each in decisions], self.backend, device, 0) for name in names
-        }
+        state = self.remembered([each.state for each in decisions])
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
@@ -214,10 +223,27 @@ class Decider:
         index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
         return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
 
+    def remembered(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+        """Put what is remembered of each part's tokens below each other."""
+        device, found = self.slots.keys.device, [{} if each is None else each.tokens for each in memories]
+        return {name: _below([each[name] for each in found], self.backend, device, 0) for name in found[0]}
+
+
+def _check(policy: Policy, decision: Eviction) -> None:
+    """Refuse what a cache cannot store."""
+    name = type(policy).__name__
+    if decision.merge is not None:
+        raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
+    if decision.choice.levels is not None:
+        raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
+    if decision.state is not None and decision.state.layer:
+        kinds = sorted(decision.state.layer)
+        raise ArgumentError(f"policy must remember tokens only in a model's cache; {name} has {kinds} of the layer")
+
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:
     """Return whether heads or rows may keep different numbers of tokens."""
-    return len(decisions) > 1 or decisions[0].head_budgets is not None
+    return len(decisions) > 1 or decisions[0].counts is not None
 
 
 def _below(arrays: Sequence[Any], backend: Backend, device: torch.device, fill: int) -> torch.Tensor:

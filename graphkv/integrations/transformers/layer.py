@@ -275,7 +275,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
-        """Return how much of the common budget each row of this layer wants, see `Policy.preference`."""
+        """Return how much of the common budget each row of this layer wants, see `Policy.wants`."""
         return self.decider(policy, backend).wants(policy)
 
     def decider(self, policy: Policy, backend: Backend | None) -> Decider:
@@ -348,10 +348,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
         settings = self.settings
         over = settings.policy is not None and settings.every is None
-        protected = policy.num_protected(budget)
-        if self.held is None or over or policy.needs().state or not 0 < protected <= budget:
+        protection = policy.protection(budget)
+        if self.held is None or over or policy.needs().state or not 0 < protection.count <= budget:
             return None
-        return self.held.last(protected)
+        return self.held.last(protection.newest) if protection.newest else None
 
     def crop(self, argument: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -434,10 +434,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def queries(self) -> torch.Tensor | None:
         """The last queries that a coming eviction needs."""
         return None if self.held is None else self.held.queries
-
-    @queries.setter
-    def queries(self, queries: torch.Tensor | None) -> None:
-        self.held = None if queries is None else Queries(queries=queries)
 
     @property
     def index(self) -> int:

@@ -304,10 +304,10 @@ def _overruled(decision: Eviction, valid: HostArray) -> HostArray:
     give, backend = decision.backend.to_numpy, load("numpy")
     importance = give(decision.importance)
     protected = None if decision.protected is None else give(decision.protected)
-    if decision.head_budgets is None:
+    if decision.counts is None:
         alone = select(importance, decision.budget, protected=protected, valid=valid, backend=backend)
     else:
-        shares, width = give(decision.head_budgets), decision.kept.shape[-1]
+        shares, width = give(decision.counts), decision.kept.shape[-1]
         alone = select_per_head(importance, shares, width, protected, valid, backend=backend)
     _mark(found, alone, True)
     _mark(found, give(decision.kept), False)

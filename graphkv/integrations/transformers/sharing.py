@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +81,4 @@ def running_state(
     decider = (layer if state is None else with_state(layer, state)).decider(policy, None)
     if decider.order is not None:
         raise ArgumentError("running_states must have rows without padding between their tokens; a row has some")
-    # With a budget of everything nothing is chosen, so the sums are those of all tokens.
-    decider = replace(decider, parts=[replace(part, budget=layer.num_stored) for part in decider.parts])
-    return decider.kept(decider.evict(policy))[1]
+    return decider.remembered(decider.observe(policy))

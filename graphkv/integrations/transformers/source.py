@@ -62,7 +62,7 @@ class Source:
         """Refuse a policy that would decide otherwise over this many tokens if all heads were in this process."""
         if self.has_all_heads:
             return
-        if policy.needs().couples_heads or policy.needs().preferences:
+        if policy.needs().couples_heads or policy.needs().wants:
             raise ArgumentError(
                 "policy must decide for each KV head alone when tensor parallelism shares heads out over processes; "
                 f"got {policy}"

@@ -1,0 +1,231 @@
+"""One entry for every policy: tests, documentation pages and the command line are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import adapters
+from ..core.graphkv import GraphKV
+from ..core.policy import Policy, Wrapper
+
+__all__ = ["BASES", "ENTRIES", "WRAPPERS", "Entry"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of a policy beside its code.
+
+    Attributes
+    ----------
+    policy : type
+        The class.
+    name : str
+        On the command line. Empty for a policy that options in parentheses cannot describe.
+    paper : str
+        Its arXiv number; empty if it is from no paper.
+    importance : str
+        What the policy ranks tokens by, in one line of Markdown.
+    protects : str
+        Which tokens it keeps before all others.
+    small : mapping of str to object
+        Options for tests, whose rows have some tens of tokens.
+    needed : callable, base to mapping of str to object
+        Options without a default, beyond budget and base, that suit a base and a model of four layers.
+    holds_arrays : bool
+        The policy cannot be made without arrays, so that no budget makes one.
+    """
+
+    policy: type[Policy]
+    name: str = ""
+    paper: str = ""
+    importance: str
+    protects: str
+    small: Mapping[str, Any] = field(default_factory=dict)
+    needed: Callable[[Policy], Mapping[str, Any]] = lambda base: {}
+    holds_arrays: bool = False
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the policy stands on another one."""
+        return issubclass(self.policy, Wrapper)
+
+    def make(self, budget: int | Policy, /, **options: Any) -> Policy:
+        """Make a value of the policy.
+
+        Parameters
+        ----------
+        budget : int or Policy
+            Tokens to keep; for a wrapper, its base.
+        **options
+            Of the policy; `small` for tests.
+
+        Returns
+        -------
+        Policy
+        """
+        # Signatures differ from class to class.
+        kind: Any = self.policy
+        if isinstance(budget, Policy):
+            return kind(budget, **{**self.needed(budget), **options})  # type: ignore[no-any-return]
+        return kind(budget=budget, **options)  # type: ignore[no-any-return]
+
+
+SINKS = "the first `num_sinks` tokens"
+WINDOW = "the window, and the first `num_sinks` tokens"
+RECENTS = "the first `num_sinks` and the newest `num_recent` tokens"
+BASE = "what its base protects"
+
+ENTRIES = (
+    Entry(
+        policy=adapters.SnapKV,
+        name="snapkv",
+        paper="2404.14469",
+        importance="attention from the window, pooled; ≥ 0",
+        protects=WINDOW,
+        small={"window": 4, "kernel_size": 3},
+    ),
+    Entry(
+        policy=adapters.DefensiveKV,
+        name="defensivekv",
+        paper="2510.13334",
+        importance="the largest attention from any query of the window, pooled, at least the mean of its head; ≥ 0",
+        protects=WINDOW,
+        small={"window": 4, "kernel_size": 3},
+    ),
+    Entry(
+        policy=adapters.PyramidKV,
+        name="pyramidkv",
+        paper="2406.02069",
+        importance="as SnapKV, with more tokens in lower layers",
+        protects=WINDOW,
+        small={"window": 4, "kernel_size": 3, "num_sinks": 1},
+    ),
+    Entry(
+        policy=adapters.CAKE,
+        name="cake",
+        paper="2503.12491",
+        importance="mean and variance of the attention from the window, pooled; ≥ 0",
+        protects=WINDOW,
+        small={"window": 4, "kernel_size": 3, "num_sinks": 1},
+    ),
+    Entry(
+        policy=adapters.TOVA,
+        name="tova",
+        paper="2401.06104",
+        importance="attention from the newest query, averaged over all heads of the layer; ≥ 0",
+        protects="the newest token, and the first `num_sinks` tokens",
+    ),
+    Entry(
+        policy=adapters.H2O,
+        name="h2o",
+        paper="2306.14048",
+        importance="all attention that the token has received so far; ≥ 0",
+        protects=RECENTS,
+        small={"num_recent": 2},
+    ),
+    Entry(
+        policy=adapters.RoCo,
+        name="roco",
+        paper="2402.06262",
+        importance="mean attention that the token has received so far; ≥ 0",
+        protects="sinks, recents, and the tokens whose attention varies most",
+        small={"num_sinks": 1, "num_recent": 2},
+    ),
+    Entry(
+        policy=adapters.SAGEKV,
+        name="sagekv",
+        paper="2503.08879",
+        importance="logits of the newest query, summed over the group",
+        protects=RECENTS,
+        small={"num_sinks": 1, "num_recent": 2},
+    ),
+    Entry(
+        policy=adapters.ExpectedAttention,
+        name="expected-attention",
+        paper="2510.00636",
+        importance="attention expected from queries distributed like those so far; ≥ 0",
+        protects=SINKS,
+        small={"num_sinks": 1},
+    ),
+    Entry(
+        policy=adapters.KNorm,
+        name="knorm",
+        paper="2406.11430",
+        importance="minus the norm of the key; ≤ 0",
+        protects=SINKS,
+        small={"num_sinks": 1},
+    ),
+    Entry(
+        policy=adapters.KeyDiff,
+        name="keydiff",
+        paper="2504.15364",
+        importance="minus the mean cosine with all keys; in [-1, 1]",
+        protects=SINKS,
+    ),
+    Entry(
+        policy=adapters.StreamingLLM,
+        name="streaming-llm",
+        paper="2309.17453",
+        importance="the position",
+        protects=SINKS,
+        small={"num_sinks": 2},
+    ),
+    Entry(
+        policy=adapters.Random,
+        name="random",
+        importance="a draw in [0, 1)",
+        protects=SINKS,
+        small={"num_sinks": 1},
+    ),
+    Entry(
+        policy=adapters.Given,
+        importance="scores that are handed in",
+        protects="the tokens marked in `protected`",
+        holds_arrays=True,
+    ),
+    Entry(
+        policy=GraphKV,
+        name="graphkv",
+        paper="2509.00388",
+        importance="that of its base, changed by its signal",
+        protects=BASE,
+    ),
+    Entry(
+        policy=adapters.AdaKV,
+        name="adakv",
+        paper="2407.11550",
+        importance="that of its base; heads keep different numbers of tokens",
+        protects=BASE,
+    ),
+    Entry(
+        policy=adapters.CAOTE,
+        name="caote",
+        paper="2504.14051",
+        importance="change of the attention output without the token; ≥ 0",
+        protects=BASE,
+    ),
+    Entry(
+        policy=adapters.LayerBudgets,
+        importance="that of its base, with a given budget for each layer",
+        protects=BASE,
+        needed=lambda base: {"budgets": (1, int(base.budget), int(base.budget) + 1, 2)},
+    ),
+    Entry(
+        policy=adapters.LayerShares,
+        importance="that of its base, with budgets in given proportions",
+        protects=BASE,
+        needed=lambda base: {"shares": (0, 1, 2, 1)},
+    ),
+    Entry(
+        policy=adapters.PerLayer,
+        importance="that of the layer's own policy",
+        protects=BASE,
+        needed=lambda base: {"policies": (base, GraphKV(base))},
+    ),
+)
+
+# By the names that the command line knows.
+BASES = {entry.name: entry.policy for entry in ENTRIES if entry.name and not entry.is_wrapper}
+WRAPPERS = {entry.name: entry.policy for entry in ENTRIES if entry.name and entry.is_wrapper}

@@ -1,0 +1,273 @@
+"""Prompts of an exact length: riddles put into running text, as tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any
+
+from ...core.errors import ArgumentError
+from ...workbench.text import Text, standard_library
+from .haystack import Haystack, split_of
+from .riddles import TASKS, Riddle, task_names
+
+__all__ = ["Prompt", "PromptMaker", "Question", "chat_template", "encode_question"]
+
+CONTINUATION_TOKENS = 32
+# Below that, common words are hardly more common than others.
+FEWEST_ENTRIES = 60
+MARKER = "<<document>>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question to a prompt, as tokens.
+
+    Attributes
+    ----------
+    task : str
+    kind : str or None
+    depth : float or None
+        Depth of the needle in [0, 1]: tokens before it as a share of the prompt's.
+    ids : tuple of int
+        What follows the prompt, up to where the answer begins. At least one token.
+    answer : tuple of int
+        Tokens of the right answer.
+    references : tuple of str
+        What `metric` compares a generated text with.
+    metric : str
+    max_new_tokens : int
+        Longest answer to generate.
+    modes : tuple of str
+        Modes in which it can be asked.
+    """
+
+    task: str
+    kind: str | None
+    depth: float | None
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+    references: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    modes: tuple[str, ...] = ("aware", "agnostic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A text that is read once and asked about, once or several times.
+
+    Attributes
+    ----------
+    name : str
+        Unique within a run.
+    length : int or None
+        Tokens asked for; None for rows of a data set.
+    seed : int or None
+    split : str or None
+    ids : tuple of int
+        The prompt before any question: exactly `length` tokens where that is given.
+    questions : tuple of Question
+    """
+
+    name: str
+    length: int | None
+    seed: int | None
+    split: str | None
+    ids: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+class PromptMaker:
+    """A maker of prompts of an exact length, for one model and text.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        With a chat template, the prompt is the beginning of a user's turn and answers are the assistant's.
+    text : Text
+    """
+
+    def __init__(self, tokenizer: Any, text: Text) -> None:
+        self.tokenizer = tokenizer
+        self.text = text
+        self._haystacks: dict[tuple[str, str], Haystack] = {}
+        self._vocabulary: dict[str, list[str]] = {}
+
+    @cached_property
+    def template(self) -> tuple[str, str]:
+        """The text before a document, and the one between its question and the answer."""
+        return chat_template(self.tokenizer)
+
+    def make(self, tasks: str, length: int, split: str, seed: int) -> Prompt:
+        """Make the prompt of a seed.
+
+        Parameters
+        ----------
+        tasks : str
+            One of `TASKS`, or several joined by ``+``, which then share the prompt.
+        length : int
+            Tokens of the prompt before the question.
+        split : str
+            ``tuning`` or ``held-out``.
+        seed : int
+            Of the split's range. Equal seeds give equal riddles at every length.
+
+        Returns
+        -------
+        Prompt
+
+        Raises
+        ------
+        ArgumentError
+            If a task is unknown, tasks cannot share a prompt, or text or length is too short.
+        """
+        names = task_names(tasks)
+        header = self._encode(self.template[0])
+        write = TASKS[names[0]].write
+        if write is not None:
+            ids, questions = self._write(write, names[0], length - len(header), split, seed)
+        else:
+            ids, questions = self._hide(names, length, len(header), split, seed)
+        return Prompt(
+            name=f"{tasks}/{length}/{seed}",
+            length=length,
+            seed=seed,
+            split=split,
+            ids=(*header, *ids),
+            questions=questions,
+        )
+
+    def _hide(
+        self, names: list[str], length: int, header: int, split: str, seed: int
+    ) -> tuple[list[int], tuple[Question, ...]]:
+        """Put riddles into running text; return the tokens after the header, and the questions."""
+        haystack = self._haystack(TASKS[names[0]].haystack, split)
+        riddles = {
+            name: riddle(Random(f"{seed}/{name}"), seed) for name in names if (riddle := TASKS[name].riddle) is not None
+        }
+        inserts = [
+            (depth, name, self._encode(paragraph + "\n\n"))
+            for name, riddle in riddles.items()
+            for depth, paragraph in riddle.inserts
+        ]
+        room = length - header - sum(len(ids) for _, _, ids in inserts)
+        if room < length // 2:
+            raise ArgumentError(f"--length must leave half of the prompt to the text, here {names}; got {length}")
+        piece, starts = haystack.cut(seed, room + CONTINUATION_TOKENS + 1)
+        ids, places = _insert(piece[:room], [start for start in starts if start < room], inserts)
+        depths = {name: [round((header + place) / length, 4) for place in found] for name, found in places.items()}
+        return ids, tuple(
+            self._ask(name, riddles[name], depths[name]) if name in riddles else _continue(name, piece[room:])
+            for name in names
+        )
+
+    def _write(
+        self, write: Callable[..., tuple[str, Riddle]], name: str, room: int, split: str, seed: int
+    ) -> tuple[list[int], tuple[Question, ...]]:
+        """Let a task write the longest document that fits, to within one entry."""
+
+        def written(size: int) -> tuple[list[int], Riddle]:
+            document, riddle = write(Random(f"{seed}/{name}"), self._words(split), size)
+            return self._encode(document), riddle
+
+        least, most = FEWEST_ENTRIES, 2 * FEWEST_ENTRIES
+        ids, riddle = written(least)
+        if len(ids) > room:
+            raise ArgumentError(f"--length must have room for {least} entries of {name}; got {room} tokens")
+        while len(written(most)[0]) <= room:
+            least, most = most, 2 * most
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (middle, most) if len(written(middle)[0]) <= room else (least, middle)
+        ids, riddle = written(least)
+        return ids, (self._ask(name, riddle, []),)
+
+    def _words(self, split: str) -> list[str]:
+        """Collect the text's own words of 4 to 9 letters."""
+        if split not in self._vocabulary:
+            found = re.findall(r"\b[a-z]{4,9}\b", "\n".join(split_of(self.text, split)))
+            self._vocabulary[split] = sorted(set(found))
+        return self._vocabulary[split]
+
+    def _haystack(self, source: str, split: str) -> Haystack:
+        if (source, split) not in self._haystacks:
+            text = standard_library().distinct() if source == "code" else self.text
+            self._haystacks[source, split] = Haystack(split_of(text, split), self.tokenizer)
+        return self._haystacks[source, split]
+
+    def _ask(self, name: str, riddle: Riddle, depths: list[float]) -> Question:
+        ids, answer = encode_question(self.tokenizer, self.template[1], riddle.question, riddle.prefix, riddle.answer)
+        return Question(
+            task=name,
+            kind=riddle.kind,
+            depth=depths[0] if len(depths) == 1 else None,
+            ids=ids,
+            answer=answer,
+            references=riddle.references,
+            metric=riddle.metric,
+            max_new_tokens=riddle.max_new_tokens,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_template(tokenizer: Any) -> tuple[str, str]:
+    """Return what a model's template puts before a document, and between its question and the answer."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": MARKER}]
+        whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        before, _, after = whole.partition(MARKER)
+        return before, after
+    return tokenizer.bos_token or "", "\n"
+
+
+def encode_question(
+    tokenizer: Any, footer: str, question: str, prefix: str, answer: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of a question, template and prefix included, and those of the answer after it."""
+    before = f"\n\n{question}{footer}{prefix}"
+    ids = tokenizer(before, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(f"{before} {answer}" if prefix else before + answer, add_special_tokens=False)["input_ids"]
+    # Where the tokenizer merges the answer's first letters into the question's last token, that is the answer's.
+    shared = next((place for place, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), len(ids))
+    return tuple(whole[:shared]), tuple(whole[shared:])
+
+
+def _insert(
+    piece: list[int], starts: list[int], inserts: list[tuple[float, str, list[int]]]
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Put paragraphs where a paragraph begins nearest to their depth; return also where that was."""
+    placed = sorted(
+        (min(starts, key=lambda start: abs(start - depth * len(piece))), number)
+        for number, (depth, _, _) in enumerate(inserts)
+    )
+    ids: list[int] = []
+    begin = 0
+    places: dict[str, list[int]] = {}
+    for place, number in placed:
+        _, name, paragraph = inserts[number]
+        ids += piece[begin:place]
+        places.setdefault(name, []).append(len(ids))
+        ids += paragraph
+        begin = place
+    return ids + piece[begin:], places
+
+
+def _continue(name: str, following: list[int]) -> Question:
+    """Ask for what follows. Its first token is given, so that the tested cache predicts the rest."""
+    return Question(
+        task=name,
+        kind=None,
+        depth=None,
+        ids=tuple(following[:1]),
+        answer=tuple(following[1:]),
+        references=(),
+        metric="none",
+        max_new_tokens=0,
+        modes=("agnostic",),
+    )

@@ -1,0 +1,170 @@
+"""The settings of a run: read from a suite or a file, changed by options."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...core import checks
+from ...core.errors import ArgumentError
+from ...workbench.files import read_toml
+from ...workbench.names import FULL, is_press
+from ...workbench.policies import make_policy
+from ..prompts.haystack import SPLITS, seeds_of
+from ..prompts.riddles import task_names
+from .presses import check_press
+
+__all__ = ["Config", "load_config", "suite_names"]
+
+MODES = ("aware", "agnostic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A grid of prompts x policies x budgets.
+
+    Attributes
+    ----------
+    tasks : tuple of str
+        Tasks that are joined by ``+`` share their prompts. Ignored where `data` is given.
+    lengths : tuple of int
+        Tokens of a prompt before the question.
+    budgets : tuple of int
+        Tokens to keep per KV head. A budget that holds the whole prompt is left out.
+    policies : tuple of str
+        Names that `make_policy` knows, or ``kvpress:`` and a press of it. The full cache is always measured as well.
+    modes : tuple of str
+    sinks : tuple of int
+        First tokens that all policies keep before all others; several numbers are several runs of everything but the
+        prompt.
+    prompts : int
+        Prompts per task and length.
+    split : str
+        ``tuning`` or ``held-out``.
+    seed : int
+        The first prompt of the split to take.
+    generate : bool
+        Whether to generate answers as well, for `Record.score`.
+    closeness : bool
+        Whether to compare attention with that of the full cache, for `Record.output_error`.
+    model : str or None
+        None: SmolLM2-135M-Instruct.
+    text : str or None
+        File or folder. None: CPython's language reference.
+    data : str or None
+        File of rows to ask about instead of `tasks`, see `read_rows`.
+    metric : str or None
+        For rows that name none.
+    batch : int
+        Most caches that answer as one batch.
+    """
+
+    tasks: tuple[str, ...] = ("needle+continuation",)
+    lengths: tuple[int, ...] = (1024,)
+    budgets: tuple[int, ...] = (256,)
+    policies: tuple[str, ...] = ("snapkv", "snapkv+graphkv", "snapkv+degree")
+    modes: tuple[str, ...] = MODES
+    sinks: tuple[int, ...] = (4,)
+    prompts: int = 8
+    split: str = "held-out"
+    seed: int = 0
+    generate: bool = False
+    closeness: bool = False
+    model: str | None = None
+    text: str | None = None
+    data: str | None = None
+    metric: str | None = None
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name, kind in (("tasks", str), ("lengths", int), ("budgets", int), ("policies", str), ("modes", str)):
+            self._check_list(name, kind)
+        self._check_list("sinks", int, minimum=0)
+        checks.count("prompts", self.prompts, minimum=1)
+        checks.count("batch", self.batch, minimum=1)
+        checks.choice("split", self.split, tuple(SPLITS))
+        for mode in self.modes:
+            checks.choice("modes", mode, MODES)
+        checks.flag("generate", self.generate)
+        checks.flag("closeness", self.closeness)
+        for tasks in self.tasks:
+            task_names(tasks)
+        seeds_of(self.split, checks.count("seed", self.seed), self.prompts)
+        for policy in self.policies:
+            if is_press(policy):
+                check_press(policy)
+            else:
+                make_policy(policy, self.budgets[0], sinks=self.sinks[0])
+        for name in ("model", "text", "data", "metric"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ArgumentError(f"{name} must be a string; got {value!r}")
+        # The full cache is what all others are compared with, so it is always there and comes first.
+        policies = tuple(dict.fromkeys(name for name in self.policies if name != FULL))
+        object.__setattr__(self, "policies", (FULL, *policies))
+
+    def _check_list(self, name: str, kind: type, minimum: int = 1) -> None:
+        values = getattr(self, name)
+        if not isinstance(values, (tuple, list)) or not values:
+            raise ArgumentError(f"{name} must be a list of at least one entry; got {values!r}")
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ArgumentError(f"{name} must hold entries of type {kind.__name__}; got {value!r}")
+            if isinstance(value, int) and value < minimum:
+                raise ArgumentError(f"{name} must hold numbers of at least {minimum}; got {value}")
+        object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all settings."""
+        return asdict(self)
+
+
+def suite_names() -> list[str]:
+    """List the suites that come with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _suites().iterdir() if file.name.endswith(".toml"))
+
+
+def _suites() -> Any:
+    return resources.files(__package__) / "suites"
+
+
+def load_config(suite: str | None, path: Path | None, changes: dict[str, Any]) -> Config:
+    """Read a suite of the package or a file of the user's own, and apply options.
+
+    Parameters
+    ----------
+    suite : str or None
+        One of `suite_names`.
+    path : pathlib.Path or None
+        A TOML file whose keys are the fields of `Config`.
+    changes : dict
+        Fields with new values.
+
+    Raises
+    ------
+    ArgumentError
+        If a file cannot be read, or a field is unknown or out of range.
+    """
+    if suite is not None and path is not None:
+        raise ArgumentError("--suite and --config exclude each other; got both")
+    values: dict[str, Any] = {}
+    if suite is not None:
+        if suite not in suite_names():
+            raise ArgumentError(f"--suite must be one of {', '.join(suite_names())}; got {suite!r}")
+        with resources.as_file(_suites() / f"{suite}.toml") as file:
+            values = read_toml(file, "--suite")
+    elif path is not None:
+        values = read_toml(path, "--config")
+    known = {entry.name for entry in fields(Config)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ArgumentError(
+            f"--config {path} has unknown settings: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    values |= changes
+    if "data" in values:
+        # The metrics of a data set are about what the model says.
+        values.setdefault("generate", True)
+    return Config(**values)

@@ -1,0 +1,118 @@
+"""One prompt, read into the caches that its questions are asked from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...core.policy import Policy
+from ...integrations.transformers import EvictingCache
+from ...workbench.forward import read
+from ...workbench.policies import base_of, with_budget
+from ..prompts.prompts import Prompt
+from .closeness import MOST_QUERIES, Probe
+
+__all__ = ["ReadCache", "read_caches"]
+
+# Running sums by the bases of policies, the same for every budget; one mapping per layer.
+States = dict[Policy, Sequence[Mapping[str, torch.Tensor]]]
+
+
+@dataclass(kw_only=True)
+class ReadCache:
+    """A cache before eviction, and what is asked from it afterwards.
+
+    Attributes
+    ----------
+    mode : str
+        ``aware`` or ``agnostic``.
+    ids : tuple of int
+        What the cache has read.
+    cache : EvictingCache
+    questions : dict of int to tuple of int
+        By the index of a question, the tokens of it that are read after the eviction.
+    states : dict
+        Running sums of the policies that have some.
+    log_probabilities : dict of int to torch.Tensor, shape (answer tokens, vocabulary)
+        The full cache's, by question.
+    probes : dict of int to Probe
+        The full cache's attention, by question.
+    """
+
+    mode: str
+    ids: tuple[int, ...]
+    cache: EvictingCache
+    questions: dict[int, tuple[int, ...]]
+    states: States
+    log_probabilities: dict[int, torch.Tensor] = field(default_factory=dict)
+    probes: dict[int, Probe] = field(default_factory=dict)
+
+    def evicted(self, policy: Policy, /) -> EvictingCache:
+        """Return the cache that a policy leaves; this one stays as it is."""
+        states = self.states.get(_without_budget(policy)) if policy.needs().state else None
+        cache = self.cache.copy() if states is None else self.cache.with_states(states)
+        cache.evict(policy)
+        return cache
+
+
+def read_caches(
+    model: Any,
+    prompt: Prompt,
+    asked: Sequence[tuple[str, int]],
+    policies: Sequence[Policy],
+    *,
+    closeness: bool,
+) -> Iterator[ReadCache]:
+    """Read a prompt once; yield its cache with the questions to come, then caches with a question in them.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        As `observing` has it.
+    prompt : Prompt
+    asked : sequence of tuple of str and int
+        Mode and index of each question.
+    policies : sequence of Policy
+        All that may evict the caches: they decide which queries and sums are kept.
+    closeness : bool
+        Whether caches are to be compared by `Probe`.
+    """
+    # A window may be longer than the prompt, and yet not than the prompt with a question in it.
+    inside = [len(prompt.questions[index].ids) - 1 for mode, index in asked if mode == "aware"]
+    longest = len(prompt.ids) + max(inside, default=0)
+    wanted = [policy.num_queries(longest) for policy in policies] + [MOST_QUERIES] * closeness
+    context = EvictingCache(num_queries=max(wanted, default=0))
+    read(model, torch.tensor([prompt.ids], device=model.device), context)
+    states = _states(policies, context, {})
+    # Only running sums need all queries, and those are computed.
+    context.keep_queries(max((each.num_queries(longest) for each in policies if not each.needs().state), default=0))
+    later = {index: prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
+    if later:
+        yield ReadCache(mode="agnostic", ids=prompt.ids, cache=context, questions=later, states=states)
+    for index in (index for mode, index in asked if mode == "aware"):
+        # The last token stays out, so that even the first answer token is predicted from the evicted cache.
+        *first, last = prompt.questions[index].ids
+        cache = context.copy()
+        if first:
+            read(model, torch.tensor([first], device=model.device), cache)
+        yield ReadCache(
+            mode="aware",
+            ids=(*prompt.ids, *first),
+            cache=cache,
+            questions={index: (last,)},
+            states=_states(policies, cache, states) if first else states,
+        )
+
+
+def _states(policies: Sequence[Policy], cache: EvictingCache, before: States) -> States:
+    """Compute the running sums of the policies that have some, once for all budgets."""
+    bases = dict.fromkeys(_without_budget(policy) for policy in policies if policy.needs().state)
+    return {base: cache.running_states(base, before.get(base)) for base in bases}
+
+
+def _without_budget(policy: Policy) -> Policy:
+    """Return the base of a policy, the same for every budget."""
+    return with_budget(base_of(policy), 1)

@@ -1,0 +1,1 @@
+"""Tuning: a search for presets, on the tuning split."""

@@ -1,0 +1,151 @@
+"""The command ``graphkv tune``: a preset for a model and its tasks, chosen on one split and reported on the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ...core import checks
+from ...core.errors import ArgumentError
+from ...workbench.names import base_name, is_preset, is_press
+from ...workbench.policies import make_preset
+from ...workbench.presets import Preset, write_preset
+from ...workbench.progress import show_steps, table_console
+from ..prompts.haystack import prompt_text
+from ..records import Record, Run, read_records
+from ..runs.config import Config
+from ..runs.grid import run_grid
+from ..runs.prompt_run import PromptRun
+from ..runs.provenance import identity_of, session_now
+from ..runs.tables import print_tables
+from ..runs.workers import load
+from ..runs.worklist import written_prompts
+from ..statistics import METRICS, compare
+from .objective import Candidates, Objective
+from .search import search
+
+__all__ = ["main"]
+
+GOALS = ("nll", "kl", "match", "score")
+# What the held-out report compares a preset with, beside its base: the paper's setting and ours.
+GRAPHS = ("graphkv", "degree")
+
+
+def main(
+    config: Config,
+    *,
+    held_out: int,
+    metric: str,
+    evaluations: int,
+    graph_groups: int,
+    group_size: int,
+    seed: int,
+    threads: int | None,
+    output: Path,
+) -> None:
+    """Search for a preset and report it.
+
+    Parameters
+    ----------
+    config : Config
+        Of the tuning split, with one policy (the base), one budget, one mode and one number of sinks.
+    held_out : int
+        Prompts per task and length to report on.
+    metric : str
+        Metric to improve: ``nll``, ``kl``, ``match`` or ``score``.
+    evaluations, graph_groups, group_size, seed
+        As in `search`.
+    threads : int or None
+        Threads of PyTorch. None: one per core.
+    output : pathlib.Path
+        Folder for ``preset.toml`` and the two runs, ``tuning`` and ``held-out``.
+    """
+    (budget,), base = config.budgets, config.policies[-1]
+    checks.choice("metric", metric, GOALS)
+    if budget >= min(config.lengths):
+        raise ArgumentError(f"--budget must be below every --length, {min(config.lengths)}; got {budget}")
+    if base_name(base) != base or is_preset(base) or is_press(base):
+        raise ArgumentError(f"--base must be a policy without a graph, such as snapkv; got {base!r}")
+    threads = threads or os.cpu_count() or 1
+    console = Console(stderr=True)
+    how = {"evaluations": evaluations, "graph_groups": graph_groups, "group_size": group_size, "seed": seed}
+    loss, best, model_name = _search(config, base, metric, how, threads, output / "tuning", console)
+    about = {
+        "model": model_name,
+        "tasks": list(config.tasks),
+        "lengths": list(config.lengths),
+        "mode": config.modes[0],
+        "budget": budget,
+        "prompts": config.prompts,
+        "split": config.split,
+        "seed": seed,
+        "metric": metric,
+        "value": -loss if METRICS[metric] else loss,
+    }
+    path = output / "preset.toml"
+    write_preset(path, replace(best, about=about))
+    policies = (base, *(f"{base}+{graph}" for graph in GRAPHS), str(path))
+    held_out_config = replace(config, split="held-out", prompts=held_out, policies=policies)
+    run_grid(held_out_config, output=output / "held-out", console=console, workers=1, threads=threads)
+    records, tables = read_records(output / "held-out"), table_console()
+    print_tables(records, tables)
+    tables.print(_comparison(records, metric, str(path), base))
+    print(f"Preset:  {path}")
+
+
+def _search(
+    config: Config, base: str, metric: str, how: dict[str, int], threads: int, output: Path, console: Console
+) -> tuple[float, Preset, str]:
+    """Search on the tuning split; return the least loss, its preset and the name of the model."""
+    (budget,), (sinks,) = config.budgets, config.sinks
+    model, tokenizer = load(config, threads)
+    text = prompt_text(None if config.text is None else Path(config.text))
+    prompts = written_prompts(model, tokenizer, text, config)
+    start = Preset(base=base, sinks=sinks)
+    policy = make_preset(start, budget)
+    identity = {**identity_of(config, model, text), "search": {"metric": metric, **how}}
+    run = Run(output, identity, session_now())
+    most, num_layers = min(config.lengths), int(model.config.num_hidden_layers)
+    if how["group_size"]:
+        shares = tuple(policy.layer_budget(most, layer, num_layers) for layer in range(num_layers))
+        start = replace(start, layer_budgets=shares)
+    runs = [PromptRun(model=model, tokenizer=tokenizer, prompt=prompt, config=config) for prompt in prompts]
+    objective = Objective([Candidates(run=each, base=policy) for each in runs], model, run, metric)
+    least: list[float] = []
+    with show_steps(console) as show:
+
+        def evaluate(presets: Sequence[Preset]) -> list[float]:
+            found = objective(presets)
+            least.append(min([*found, *least[-1:]]))
+            done = len(objective.found) - 1
+            show(f"{done} of about {how['evaluations']} candidates, best {least[-1]:.4f}")
+            return found
+
+        loss, best = search(
+            evaluate,
+            start,
+            num_layers=num_layers,
+            budget=budget,
+            least=min(policy.protection(budget).count, budget),
+            most=most,
+            **how,
+        )
+    return loss, best, identity["model"]["name"]
+
+
+def _comparison(records: Sequence[Record], metric: str, preset: str, base: str) -> Table:
+    """Compare a preset with its base, and with the untuned graphs over it."""
+    table = Table(title=f"The preset on the held-out split: differences in {metric}, paired", title_justify="left")
+    for name in ("task", "mode", "length", "compared with", "difference", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for baseline in (base, *(f"{base}+{graph}" for graph in GRAPHS)):
+        for found in compare(records, metric, {preset: baseline}):
+            difference, cell = found.difference, found.cell
+            shown = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+            table.add_row(cell.task, cell.mode, str(cell.length), baseline, shown, found.verdict)
+    return table

@@ -1,0 +1,3 @@
+"""The libraries of these tests, as fixtures."""
+
+from tests.support.libraries import library, numpy_library  # noqa: F401

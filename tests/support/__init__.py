@@ -1,0 +1,1 @@
+"""What several tests use: backends, arrays, policies, and faults that the kit must find."""

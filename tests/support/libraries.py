@@ -1,0 +1,102 @@
+"""The libraries that some tests run on: those of graphkv, and two more that only the tests know.
+
+A folder whose tests use these fixtures imports them in its `conftest.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graphkv import Backend, BackendUnavailableError
+from graphkv.core.backend import load
+
+
+@dataclass(frozen=True)
+class Library:
+    """A backend, and how a NumPy array becomes one of its arrays."""
+
+    backend: Backend
+    make: Callable[[np.ndarray], Any]
+
+    def host(self, x: Any) -> np.ndarray:
+        """Return the values as a NumPy array."""
+        return np.asarray(self.backend.to_numpy(x))
+
+    def dtypes(self) -> list[str]:
+        """Return the dtypes in which this library computes: JAX has float64 only where it is switched on."""
+        wide = str(self.make(np.zeros(1, dtype=np.float64)).dtype).endswith("float64")
+        return ["float32", "float64"] if wide else ["float32"]
+
+
+def _built_in(name: str) -> Library:
+    backend = load(name)
+    return Library(backend, lambda x: backend.xp.asarray(np.array(x)))
+
+
+def _sparse() -> Library:
+    from graphkv.backends.numpy import SPARSE
+
+    return Library(SPARSE, np.asarray)
+
+
+def _torch_cuda() -> Library:
+    backend = load("torch")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("torch finds no CUDA device")
+    return Library(backend, lambda x: torch.from_numpy(np.array(x)).to("cuda"))
+
+
+def _mlx() -> Library:
+    backend = load("mlx")
+    import mlx.core as mx
+
+    return Library(backend, mx.array)
+
+
+def _strict() -> Library:
+    strict = pytest.importorskip("array_api_strict")
+    return Library(Backend(name="strict", library="array_api_strict", xp=strict, to_numpy=np.asarray), strict.asarray)
+
+
+LIBRARIES: dict[str, Callable[[], Library]] = {
+    "numpy": lambda: _built_in("numpy"),
+    "scipy": _sparse,
+    "torch": lambda: _built_in("torch"),
+    "torch-cuda": _torch_cuda,
+    "jax": lambda: _built_in("jax"),
+    "mlx": _mlx,
+    "cupy": lambda: _built_in("cupy"),
+    "strict": _strict,
+}
+
+
+def _library(name: str) -> Library:
+    try:
+        return LIBRARIES[name]()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Library:
+    """Return each library that can run here; the others are skipped for the reason that they state."""
+    return _library(request.param)
+
+
+@pytest.fixture(scope="session")
+def numpy_library() -> Library:
+    """Return the library to compare with."""
+    return _library("numpy")
+
+
+@pytest.fixture(scope="session")
+def libraries() -> Callable[[str], Library]:
+    """Return a way to libraries by name."""
+    return _library
