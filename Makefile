@@ -63,6 +63,7 @@ docs: .venv/installed-test
 	$(BIN)/python docs/gallery/draw.py --check
 	$(BIN)/python docs/names.py --check
 	$(BIN)/python docs/faults.py --check
+	$(BIN)/python docs/mistakes.py --check
 	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check

@@ -101,7 +101,7 @@ def run_script(name, *, on=DOCS):
     return check_script(name, on=on).returncode
 
 
-@pytest.mark.parametrize("name", ["support.py", "names.py", "performance.py", "results.py", "tables.py"])
+@pytest.mark.parametrize("name", ["support.py", "names.py", "mistakes.py", "performance.py", "results.py", "tables.py"])
 def test_tables_are_what_their_script_makes(name):
     if name in ("results.py", "tables.py"):
         pytest.importorskip("graphkv.evaluation.report", reason="graphkv eval needs graphkv[eval]")
