@@ -41,7 +41,7 @@ smoke-newest: .venv-newest/layered
 test-models: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/models $(ARGS)
 
-# 10,000 random examples of every property of the kit: about an hour and a half a backend. ARGS="-k numpy" chooses.
+# 1,000 random examples of every property of the kit. ARGS="-k numpy" chooses a backend.
 thorough: .venv/installed-test
 	GRAPHKV_HYPOTHESIS=thorough $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_conformance.py $(ARGS)
 
