@@ -11,7 +11,7 @@ from graphkv.testing import describe, label
 from tests.support.subjects import SUBJECTS, strict
 
 settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
-settings.register_profile("thorough", max_examples=10_000, deadline=None, database=None, print_blob=True)
+settings.register_profile("thorough", max_examples=1_000, deadline=None, database=None, print_blob=True)
 # For a library that compiles at every new shape. What must be caught is caught by fixed examples.
 settings.register_profile("quick", max_examples=2, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("GRAPHKV_HYPOTHESIS", "default"))
