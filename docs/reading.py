@@ -78,7 +78,7 @@ class Captions(SphinxTransform):
 
 
 class Heads(SphinxTransform):
-    """Tell every cell the head of its column, which stands beside it on a screen too narrow for the table."""
+    """Add to every cell the head of its column, which is beside it on a screen too narrow for the table."""
 
     default_priority = 900
 

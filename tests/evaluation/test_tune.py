@@ -221,7 +221,7 @@ def test_another_search_does_not_continue_this_one(tuned, tiny, capsys):
         (("--metric", "redundancy"), "metric must be one of"),
         (("--budget", "240"), "--budget must be below every --length, 240; got 240"),
         (("--base", "snapkv+graphkv"), "--base must be a policy without a graph"),
-        (("--base", "full"), "base must be one of random"),
+        (("--base", "full"), "base must be one of snapkv"),
         (("--base", "best"), "--policy must be one of full, snapkv"),
     ],
 )
