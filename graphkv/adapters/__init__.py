@@ -9,11 +9,13 @@ from .adakv import AdaKV as AdaKV
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
 from .defensivekv import DefensiveKV as DefensiveKV
+from .epicache import EpiCache as EpiCache
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .kvzip import KVzip as KVzip
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer

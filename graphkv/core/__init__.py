@@ -35,7 +35,7 @@ from .eviction import Eviction, evict, observe, wants
 from .fusion import degree, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
-from .layer import Cost, Layer, LayerShape, Memory
+from .layer import Cost, Layer, LayerShape, Memory, Probe
 from .merging import Merge
 from .pagerank import pagerank
 from .policy import Assessment, Policy, Requirements, Wrapper
@@ -69,6 +69,7 @@ __all__ = [
     "Merge",
     "PageRank",
     "Policy",
+    "Probe",
     "Protection",
     "Requirements",
     "Signal",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import budgets, checks, primitives
 from .backend import Backend, resolve
 from .errors import ArgumentError
-from .layer import Layer, Memory
+from .layer import Layer, Memory, Probe
 from .merging import Merge
 from .needs import check_needs, check_state, has_rows, name_of
 from .policy import Assessment, Policy
@@ -117,6 +118,7 @@ def evict(
     valid: Array | None = None,
     positions: Array | None = None,
     unrotated_keys: Array | None = None,
+    probes: Array | Probe | Sequence[Probe] | None = None,
     layer: int = 0,
     num_layers: int = 1,
     budget: int | float | None = None,
@@ -148,6 +150,8 @@ def evict(
     unrotated_keys : array, shape (batch, kv_heads, N, D), optional
         The keys before the rotary embedding, for ``GraphKV(base, unrotated=True)``. Rotating all keys of a row by the
         same angle changes nothing.
+    probes : array, shape (batch, query_heads, P, D), or Probe, or sequence of Probe, optional
+        What was read after the text only to ask it, for policies like `KVzip`. An array is the queries of one probe.
     layer, num_layers : int
         Which layer of how many, for policies whose budget depends on it.
     budget : int or float, optional
@@ -191,6 +195,7 @@ def evict(
         valid=valid,
         positions=positions,
         unrotated_keys=unrotated_keys,
+        probes=probes,
         num_new=_num_new(keys, state),
         layer=layer,
         num_layers=num_layers,

@@ -24,7 +24,7 @@ from ..integrations.transformers.versions import with_cache
 from ..naming.names import FULL
 from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
-from ..workbench.forward import read, teacher_forced_logits
+from ..workbench.forward import ask, read, teacher_forced_logits
 from ..workbench.model import DEFAULT_MODEL, load_model
 from ..workbench.progress import show_steps
 from ..workbench.text import read_text
@@ -125,6 +125,7 @@ class Reader:
         cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
         read(self.model, cached, cache)
+        ask(self.model, self.tokenizer, cached, cache, policies)
         return cache, time.perf_counter() - start
 
     def answer(self, cache: EvictingCache) -> tuple[str, float]:

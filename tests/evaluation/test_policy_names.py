@@ -80,7 +80,7 @@ def test_sinks_are_kept_by_every_policy(name):
     # Long keys at the front, which KNorm and others would drop.
     keys[:, :, :5] *= 20
     queries = rng.normal(size=(1, 4, 100, 8)).astype("float32")
-    kept = evict(make_policy(name, 48, sinks=5), keys, values=values, queries=queries).kept
+    kept = evict(make_policy(name, 48, sinks=5), keys, values=values, queries=queries, probes=queries).kept
 
     assert (kept[..., :5] == np.arange(5)).all()
     assert (kept >= 0).sum() == 2 * 48

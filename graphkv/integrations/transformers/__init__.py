@@ -13,20 +13,30 @@ All state lives in the cache, so requests that share a model never touch each ot
 """
 
 from .cache import EvictingCache
+from .episodes import EpisodeCaches, Episodes, find_episodes, mean_hidden_state, read_episodes, read_in_blocks
 from .layer import EvictingLayer
 from .models import evicting, observing
 from .record import EvictionRecord
+from .repeating import RepeatPrompt, ask_to_repeat
 from .report import Fate, LayerStats, Suppressions, fates, scored
 
 __all__ = [
+    "EpisodeCaches",
+    "Episodes",
     "EvictingCache",
     "EvictingLayer",
     "EvictionRecord",
     "Fate",
     "LayerStats",
+    "RepeatPrompt",
     "Suppressions",
+    "ask_to_repeat",
     "evicting",
     "fates",
+    "find_episodes",
+    "mean_hidden_state",
     "observing",
+    "read_episodes",
+    "read_in_blocks",
     "scored",
 ]

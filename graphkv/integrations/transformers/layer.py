@@ -15,6 +15,7 @@ from ...core.eviction import Eviction
 from ...core.policy import Policy
 from . import rotary, versions
 from .decision import Decider, are_ragged, parted
+from .probes import HeldProbe
 from .queries import Queries
 from .record import EvictionRecord, redundancy
 from .settings import Settings
@@ -46,6 +47,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    probes : tuple of HeldProbe
+        What `EvictingCache.probe` has asked; until the next eviction, and as long as no token comes or goes.
     slots : Slots
         Everything per token in one value: keys, values, positions, places, valid and state.
     budget : int or None
@@ -78,6 +81,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = False
         self.slots = Slots()
         self.held: Queries | None = None
+        self.probes: tuple[HeldProbe, ...] = ()
         self.num_seen = 0
         self.num_new = 0
         self.rotation: rotary.Rotation | None = None
@@ -122,6 +126,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         keys, start, slots = arrays["keys"], self.num_seen, self.slots
         self.num_seen = end = start + keys.shape[2]
         self.num_new += end - start
+        self.probes = ()
         if slots.positions is not None:
             arrays["positions"] = torch.arange(start, end, device=keys.device).expand(keys.shape[:3])
         if slots.valid is not None and arrays.get("valid") is None:
@@ -175,6 +180,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _buffer_queries(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
         settings = self.settings
+        if settings.is_probing:
+            self.held = Queries.of(query, scaling, None, self.num_seen)
+            return
         if settings.policy is None:
             wanted = settings.num_queries
         elif self.num_evictions and settings.every is None:
@@ -195,7 +203,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
         policy = self.settings.policy
         may_rotate = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
-        if not (may_rotate and self.evicts):
+        if not (may_rotate and self.evicts) or self.settings.is_probing:
             return
         rows, heads = self.slots.keys.shape[:2]
         self.rotation, places = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
@@ -267,6 +275,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         positions = self.true_positions
         self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
         self.held = self._queries_after(policy, budget)
+        self.probes = ()
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
@@ -302,6 +311,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return Decider(
             slots=slots,
             queries=self.held,
+            probes=[each.of(self.true_positions) for each in self.probes],
             rotation=self.rotation,
             parts=parts,
             order=order,
@@ -372,7 +382,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Forget the newest tokens."""
         if not count:
             return
-        left = self.num_stored - count
+        left, self.probes = self.num_stored - count, ()
         if self.held is not None:
             self.held = self.held.without_newest(count, self.num_seen - count, has_holes=self.has_holes)
         if self.num_hidden is not None and self.slots.valid is not None:
@@ -486,6 +496,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if self.is_initialized:
             self.slots = self.slots.rows(change)
         self.held = None if self.held is None else self.held.rows(change)
+        self.probes = tuple(each.rows(change) for each in self.probes)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
         # It is about other rows.

@@ -31,6 +31,7 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
         ])  # fmt: skip
     result.has_holes = any(layer.has_holes for layer in layers)
     result.held = result.row_budgets = result.shared_by = result.record = None
+    result.probes = ()
     return result
 
 
@@ -53,6 +54,7 @@ def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) 
         )
     twin, positions = layer.copy(), torch.arange(stored[2], device=keys.device)
     twin.slots, twin.held = Slots(keys=keys, values=values, positions=positions.expand(stored)), None
+    twin.probes = ()
     return twin
 
 
