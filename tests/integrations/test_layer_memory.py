@@ -8,6 +8,7 @@ import torch
 
 from graphkv import ArgumentError, ArgumentTypeError, KNorm, Memory, Policy, Requirements
 from graphkv.adapters import running
+from graphkv.core import primitives
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import assert_close, reference_logits
@@ -29,7 +30,7 @@ class Drift(Policy):
         count = xp.sum(shown, axis=2)
         center = xp.sum(keys * shown, axis=2) / xp.where(count > 0, count, xp.ones_like(count))
         # Float counts, so that every library divides them.
-        calls = xp.astype(xp.any(valid[:, 0, :, 0], axis=-1), keys.dtype)
+        calls = xp.ones(keys.shape[0], dtype=keys.dtype, device=primitives.device_of(keys))
         if memory is not None:
             step = calls[:, None, None] / (1 + memory.layer["calls"][:, None, None])
             center = memory.layer["center"] + step * (center - memory.layer["center"])
@@ -48,11 +49,11 @@ class Turns(Policy):
     requirements: ClassVar[Requirements] = Requirements(state=("turn",))
 
     def observe(self, layer, memory, /):
-        ones = layer.xp.ones(layer.keys.shape[0], dtype=layer.keys.dtype, device=layer.keys.device)
+        ones = layer.xp.ones(layer.keys.shape[0], dtype=layer.keys.dtype, device=primitives.device_of(layer.keys))
         return Memory(layer={"turn": ones if memory is None else -memory.layer["turn"]})
 
     def score(self, layer, memory, /):
-        place = layer.xp.arange(layer.num_tokens, dtype=layer.keys.dtype, device=layer.keys.device)
+        place = layer.xp.arange(layer.num_tokens, dtype=layer.keys.dtype, device=primitives.device_of(layer.keys))
         return layer.xp.broadcast_to(memory.layer["turn"][:, None, None] * place, layer.valid.shape)
 
 
@@ -74,7 +75,11 @@ def read(model, cache, ids, calls, mask=None):
     seen, logits = cache.get_seq_length(), []
     for length in calls:
         seen, begin = seen + length, seen
-        shown = {} if mask is None else {"attention_mask": mask[:, :seen]}
+        shown = {}
+        if mask is not None:
+            # A row stands where it would stand alone.
+            places = (mask[:, :seen].cumsum(1) - 1).clamp(min=0)
+            shown = {"attention_mask": mask[:, :seen], "position_ids": places[:, begin:]}
         with torch.inference_mode():
             logits.append(model(ids[:, begin:seen], **shown, **with_cache(model, cache)).logits)
     return torch.cat(logits, dim=1)
