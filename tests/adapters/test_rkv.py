@@ -152,6 +152,23 @@ def test_what_is_in_the_padding_does_not_matter():
 
 
 @each_library
+def test_padding_inside_the_window_neither_asks_nor_counts(backend):
+    valid, real = np.arange(19) != 17, np.delete(np.arange(19), 17)
+
+    done = evict(
+        POLICIES["paper"],
+        make(backend, KEYS, np.float64),
+        queries=make(backend, QUERIES, np.float64),
+        valid=make(backend, np.stack([valid, valid]), bool),
+        backend=backend,
+    )
+
+    for row in range(2):
+        expected = by_loops(KEYS[row][:, real].tolist(), QUERIES[row][:, real].tolist(), RKV(budget=9, window=3))
+        np.testing.assert_allclose(backend.to_numpy(done.importance)[row, :, :15], expected, rtol=1e-10)
+
+
+@each_library
 def test_a_graph_on_top_lowers_neighbors(backend):
     done = evict(
         GraphKV(POLICIES["paper"], Decay(neighbors=2)),
