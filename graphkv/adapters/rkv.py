@@ -180,8 +180,8 @@ class RKV(WindowPolicy):
     -----
     Importance is in [-1, 1]. Attention rows cannot replace the queries, because the maximum is over logits. The method
     is made for decoding: evict every 128 tokens. Of two equal keys each is the latest that the other resembles, so both
-    are spared, and it takes a third one to make the first redundant. Cosines are those of the keys as cached, after the rotary embedding. A
-    cosine within rounding of `threshold` may fall on either side of it on different libraries.
+    are spared, and it takes a third one to make the first redundant. Cosines are those of the keys as cached, after the
+    rotary embedding. A cosine within rounding of `threshold` may fall on either side of it on different libraries.
 
     The paper's equation (6) prints a sum over i of :math:`S_{j,i}` for token i. Summed over the first index, a token is
     spared its own links (``"own"``); summed as printed, the latest similar token is spared the links to it, which is
