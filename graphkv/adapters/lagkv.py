@@ -89,8 +89,8 @@ class LagKV(SinkPolicy):
     Notes
     -----
     Importance is in [0, 1) for the tokens that are scored, a rank over L (with `across`, in [0, 2], a sum of two
-    softmaxes), and above 2 in the window, where newer is higher. The last L tokens are protected, the rest of the
-    window ranks above all that is scored. A row of less than S + 2 L tokens is all window, and keeps the newest.
+    softmaxes), in (2, 3] in the window, where newer is higher, and 4 for sinks. The last L tokens are protected, the
+    rest of the window ranks above all that is scored. A row of less than S + 2 L tokens is all window.
 
     The paper keeps a share r of each part, so the length follows (equation 12); here the budget is exact, and r
     follows. While decoding, the paper leaves alone what it has compressed once and compresses each new part once, so
@@ -154,16 +154,18 @@ class LagKV(SinkPolicy):
         number = xp.sum(xp.astype(valid, xp.int64), axis=-1, keepdims=True)
         rank = xp.maximum(token_rank(valid, xp=xp), xp.zeros_like(number))
         dtype = layer.keys.dtype
-        window = 2 + xp.astype(rank + 1, dtype) / xp.astype(xp.maximum(number, xp.ones_like(number)), dtype)
+        newer = 2 + xp.astype(rank + 1, dtype) / xp.astype(xp.maximum(number, xp.ones_like(number)), dtype)
+        # A budget below sinks and window keeps the sinks, which everything attends to.
+        others = xp.where(rank < self.num_sinks, xp.full_like(newer, 4), newer)
         parts = (layer.num_tokens - self.num_sinks) // self.lag
         if parts < 2:
-            return window
+            return others
         found = self._scored(layer, parts)
         # Which part a row's padding cuts short is in the data, so all are scored and those without a next are replaced.
         place = rank - self.num_sinks
         is_scored = (place >= 0) & (place // self.lag < (number - self.num_sinks) // self.lag - 1)
         place = xp.where(is_scored, place, xp.zeros_like(place))
-        return xp.where(is_scored, xp.take_along_axis(found, place, axis=-1), window)
+        return xp.where(is_scored, xp.take_along_axis(found, place, axis=-1), others)
 
     def _scored(self, layer: Layer, parts: int, /) -> Array:
         """Score the tokens of all parts but the last, in a row without padding: (batch, kv_heads, (parts - 1) L)."""
