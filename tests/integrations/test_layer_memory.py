@@ -136,6 +136,16 @@ def test_rows_with_padding_remember_what_they_remember_alone(model, ids, where):
                 assert ours.layer_state["calls"][row] == its.layer_state["calls"][0]
 
 
+def test_a_row_at_rest_is_not_asked_again(model, ids):
+    """Nothing but padding has come in it: alone, it would not have been evicted."""
+    mask = torch.ones_like(ids[:2])
+    mask[1, N : N + 2] = 0
+    with observing(model):
+        cache = EvictingCache(Turns(budget=11), every=2)
+        read(model, cache, ids[:2] * mask, [N, 2, 2], mask)
+    assert [layer.layer_state["turn"].tolist() for layer in cache.layers] == [[1, -1]] * 2
+
+
 def greedy(model, ids, **options):
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **options)
 
