@@ -114,6 +114,10 @@ def test_a_policy_may_remember_the_layer_only(model, ids):
             cache.crop(-1)
         read(model, cache, ids[:1], [1])
         assert cache.layers[1].true_positions[0, 0].tolist() == [*range(N - 10, N), N + 1]
+        whole = EvictingCache(Turns(budget=100), every=1)
+        read(model, whole, ids[:1], [N])
+        with pytest.raises(ArgumentError, match="at most the 0 tokens since the last eviction; got 1"):
+            whole.crop(-1)
 
 
 @pytest.mark.parametrize("where", ["left", "holes"])
