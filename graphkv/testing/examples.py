@@ -972,6 +972,7 @@ class _Steps:
             found[signal] = propagate(x["importance"], by_hand, signal=signal, backend=backend)
         found["sum"] = propagate(x["importance"], by_hand, accumulation="sum", backend=backend)
         found["degree"] = degree(x["keys"], valid=x["valid"], backend=backend)
+        found["distance"] = distance(x["keys"], valid=x["valid"], backend=backend)
         found["pagerank"] = pagerank(x["importance"], x["keys"], valid=x["valid"], backend=backend)
         for fusion in FUSIONS:
             found[fusion] = fuse(

@@ -1261,7 +1261,6 @@ FAULTS = [
             },
             "mixed_dtypes_have_the_wider_result": {
                 "as wide as the importance": as_wide_as(0),
-                "as wide as the distances": as_wide_as(1),
             },
             "values_never_warn": {"warnings of overflow": with_errors},
         }
