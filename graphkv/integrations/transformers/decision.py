@@ -193,7 +193,7 @@ class Decider:
         tuple of array (batch, kv_heads, b) or None
             What it would have kept, in arrays of the backend. None for a part where nothing was scored.
         """
-        found = []
+        found: list[Any] = []
         for part, decision in zip(self.parts, decisions, strict=True):
             if decision.importance is None:
                 found.append(None)
