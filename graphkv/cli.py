@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import ArgumentError, BackendUnavailableError, GraphKVError
+from .core import BackendUnavailableError, GraphKVError
 from .core.backend import BUILT_IN, ENTRY_POINTS
+from .naming.policies import parse_budget
 
-__all__ = ["app", "parse_budget", "run"]
+__all__ = ["app", "run"]
 
 INTERRUPTED = 130
 # Those of this package, and those that installed packages offer.
@@ -297,25 +297,6 @@ def tune(
         threads=threads,
         output=output,
     )
-
-
-def parse_budget(text: str) -> int | float:
-    """Read ``512`` as tokens and ``25%`` as a share.
-
-    >>> parse_budget("512"), parse_budget("25%"), parse_budget("12.5 %")
-    (512, 0.25, 0.125)
-    """
-    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if match is None or (not match[2] and "." in match[1]):
-        raise ArgumentError(f"--budget must be a number of tokens or a percentage like 25%; got {text!r}")
-    if match[2]:
-        share = float(match[1]) / 100
-        if not 0 < share <= 1:
-            raise ArgumentError(f"--budget must lie above 0% and be at most 100%; got {text!r}")
-        return share
-    if int(match[1]) < 1:
-        raise ArgumentError(f"--budget must be at least 1 token; got {text!r}")
-    return int(match[1])
 
 
 def run(arguments: list[str]) -> int:

@@ -10,10 +10,9 @@ import torch
 from matplotlib import image
 
 from graphkv.__main__ import main
-from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.naming.policies import BASES
+from graphkv.naming.policies import BASES, parse_budget
 from graphkv.workbench import model as demo_model
 from tests.integrations.tiny import save_tiny_llama
 

@@ -169,7 +169,8 @@ def grouped_rows(
 def instance(name: str, value: Any, kind: type, /) -> None:
     """Require a value of one of the library's own types."""
     if not isinstance(value, kind):
-        raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+        got = f"the class {value.__name__}: call it" if isinstance(value, type) else type(value).__name__
+        raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {got}")
 
 
 def graph_fields(graph: Any, /) -> None:

@@ -14,13 +14,14 @@ All state lives in the cache, so requests that share a model never touch each ot
 
 from .cache import EvictingCache
 from .layer import EvictingLayer
-from .models import evicting, observing
+from .models import EvictingRun, evicting, observing
 from .record import EvictionRecord
 from .report import Fate, LayerStats, Suppressions, fates, scored
 
 __all__ = [
     "EvictingCache",
     "EvictingLayer",
+    "EvictingRun",
     "EvictionRecord",
     "Fate",
     "LayerStats",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
@@ -14,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ...core import checks
 from ...core.backend import Backend, load
-from ...core.errors import ArgumentError, GraphKVWarning
+from ...core.errors import ArgumentError
 from ...core.policy import Policy
 from . import sharing, versions
 from .handout import Handout, latest
@@ -25,6 +24,7 @@ from .report import LayerStats, describe, layer_stats
 from .settings import Settings
 from .source import FULL, WINDOWED
 from .storage import load_cache, save_cache
+from .warning import warn
 
 __all__ = ["EvictingCache", "not_compiled"]
 
@@ -78,7 +78,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     Warns
     -----
     GraphKVWarning
-        If more tokens than the budget have come since the only eviction.
+        If more tokens than the budget have come since the only eviction; and if sinks, recents and window took up the
+        whole budget of every layer, so that no score mattered.
     """
 
     layers: list[Any]
@@ -121,6 +122,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self._opened_by = 0
         self._latest = Handout()
         self._has_warned = False
+        self._has_warned_of_protection = False
 
     @classmethod
     def adopt(cls, cache: Cache, like: EvictingCache) -> None:
@@ -264,8 +266,10 @@ class EvictingCache(Cache):  # type: ignore[misc]
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
-        if self.settings.every is None and is_last:
-            self._warn_of_growth()
+        if is_last:
+            self._warn_of_protection(policy)
+            if self.settings.every is None:
+                self._warn_of_growth()
 
     def evict_first(self, layer: EvictingLayer) -> None:
         """Evict a layer over a prompt that nothing of will be taken back; called by the attention function."""
@@ -295,12 +299,26 @@ class EvictingCache(Cache):  # type: ignore[misc]
         num_new, budget = sum(layer.num_new for layer in evicted), sum(layer.budget or 0 for layer in evicted)
         if num_new > budget and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"{num_new // len(evicted)} tokens have come since the only eviction, more than the policy's budget of "
-                f"{budget // len(evicted)}; pass every=... to evict them too",
-                GraphKVWarning,
-                stacklevel=2,
+                f"{budget // len(evicted)}; pass every=... to evict them too"
             )
+
+    def _warn_of_protection(self, policy: Policy) -> None:
+        """Warn once if everything that was kept was protected: the policy has had no choice."""
+        evicted = [layer for layer in self.attention_layers if layer.num_dropped]
+        if self._has_warned_of_protection or not evicted or not all(layer.is_all_protected for layer in evicted):
+            return
+        self._has_warned_of_protection = True
+        budget = max(layer.budget or 0 for layer in evicted)
+        protection = policy.protection(budget)
+        parts = {"sinks": protection.first, "newest tokens": protection.newest}
+        kept = " and ".join(f"{count} {name}" for name, count in parts.items() if count)
+        warn(
+            f"{kept} are kept before all others and "
+            f"leave nothing of the budget of {budget}, so no token was chosen by its score; the policy needs a larger "
+            "budget, or fewer sinks, recents or a smaller window"
+        )
 
     def evict(self, policy: Policy | None = None, /, *, backend: Backend | str | None = None) -> None:
         """Shrink every layer to what a policy keeps, now.
@@ -332,6 +350,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin = self.copy()
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
         self.layers = twin.layers
+        self._warn_of_protection(policy)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,8 @@ from .slots import OfSlots, Slots
 from .source import Source
 
 __all__ = ["EvictingLayer"]
+
+LOGGER = logging.getLogger(__name__)
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
@@ -54,6 +57,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Evictions that ran; tokens that they dropped per row, in the head that lost most; bytes that they freed.
     seconds : float
         Time that they took on the host.
+    is_all_protected : bool
+        Whether sinks, recents and window took up the whole budget of the last eviction.
     record : EvictionRecord or None
         The last eviction, in a cache with ``record=True``.
     is_apart : bool
@@ -88,6 +93,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_dropped = 0
         self.bytes_freed = 0
         self.seconds = 0.0
+        self.is_all_protected = False
         self.record: EvictionRecord | None = None
         self.source: Source | None = None
         self.sliding_window: int | None = None
@@ -264,14 +270,27 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
-        positions = self.true_positions
+        positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
         self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
         self.held = self._queries_after(policy, budget)
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
             self.record = EvictionRecord.of(decider, decisions, positions, self.redundancy)
-        self.seconds += perf_counter() - started
+        seconds = perf_counter() - started
+        self.seconds += seconds
+        self.is_all_protected = 0 < budget <= policy.protection(budget).count
+        LOGGER.debug(
+            "layer %d: %s kept %d of %d stored tokens under a budget of %d, %d seen; %.2f MB freed in %.1f ms",
+            self.index,
+            type(policy).__name__,
+            self.num_stored,
+            num_before,
+            budget,
+            self.num_seen,
+            (self.bytes_freed - freed_before) / 1e6,
+            seconds * 1e3,
+        )
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
