@@ -354,7 +354,9 @@ POLICY_TABLE = {
         "rounds must be 1 with accumulation 'sum'; got 3",
     ),
     "signal that is a word": kind(lambda: GraphKV(Random(budget=4), signal="x"), "signal must be a Signal; got str"),
-    "signal that is a class": kind(lambda: GraphKV(Random(budget=4), Decay), "signal must be a Signal; got ABCMeta"),
+    "signal that is a class": kind(
+        lambda: GraphKV(Random(budget=4), Decay), "signal must be a Signal; got the class Decay: call it"
+    ),
     "damping of the signal above 1": value(lambda: PageRank(damping=2), "damping must lie in [0, 1]; got 2.0"),
     "rounds of PageRank": kind(lambda: PageRank(rounds=2.5), "rounds must be an integer; got 2.5"),
     "flag that is none": kind(

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
@@ -25,8 +24,8 @@ from ..naming.names import FULL
 from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
 from ..workbench.forward import read, teacher_forced_logits
-from ..workbench.model import DEFAULT_MODEL, load_model
-from ..workbench.progress import show_steps
+from ..workbench.model import DEFAULT_MODEL, check_device, load_model
+from ..workbench.progress import print_table, show_steps, table_console
 from ..workbench.text import read_text
 from .picture import draw
 from .prompt import ChatPrompt, make_prompt
@@ -46,6 +45,8 @@ def main(
     budget: int | float,
     policies: list[str],
     backend: str,
+    device: str,
+    dtype: str,
     max_new_tokens: int,
     seed: int,
     output: Path,
@@ -59,12 +60,13 @@ def main(
             raise ArgumentError(f"{name} must not be empty")
     if answer is not None and question is None:
         raise ArgumentError("--answer must come with --question")
+    check_device(device, dtype)
     check_folder(output)
     document = None if text is None else read_text(text)
 
-    console = Console()
+    console = table_console(80)
     with show_steps() as say:
-        language_model, tokenizer = load_model(model, say)
+        language_model, tokenizer = load_model(model, say, device=device, dtype=dtype)
         room = int(language_model.config.max_position_embeddings) - max_new_tokens
         prompt = make_prompt(tokenizer, document, question, answer, room)
         reader = Reader(model=language_model, tokenizer=tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
@@ -76,7 +78,6 @@ def main(
             for name, policy in chosen.items():
                 say(f"Answering with {name}")
                 results.append(_try_policy(name, policy, reader, cache, expected, decider))
-        say("Drawing")
         report = {
             "model": model or DEFAULT_MODEL,
             "prompt_tokens": prompt.token_ids.shape[1],
@@ -93,6 +94,11 @@ def main(
                 **{name: version(name) for name in ("numpy", "torch", "transformers")},
             },
         }
+    # First what needs no disk.
+    print_table(console, _table(results, report))
+    console.print(f"Expected: {expected}", highlight=False, markup=False)
+    with show_steps() as say:
+        say("Drawing")
         write_files(
             output,
             {
@@ -100,8 +106,6 @@ def main(
                 "kept.png": lambda path: draw(path, results, prompt),
             },
         )
-    console.print(_table(results, report))
-    console.print(f"Expected: {expected}", highlight=False, markup=False)
     console.print(f"Report:   {output / 'report.json'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Picture:  {output / 'kept.png'}", highlight=False, markup=False, soft_wrap=True)
 
@@ -124,12 +128,12 @@ class Reader:
         wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
         cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
-        read(self.model, cached, cache)
+        read(self.model, cached.to(self.model.device), cache)
         return cache, time.perf_counter() - start
 
     def answer(self, cache: EvictingCache) -> tuple[str, float]:
         """Generate greedily from the cache; return the answer and the tokens per second."""
-        ids = self.prompt.token_ids
+        ids = self.prompt.token_ids.to(self.model.device)
         start = time.perf_counter()
         out = self.model.generate(
             ids,

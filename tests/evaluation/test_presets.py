@@ -123,4 +123,4 @@ def test_eval_takes_a_preset_and_keeps_what_it_was(tiny, path, tmp_path, capsys)
     write_preset(path, Preset(base="knorm"))
     capsys.readouterr()
     assert main(command) == 2
-    assert "holds a run with another" in capsys.readouterr().err
+    assert "holds another run: " in capsys.readouterr().err

@@ -423,5 +423,5 @@ def test_evictions_are_logged_at_debug_level(model, ids, caplog):
             model(ids)
     assert len(caplog.messages) == 3
     assert caplog.messages[2].startswith(
-        "layer 2: KNorm kept 10 of 40 stored tokens under a budget of 10, 40 seen; 0.01 MB"
+        "layer 2: KNorm kept 10 of 40 stored tokens under a budget of 10, 40 seen; 0.00 MB freed in"
     )

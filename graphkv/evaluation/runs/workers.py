@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +35,7 @@ def load(config: Config, threads: int) -> tuple[Any, Any]:
     """Load model and tokenizer, without messages of their libraries."""
     silence_transformers()
     torch.set_num_threads(threads)
-    return load_model(config.model, lambda step: None)
+    return load_model(config.model, lambda step: None, device=config.device, dtype=config.dtype)
 
 
 class Workers:
@@ -63,8 +65,15 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=error is None, cancel_futures=True)
+        if self.pool is None:
+            return
+        # Only this attribute knows them, and shutdown() forgets it.
+        processes = list((self.pool._processes or {}).values())
+        self.pool.shutdown(wait=error is None, cancel_futures=True)
+        if error is not None:
+            # They would finish the prompts at hand first, which can take minutes; a later run begins these again.
+            for process in processes:
+                process.terminate()
 
     def answer(self, prompts: list[Prompt], run: Run) -> Iterator[Prompt]:
         """Append the records that are missing to a run; yield every prompt that is done."""
@@ -75,10 +84,25 @@ class Workers:
                 evaluate(model, tokenizer, prompt, config, done) for prompt, done in zip(prompts, known, strict=True)
             )
         else:
-            answered = self.pool.map(_answer, prompts, known)
+            with _deaf_to_interrupts():
+                answered = self.pool.map(_answer, prompts, known)
         for prompt, records in zip(prompts, answered, strict=True):
             run.append(records)
             yield prompt
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Begin processes that no Ctrl-C reaches, because this one ends them: else each prints a traceback of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What a signal does is handed on to new processes only where it is ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(config: Config, threads: int) -> None:

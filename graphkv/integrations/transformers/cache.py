@@ -122,7 +122,6 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self._opened_by = 0
         self._latest = Handout()
         self._has_warned = False
-        self._has_warned_of_protection = False
 
     @classmethod
     def adopt(cls, cache: Cache, like: EvictingCache) -> None:
@@ -305,12 +304,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
             )
 
     def _warn_of_protection(self, policy: Policy) -> None:
-        """Warn once if everything that was kept was protected: the policy has had no choice."""
-        evicted = [layer for layer in self.attention_layers if layer.num_dropped]
-        if self._has_warned_of_protection or not evicted or not all(layer.is_all_protected for layer in evicted):
+        """Warn after the first eviction if all that was kept was protected: the policy has had no choice."""
+        dropped = [layer for layer in self.attention_layers if layer.num_dropped]
+        budgets = [layer.budget or 0 for layer in dropped]
+        is_first = all(layer.num_evictions == 1 and not layer.num_new for layer in dropped)
+        if not (dropped and is_first) or any(policy.protection(each).count < max(each, 1) for each in budgets):
             return
-        self._has_warned_of_protection = True
-        budget = max(layer.budget or 0 for layer in evicted)
+        budget = max(budgets)
         protection = policy.protection(budget)
         parts = {"sinks": protection.first, "newest tokens": protection.newest}
         kept = " and ".join(f"{count} {name}" for name, count in parts.items() if count)

@@ -57,8 +57,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Evictions that ran; tokens that they dropped per row, in the head that lost most; bytes that they freed.
     seconds : float
         Time that they took on the host.
-    is_all_protected : bool
-        Whether sinks, recents and window took up the whole budget of the last eviction.
     record : EvictionRecord or None
         The last eviction, in a cache with ``record=True``.
     is_apart : bool
@@ -93,7 +91,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_dropped = 0
         self.bytes_freed = 0
         self.seconds = 0.0
-        self.is_all_protected = False
         self.record: EvictionRecord | None = None
         self.source: Source | None = None
         self.sliding_window: int | None = None
@@ -279,7 +276,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.record = EvictionRecord.of(decider, decisions, positions, self.redundancy)
         seconds = perf_counter() - started
         self.seconds += seconds
-        self.is_all_protected = 0 < budget <= policy.protection(budget).count
         LOGGER.debug(
             "layer %d: %s kept %d of %d stored tokens under a budget of %d, %d seen; %.2f MB freed in %.1f ms",
             self.index,
