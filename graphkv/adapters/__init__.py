@@ -19,6 +19,7 @@ from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer
 from .pyramidkv import PyramidKV as PyramidKV
 from .random import Random as Random
+from .rkv import RKV as RKV
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
 from .snapkv import SnapKV as SnapKV

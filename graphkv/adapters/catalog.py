@@ -100,6 +100,15 @@ ENTRIES = (
         small={"window": 4, "kernel_size": 3},
     ),
     Entry(
+        policy=adapters.RKV,
+        name="rkv",
+        paper="2505.24133",
+        importance="attention from the window, less the share of a key that the others repeat; in [-1, 1]",
+        protects=WINDOW,
+        checked="loops, the public code's formula with all pairs at once",
+        small={"window": 4, "kernel_size": 3, "block_size": 7},
+    ),
+    Entry(
         policy=adapters.PyramidKV,
         name="pyramidkv",
         paper="2406.02069",
