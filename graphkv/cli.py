@@ -123,9 +123,20 @@ def demo(
     text: Document = None,
     question: Question = None,
     answer: Annotated[
-        str | None, typer.Option(help="Expected answer. Default: the fact, or what the full cache answers.")
+        str | None,
+        typer.Option(help="Expected answer, whose NLL is shown. Default: the fact, or what the full cache answers."),
     ] = None,
-    budget: Budget = "512",
+    must_contain: Annotated[
+        str | None,
+        typer.Option(help="What every right answer contains, in upper or lower case. Default: the expected answer."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens to keep per layer: a number, or a percentage like 25%. "
+            "Default: 512; 128 for the demo's own log, which repeats itself."
+        ),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,14 +148,15 @@ def demo(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    seed: RandomSeed = 0,
-    output: Annotated[Path, typer.Option(help="Folder for report.json and kept.png.")] = Path("graphkv-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the demo's own documents and of the random policy.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for report.json and the pictures.")] = Path("graphkv-demo"),
 ) -> None:
     """Evict a real model's KV cache by several policies, and compare their answers.
 
-    The prompt is read once. Every policy evicts its own copy of that cache and answers from what is left.
+    Without --text and --question there are two documents: a log that repeats itself, and ordinary running text. Each is
+    read once; every policy evicts its own copy of that cache and answers from what is left.
     """
-    tokens = parse_budget(budget)
+    tokens = None if budget is None else parse_budget(budget)
     with _packages("demo"):
         from .demo.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
 
@@ -153,6 +165,7 @@ def demo(
         text=text,
         question=question,
         answer=answer,
+        must_contain=must_contain,
         budget=tokens,
         policies=policy or [],
         backend=backend,

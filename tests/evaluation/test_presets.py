@@ -68,7 +68,7 @@ def test_parts_that_are_not_there_change_nothing(tmp_path):
     [
         ("base = 1", "base must be a string; got 1"),
         ("sinks = 4", "must have the field base"),
-        ('base = "best"', "base must be one of snapkv, defensivekv, pyramidkv"),
+        ('base = "best"', "base must be one of snapkv, defensivekv"),
         ('base = "snapkv"\nbudget = 4', "unknown fields: budget; known: base, sinks"),
         ('base = "snapkv"\nsinks = -1', "sinks must be at least 0; got -1"),
         ('base = "snapkv"\nsinks = "four"', "sinks must be"),

@@ -708,7 +708,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
 
     def report(self) -> str:
-        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and a line per layer.
+        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and layer by layer.
 
         Returns
         -------
