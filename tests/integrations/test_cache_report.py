@@ -21,6 +21,7 @@ from graphkv import (
     GraphKV,
     GraphKVWarning,
     KeyDiff,
+    PyramidKV,
     SnapKV,
     propagate,
     select,

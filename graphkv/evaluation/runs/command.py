@@ -24,7 +24,7 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
     console = Console(stderr=True)
     for name, budget in _without_choice(config):
         console.print(
-            f"Warning: sinks, recents and window of {name} take up the whole budget of {budget}: no score matters there",
+            f"Warning: sinks, recents and window of {name} take up the budget of {budget}: no score matters there",
             highlight=False,
             markup=False,
             soft_wrap=True,
