@@ -134,13 +134,13 @@ def demo(
         str | None,
         typer.Option(
             help="Tokens to keep per layer: a number, or a percentage like 25%. "
-            "Default: 512; 128 for the demo's own log, which repeats itself."
+            "Default: 512; 144 for the demo's own log, which repeats itself."
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{METHODS} Repeatable. Default: full, random, streaming-llm, snapkv, snapkv+graphkv, snapkv+degree.",
+            help=f"{METHODS} Repeatable. Default: full, random; snapkv and knorm alone, with +graphkv, with +degree.",
             autocompletion=policy_names,
         ),
     ] = None,

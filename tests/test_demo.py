@@ -44,7 +44,8 @@ def test_demo_writes_table_report_and_picture(tiny, text, tmp_path, capsys, back
     assert demo("--model", tiny, "--text", text, "--budget", 60, "--output", out, "--backend", backend) == 0
 
     report = json.loads((out / "report.json").read_text())
-    policies = ["full", "random", "streaming-llm", "snapkv", "snapkv+graphkv", "snapkv+degree"]
+    bases = ["snapkv", "knorm"]
+    policies = ["full", "random", *(base + wrapper for base in bases for wrapper in ("", "+graphkv", "+degree"))]
     (part,) = report["parts"]
     assert [result["policy"] for result in part["results"]] == policies
     tokens = part["cached_tokens"]

@@ -38,11 +38,13 @@ from .stories import log, reference
 
 __all__ = ["Reader", "main"]
 
-DEFAULT_POLICIES = (FULL, "random", "streaming-llm", "snapkv", "snapkv+graphkv", "snapkv+degree")
+DEFAULT_POLICIES = (
+    FULL, "random", "snapkv", "snapkv+graphkv", "snapkv+degree", "knorm", "knorm+graphkv", "knorm+degree"
+)  # fmt: skip
 # Of the log, which repeats itself, of running text, and of what a user brings.
-LOG_BUDGET, TEXT_BUDGET = 128, 512
+LOG_BUDGET, TEXT_BUDGET = 144, 512
 WIDTH = 80
-NAMES = "snapkv+graphkv is the paper's method on top of snapkv, snapkv+degree is ours."
+NAMES = "+graphkv is the paper's method on top of a policy, +degree is ours; snapkv and knorm alone have neither."
 MEASURED = (
     "These are two prompts. On 40 prompts a length (graphkv eval --suite standard), needles were found better than "
     "by the base alone in 59 of 88 cells and worse in 0 by ours, better in 14 and worse in 20 by the paper's method."
