@@ -50,7 +50,7 @@ def list_policies() -> list[Line]:
     return lines + wrappers
 
 
-def policy_names(incomplete: str = "", /) -> list[str]:
+def policy_names(incomplete: str = "") -> list[str]:
     """List the names that a beginning can become: bases, and after a ``+`` the wrappers.
 
     Parameters
