@@ -14,6 +14,7 @@ from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .lagkv import LagKV as LagKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer

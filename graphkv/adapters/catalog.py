@@ -188,6 +188,15 @@ ENTRIES = (
         checked="cosines of all pairs",
     ),
     Entry(
+        policy=adapters.LagKV,
+        name="lagkv",
+        paper="2504.04704",
+        importance="the rank of a token in its part, by how unevenly it lies in the range of the next part; ≥ 0",
+        protects="the first `num_sinks` and the newest `lag` tokens",
+        checked="loops, kvpress",
+        small={"num_sinks": 1, "lag": 5},
+    ),
+    Entry(
         policy=adapters.StreamingLLM,
         name="streaming-llm",
         paper="2309.17453",
