@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from contextlib import AbstractContextManager
@@ -412,6 +413,8 @@ def tune(
 
 def run(arguments: list[str]) -> int:
     """Run a command and return its exit code."""
+    # It warns of a cache folder that it may not write, and works all the same.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             _show_warnings_in_one_line()

@@ -1,10 +1,13 @@
 """The command line as a whole: what is missing, what cannot be written, what help says, and who reads the output."""
 
 import ast
+import gzip
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -327,3 +330,65 @@ def test_our_warnings_are_one_line_too(tiny, tmp_path, capsys):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "graphkv: warning: 32 newest tokens are kept before all others" in done.stderr
     assert "site-packages" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_workers_in_one_line(tiny, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {number} of some text." for number in range(900)))
+    options = ["--model", tiny, "--text", tmp_path / "text.txt", "--task", "continuation", "--length", "1800"]
+    options += ["--prompts", "60", "--budget", "64", "--workers", "2", "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "graphkv", "eval", *map(str, options)]
+    # As a terminal does: the signal goes to the whole group. Once while the workers load, once while they answer.
+    for wait_for_records in (False, True):
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
+            records = tmp_path / "out" / "records.jsonl"
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                if records.exists() and (records.stat().st_size or not wait_for_records):
+                    break
+                time.sleep(0.02)
+            time.sleep(0 if wait_for_records else 1.5)
+            os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err.decode()
+        assert b"Traceback" not in err
+        assert err.decode().strip().splitlines()[-1] == "graphkv: interrupted"
+
+
+def test_packed_records_are_read_and_not_continued(tiny, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {number} of some text." for number in range(60)))
+    options = ["--model", str(tiny), "--text", str(tmp_path / "text.txt"), "--task", "continuation", "--length", "240"]
+    options += ["--prompts", "2", "--budget", "64", "--policy", "snapkv", "--policy", "snapkv+degree"]
+    run = tmp_path / "run"
+    assert main(["eval", *options, "--output", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "continuation, agnostic, 240 tokens, 4 sinks: NLL per answer token (lower is better), 95 % intervals" in shown
+    )
+    assert "Gain over the base alone, prompt by prompt (above 0 is better)" in shown
+    assert "budget 64" in shown
+    gains = shown.partition("Gain over")[2]
+    assert re.search(r"snapkv\+degree +│ +[+-]\d\.\d{3} \([+-]\d\.\d\d to [+-]\d\.\d\d\) (better|worse|open)", gains)
+    records = read_records(run)
+    path = run / "records.jsonl"
+    (run / "records.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert read_records(str(run)) == records
+    assert main(["report", str(run), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.md").exists()
+    capsys.readouterr()
+    assert main(["eval", *options, "--output", str(run)]) == 2
+    assert "holds records.jsonl.gz; unpack it to continue the run" in capsys.readouterr().err
+    (run / "records.jsonl.gz").write_bytes(b"no gzip")
+    assert main(["report", str(run)]) == 2
+    assert "records.jsonl.gz cannot be read" in one_line(capsys)
+
+
+def test_a_budget_without_a_choice_is_said_before_the_run(tiny, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {number} of some text." for number in range(60)))
+    options = ["--model", str(tiny), "--text", str(tmp_path / "text.txt"), "--task", "continuation", "--length", "240"]
+    assert main(["eval", *options, "--prompts", "1", "--budget", "10%", "--output", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert "Warning: sinks, recents and window of snapkv take up the budget of 24: no score matters there" in shown
