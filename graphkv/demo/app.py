@@ -42,7 +42,7 @@ DEFAULT_POLICIES = (
     FULL, "random", "snapkv", "snapkv+graphkv", "snapkv+degree", "knorm", "knorm+graphkv", "knorm+degree"
 )  # fmt: skip
 # Of the log, which repeats itself, of running text, and of what a user brings.
-LOG_BUDGET, TEXT_BUDGET = 144, 512
+LOG_BUDGET, TEXT_BUDGET, USUAL_BUDGET = 144, 256, 512
 WIDTH = 80
 NAMES = "+graphkv is the paper's method on top of a policy, +degree is ours; snapkv and knorm alone have neither."
 MEASURED = (
@@ -71,7 +71,7 @@ def main(
     # Everything that can be refused is refused before the first slow step.
     names = tuple(dict.fromkeys(policies or DEFAULT_POLICIES))
     for name in names:
-        make_policy(name, TEXT_BUDGET if budget is None else budget, seed=seed)
+        make_policy(name, USUAL_BUDGET if budget is None else budget, seed=seed)
     decider = load(backend)
     given = {"--question": question, "--answer": answer, "--must-contain": must_contain}
     for option, value in given.items():
@@ -94,7 +94,7 @@ def main(
             ]
         else:
             prompt = make_prompt(tokenizer, document, question, answer, room, must_contain=must_contain, seed=seed)
-            prompts = [("your document" if document else "ordinary running text", TEXT_BUDGET, prompt)]
+            prompts = [("your document" if document else "ordinary running text", USUAL_BUDGET, prompt)]
         for title, usual, prompt in prompts:
             tokens = usual if budget is None else budget
             chosen = {name: make_policy(name, tokens, seed=seed) for name in names}

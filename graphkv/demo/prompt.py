@@ -57,7 +57,7 @@ def make_prompt(
 ) -> ChatPrompt:
     """Put document and question into the model's chat template.
 
-    Without a question, a secret word is placed in the document, between two paragraphs, and asked for.
+    Without a question, a sentence is placed in the document, between two paragraphs, and asked about.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def make_prompt(
     must_contain : str, optional
         What every right answer contains. Default: `answer`.
     seed : int
-        Of the secret word.
+        Of the word that is asked for.
 
     Raises
     ------

@@ -11,8 +11,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +54,7 @@ class Workers:
     def __init__(self, model: Any, tokenizer: Any, config: Config, workers: int, threads: int) -> None:
         self.here = (model, tokenizer, config)
         self.pool: ProcessPoolExecutor | None = None
+        self.futures: list[Future[list[Record]]] = []
         if workers > 1:
             self.here = (None, None, config)
             # Not forked: a process with running threads cannot be copied safely.
@@ -70,10 +72,15 @@ class Workers:
         # Only this attribute knows them, and shutdown() forgets it.
         processes = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=error is None, cancel_futures=True)
-        if error is not None:
-            # They would finish the prompts at hand first, which can take minutes; a later run begins these again.
-            for process in processes:
-                process.terminate()
+        if error is None:
+            return
+        # They would finish the prompts at hand first, which can take minutes; a later run begins these again. But no
+        # worker may end before the pool has forgotten the other prompts: it would find that it cannot answer them.
+        deadline = monotonic() + 5
+        while any(not (each.done() or each.running()) for each in self.futures) and monotonic() < deadline:
+            sleep(0.01)
+        for process in processes:
+            process.terminate()
 
     def answer(self, prompts: list[Prompt], run: Run) -> Iterator[Prompt]:
         """Append the records that are missing to a run; yield every prompt that is done."""
@@ -85,7 +92,8 @@ class Workers:
             )
         else:
             with _deaf_to_interrupts():
-                answered = self.pool.map(_answer, prompts, known)
+                self.futures = [self.pool.submit(_answer, *each) for each in zip(prompts, known, strict=True)]
+            answered = (future.result() for future in self.futures)
         for prompt, records in zip(prompts, answered, strict=True):
             run.append(records)
             yield prompt
