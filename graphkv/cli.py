@@ -135,7 +135,7 @@ def demo(
         str | None,
         typer.Option(
             help="Tokens to keep per layer: a number, or a percentage like 25%. "
-            "Default: 512; 144 and 256 for the demo's own documents."
+            "Default: 512; 144 for the demo's own documents."
         ),
     ] = None,
     policy: Annotated[

@@ -13,7 +13,7 @@ from matplotlib import image
 from graphkv.__main__ import main
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
-from graphkv.demo.app import LOG_BUDGET, MEASURED, TEXT_BUDGET
+from graphkv.demo.app import MEASURED, OWN_BUDGET
 from graphkv.demo.stories import log, reference
 from graphkv.naming.policies import BASES, parse_budget
 from graphkv.workbench import model as demo_model
@@ -146,10 +146,10 @@ def test_without_a_text_there_are_two_documents(tmp_path, tmp_path_factory, caps
     assert demo(*options, "--output", tmp_path) == 0
 
     first, second = json.loads((tmp_path / "report.json").read_text())["parts"]
-    assert (first["budget"], second["budget"]) == (LOG_BUDGET, TEXT_BUDGET)
+    assert (first["budget"], second["budget"]) == (OWN_BUDGET, OWN_BUDGET)
     assert first["must_contain"] == "bakery in Harbor Street"
     assert second["must_contain"] in second["expected_answer"]
-    assert [sorted(set(r["tokens_kept_per_layer"])) for r in second["results"][1:]] == [[TEXT_BUDGET]]
+    assert [sorted(set(r["tokens_kept_per_layer"])) for r in second["results"][1:]] == [[OWN_BUDGET]]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["kept-2.png", "kept.png", "report.json"]
     shown = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_the_documents_are_those_of_their_seed():
             document = "\n\n".join(story.text.paragraphs)
             assert document.count(story.fact) == 1
             assert story.must_contain in story.fact
-    assert "bicycle" not in "".join(reference(0, with_fact=False).text.paragraphs)
+    assert "author of this" not in "".join(reference(0, with_fact=False).text.paragraphs)
 
 
 def test_the_last_line_says_what_the_standard_suite_measured():

@@ -41,8 +41,8 @@ __all__ = ["Reader", "main"]
 DEFAULT_POLICIES = (
     FULL, "random", "snapkv", "snapkv+graphkv", "snapkv+degree", "knorm", "knorm+graphkv", "knorm+degree"
 )  # fmt: skip
-# Of the log, which repeats itself, of running text, and of what a user brings.
-LOG_BUDGET, TEXT_BUDGET, USUAL_BUDGET = 144, 256, 512
+# Of the demo's own documents, and of what a user brings.
+OWN_BUDGET, USUAL_BUDGET = 144, 512
 WIDTH = 80
 NAMES = "+graphkv is the paper's method on top of a policy, +degree is ours; snapkv and knorm alone have neither."
 MEASURED = (
@@ -89,8 +89,7 @@ def main(
         room = int(language_model.config.max_position_embeddings) - max_new_tokens
         if document is None and question is None:
             prompts = [
-                (story.title, usual, prompt_of(tokenizer, story, room))
-                for story, usual in ((log(seed), LOG_BUDGET), (reference(seed), TEXT_BUDGET))
+                (story.title, OWN_BUDGET, prompt_of(tokenizer, story, room)) for story in (log(seed), reference(seed))
             ]
         else:
             prompt = make_prompt(tokenizer, document, question, answer, room, must_contain=must_contain, seed=seed)

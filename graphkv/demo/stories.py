@@ -14,7 +14,7 @@ FACT = "The captain has left his red umbrella at the bakery in Harbor Street."
 # Chapters of CPython's language reference that are running text rather than grammar, and about 2,000 tokens of them.
 CHAPTERS = ("execmodel", "naming", "compound", "with")
 CHARACTERS = 7600
-PLACES = ("orchard", "library", "garden", "harbor", "museum", "station", "chapel", "market", "castle", "mill")
+CITIES = ("Lisbon", "Vienna", "Oslo", "Prague", "Dublin", "Athens", "Warsaw", "Madrid", "Zurich", "Geneva")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +66,18 @@ def log(seed: int, /) -> Story:
 
 
 def reference(seed: int, /, *, with_fact: bool = True) -> Story:
-    """Return running text, CPython's language reference, with a sentence about something else between its paragraphs.
+    """Return running text, CPython's language reference, with a sentence about its author between two paragraphs.
 
     Parameters
     ----------
     seed : int
-        Of the word that is asked for, and of where the sentence is: in the middle half of the text.
+        Of the city that is asked for, and of where the sentence is: in the middle half of the text.
     with_fact : bool
         Whether the sentence is there at all.
     """
     random, paragraphs, room = Random(seed), list[str](), CHARACTERS
-    place = PLACES[seed % len(PLACES)]
-    fact = f"Anna keeps her green bicycle in the {place}."
+    city = CITIES[seed % len(CITIES)]
+    fact = f"The author of this chapter lives in {city}."
     for paragraph in language_reference(*CHAPTERS).paragraphs:
         room -= len(paragraph)
         if room < 0:
@@ -88,7 +88,7 @@ def reference(seed: int, /, *, with_fact: bool = True) -> Story:
     return Story(
         title="ordinary running text",
         text=Text(name="reference", documents=(tuple(paragraphs),)),
-        question="Where does Anna keep her green bicycle? Answer with one sentence.",
+        question="Where does the author of this chapter live? Answer with one sentence.",
         fact=fact,
-        must_contain=place,
+        must_contain=city,
     )
