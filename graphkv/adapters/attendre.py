@@ -77,8 +77,8 @@ class LRA(AttendedPolicy):
 
     Notes
     -----
-    State ``"idle"``, (batch, kv_heads, N): queries since the last attention, padding left out; all queries since it came
-    for a token that none attended to. Many tokens share a number; of those the lower positions stay, as everywhere.
+    State ``"idle"``, (batch, kv_heads, N): queries since the last attention, padding left out; for a token that none
+    attended to, all queries since it came. Many tokens share a number; of those the lower positions stay.
 
     Of the paper only the eviction policies are here. Its memory of queries, which wait until they are evicted before
     they attend, changes the model. No code of it is public, and what "attended" means in it is our reading, after
