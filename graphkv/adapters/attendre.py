@@ -51,10 +51,10 @@ class AttendedPolicy(SinkPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class LRA(AttendedPolicy):
-    """Evict the least recently attended token, as a cache of pages evicts the least recently used one.
+    r"""Evict the least recently attended token, as a cache of pages evicts the least recently used one.
 
-    A token is attended to by a query that gives it at least `alpha`, from any query head of its KV head. Its importance
-    is minus the number of queries since the last one that did.
+    A token is attended to by a query that gives it at least `alpha`, from any query head of its KV head. With :math:`e`
+    queries since the last one that did, its importance is :math:`1 / (1 + e)`: above 0, so that a graph can lower it.
 
     Parameters
     ----------
@@ -91,14 +91,14 @@ class LRA(AttendedPolicy):
 
     Examples
     --------
-    Token 1 was last seen two queries ago, token 0 and 2 one query ago, token 3 sees itself:
+    Token 1 was last seen two queries ago, tokens 0 and 2 one query ago, token 3 sees itself:
 
     >>> import numpy as np
     >>> from graphkv import LRA, evict
     >>> rows = [[1.0, 0, 0, 0], [0.2, 0.8, 0, 0], [0.3, 0, 0.7, 0], [0, 0, 0, 1.0]]
     >>> done = evict(LRA(budget=2, alpha=0.1), np.ones((1, 1, 4, 2)), attention=np.asarray([[rows]]))
-    >>> done.importance, done.kept
-    (array([[[-1., -2., -1.,  0.]]]), array([[[0, 3]]]))
+    >>> done.importance.round(3), done.kept
+    (array([[[0.5  , 0.333, 0.5  , 1.   ]]]), array([[[0, 3]]]))
     """
 
     requirements: ClassVar[Requirements] = Requirements(queries="new", state=("idle",))
@@ -118,8 +118,8 @@ class LRA(AttendedPolicy):
         return Memory(tokens={"idle": idle})
 
     def score(self, layer: Layer, memory: Memory | None, /) -> Array:
-        """Return minus the queries since a token was attended to."""
-        return -running.sums_of(memory)["idle"]
+        """Return the inverse of the queries since a token was attended to."""
+        return 1 / (1 + running.sums_of(memory)["idle"])
 
     def cost(self, shape: LayerShape, /) -> Cost:
         """Attend once more: half of N x N logits of 2 D, their softmax, and the steps. In memory: one block of rows."""

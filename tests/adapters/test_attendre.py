@@ -13,13 +13,13 @@ KEYS, QUERIES = 2 * RNG.normal(size=(1, 2, 40, 4)), 2 * RNG.normal(size=(1, 6, 4
 
 
 def least_recent(alpha):
-    """Minus the rows since any query head looked, or all of its rows if none ever did."""
+    """The inverse of the rows since any query head looked, or of all its rows if none ever did."""
 
     def score(token):
         since = 0
         for row in zip(*token, strict=True):
             since = 0 if max(row) >= alpha else since + 1
-        return -since
+        return 1 / (1 + since)
 
     return score
 
@@ -78,7 +78,7 @@ def test_lfa_is_h2o_without_recents():
 def test_equal_numbers_go_to_the_lower_position():
     done = evict(LRA(budget=3, alpha=0.1), np.ones((1, 1, 6, 2)), attention=np.full((1, 1, 6, 6), 0.2))
 
-    assert done.importance.tolist() == [[[0] * 6]]
+    assert done.importance.tolist() == [[[1] * 6]]
     assert done.kept.tolist() == [[[0, 1, 2]]]
 
 
@@ -93,7 +93,7 @@ def test_padding_is_no_query():
         valid=np.asarray([[True, False, True, True]]),
     )
 
-    assert done.importance[0, 0, [0, 2, 3]].tolist() == [-2, -1, 0]
+    assert done.importance[0, 0, [0, 2, 3]].tolist() == pytest.approx([1 / 3, 1 / 2, 1])
 
 
 @pytest.mark.parametrize(

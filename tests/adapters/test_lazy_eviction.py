@@ -174,6 +174,7 @@ def test_a_block_of_steps_is_one_step_after_another():
     asks = RNG.random((2, 9)) < 0.8
     active &= asks[..., None] & (np.arange(20) <= 11 + np.arange(9)[:, None])
     idle, gap = np.zeros((2, 25)), np.zeros((2, 25))
+    idle[:, 20:], gap[:, 20:] = 3, 4
 
     whole = recurrence(idle, gap, active, asks, xp=np)
     for step in range(9):
@@ -182,7 +183,8 @@ def test_a_block_of_steps_is_one_step_after_another():
     np.testing.assert_array_equal(whole[0], idle)
     np.testing.assert_array_equal(whole[1], gap)
     # Tokens that the block does not reach are left alone.
-    assert not idle[:, 20:].any()
+    assert (whole[0][:, 20:] == 3).all()
+    assert (whole[1][:, 20:] == 4).all()
 
 
 def test_a_prompt_without_a_past_is_a_tie_of_all_its_tokens():
