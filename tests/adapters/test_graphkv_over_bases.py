@@ -31,7 +31,7 @@ KEYS = CENTRES[:, :, RNG.integers(0, 5, size=40)] + 0.3 * RNG.normal(size=(2, 2,
 VALUES, QUERIES = RNG.normal(size=(2, 2, 40, 4)), RNG.normal(size=(2, 6, 40, 8))
 PROTECTED = {
     H2O(budget=12): 6,
-    H2O(budget=12, num_recent=0, group_reduction="max", age_normalised=True): 0,
+    H2O(budget=12, num_recent=0, group_reduction="max", age_normalized=True): 0,
     RoCo(budget=12, num_varying=0.5, num_sinks=1, num_recent=2): 6,
     SAGEKV(budget=12, num_sinks=2): 7,
     ExpectedAttention(budget=12, num_sinks=2): 2,
@@ -227,7 +227,7 @@ def test_half_precision_is_widened_and_nothing_is_written_to(base):
 @each_base
 def test_declared_costs_grow_as_the_method_says(base):
     short, long = (LayerShape(num_tokens=n, query_heads=6, kv_heads=2, head_size=8, budget=12) for n in (4096, 8192))
-    quadratic = base.needs().state or type(base).__name__ == "KVzip"
+    quadratic = base.needs().state or type(base).__name__ in ("KVzip", "RKV")
     assert base.cost(long).flops == pytest.approx((4 if quadratic else 2) * base.cost(short).flops, rel=1e-3)
     assert base.cost(long).flops > 0 or base == StreamingLLM(budget=12, num_sinks=2)
     # Never a square of N in memory.
