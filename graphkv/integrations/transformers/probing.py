@@ -123,7 +123,7 @@ def _check_length(model: Any, num_seen: int, number: int) -> None:
 
 def _twin(cache: Probed) -> Probed:
     """Return a copy of a cache that evicts nothing and keeps the queries of the next call."""
-    twin = cache.copy()
+    twin: Probed = cache.copy()
     twin.settings = replace(cache.settings, policy=None, every=None, is_probing=True)
     twin.is_waiting, twin.num_guessed = False, 0
     for layer in twin.layers:

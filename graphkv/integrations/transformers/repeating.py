@@ -211,7 +211,7 @@ def ask_to_repeat(
 
 def attending(model: Any) -> AbstractContextManager[None]:
     """Return the context in which a model works with our cache: none if it does so already."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     is_inside = str(getattr(config, "_attn_implementation", "")).startswith(PREFIX)
