@@ -6,14 +6,17 @@ One line here makes a policy public; `graphkv.adapters.catalog` has an entry for
 from typing import TYPE_CHECKING
 
 from .adakv import AdaKV as AdaKV
+from .anyquery import AnyQuery as AnyQuery
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
+from .chunkkv import ChunkKV as ChunkKV
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .lossless import Lossless as Lossless
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer
@@ -21,6 +24,7 @@ from .pyramidkv import PyramidKV as PyramidKV
 from .random import Random as Random
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
+from .shared import Shared as Shared
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA

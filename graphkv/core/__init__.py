@@ -31,7 +31,7 @@ from .errors import (
     GraphKVError,
     GraphKVWarning,
 )
-from .eviction import Eviction, evict, observe, wants
+from .eviction import Eviction, evict, evict_layers, observe, wants
 from .fusion import degree, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
@@ -76,6 +76,7 @@ __all__ = [
     "build_graph",
     "degree",
     "evict",
+    "evict_layers",
     "fuse",
     "observe",
     "pagerank",

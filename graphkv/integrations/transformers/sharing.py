@@ -30,7 +30,7 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
             none.expand(layer.slots.keys.shape[0]) if layer.num_hidden is None else layer.num_hidden for layer in layers
         ])  # fmt: skip
     result.has_holes = any(layer.has_holes for layer in layers)
-    result.held = result.row_budgets = result.shared_by = result.record = None
+    result.held = result.row_budgets = result.budgets_found = result.shared_by = result.record = None
     return result
 
 
