@@ -16,12 +16,14 @@ from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .lagkv import LagKV as LagKV
 from .lossless import Lossless as Lossless
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer
 from .pyramidkv import PyramidKV as PyramidKV
 from .random import Random as Random
+from .rkv import RKV as RKV
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
 from .shared import Shared as Shared
