@@ -36,7 +36,7 @@ def strongest(layer: Layer, window: int | float, /) -> Array:
     array, shape (batch, N)
     """
     xp, num_tokens = layer.xp, layer.num_tokens
-    rows = layer.attention if layer.attention is not None else layer.queries
+    rows: Array = layer.attention if layer.attention is not None else layer.queries
     given = min(int(rows.shape[2]), budgets.count_of(window, num_tokens))
     device = primitives.device_of(layer.keys)
     total = xp.sum(xp.astype(xp.any(layer.valid, axis=1), xp.int64), axis=-1)
@@ -64,8 +64,9 @@ def _paid(layer: Layer, start: int, stop: int, /) -> Array:
     if layer.attention is not None:
         first = layer.attention.shape[2] - num_tokens
         return xp.mean(layer.attention[:, :, first + start : first + stop, :], axis=1)
-    first = layer.queries.shape[2] - num_tokens
-    rows = layer.queries[:, :, first + start : first + stop, :]
+    queries: Array = layer.queries
+    first = queries.shape[2] - num_tokens
+    rows = queries[:, :, first + start : first + stop, :]
     return xp.mean(window_attention(rows, layer.keys[:, :, :stop, :], layer.valid[:, :, :stop], xp=xp), axis=(1, 2))
 
 

@@ -113,7 +113,8 @@ class Shared(Wrapper):
     the same in all heads. What is put on top may part the heads again; the choice is then by the mean.
 
     With blocks `Eviction.counts` says how many tokens stay: a multiple of `block` and the last, shorter block, at most
-    the budget. `Eviction.kept` is as wide as the budget. Padding is not kept.
+    the budget. `Eviction.kept` is as wide as the budget. Padding is not kept. A window that is to see each eviction
+    while decoding needs a budget with room for its whole blocks, `block` - 1 more at both ends.
 
     Heads and layers should hold the same tokens at the same places, as they do in a cache that is always evicted so.
 

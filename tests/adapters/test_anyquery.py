@@ -55,7 +55,8 @@ def test_tokens_stay_that_some_query_attends_to(backend, window, block, monkeypa
             assert backend.to_numpy(done.counts)[row].tolist() == [len(kept)] * 3
             for head in backend.to_numpy(done.kept)[row].tolist():
                 assert head == kept + [-1] * (30 - len(kept))
-        assert 4 < len(kept) < 19
+        assert len(kept) < 19
+        assert len(kept) > 4 or window in (1, 0.2)
 
 
 @each_backend

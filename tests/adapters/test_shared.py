@@ -56,7 +56,7 @@ def shared_by_loops(scores, protected, valid):
 
 def kept_by_loops(scores, held, valid, budget, block):
     """Positions of whole blocks of one row: the last, shorter one, then by protection, mean and place."""
-    real = [j for j, is_valid in enumerate(valid) if is_valid]
+    real = [j for j, is_valid in enumerate(valid) if is_valid and budget]
     blocks = [real[start : start + block] for start in range(0, len(real), block)]
     kept = blocks.pop() if blocks and len(blocks[-1]) < block else []
     blocks.sort(key=lambda each: (not any(held[j] for j in each), -fsum(scores[j] for j in each) / block, each[0]))

@@ -62,7 +62,6 @@ POLICIES = {
     "shared": Shared(SNAPKV),
     "shared+h2o": Shared(H2O(budget=12)),
     "blocks": Shared(SNAPKV, block=4),
-    "blocks too large for the window": Shared(SNAPKV, block=6),
     "chunkkv": ChunkKV(SNAPKV, chunk=5),
     "lossless": Lossless(SNAPKV, 0.2),
     "lossless+h2o": Lossless(GraphKV(H2O(budget=0.5)), 0.1),

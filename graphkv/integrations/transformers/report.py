@@ -263,7 +263,7 @@ def _verdict(policy: Policy | None, layers: Sequence[EvictingLayer], seen: int) 
 
 def _row(layer: LayerStats, *, with_found: bool, with_record: bool) -> tuple[str, ...]:
     least, most = (int(layer.num_kept.min()), int(layer.num_kept.max())) if layer.num_kept.size else (0, 0)
-    cells = (
+    cells: tuple[str, ...] = (
         str(layer.layer),
         str(layer.num_seen),
         str(layer.num_stored),
