@@ -103,7 +103,9 @@ def test_all_layers_are_read_before_one_is_evicted(model, ids):
 
 
 def test_generation_and_models_whose_sliding_layers_are_left_alone(ids):
-    gemma = tiny_gemma3(num_hidden_layers=5, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"])
+    gemma = tiny_gemma3(
+        num_hidden_layers=5, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+    )
     for policy in (POLICIES["layers"], POLICIES["chunks"]):
         with evicting(gemma, policy, every=4), torch.inference_mode():
             cache = cache_of(gemma(ids[None, :N]))

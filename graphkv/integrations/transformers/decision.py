@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
 from ...core.eviction import Eviction, evict, evict_layers, observe, wants
-from ...core.layer import Memory
-from ...core.policy import Policy, Requirements, Wrapper
+from ...core.layer import Layer, Memory
+from ...core.policy import Assessment, Policy, Requirements, Wrapper
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
@@ -142,6 +142,8 @@ class Decider:
     ----------
     slots : Slots
         `valid` only where the next token can see it.
+    layer_state : mapping of str to torch.Tensor, shape (batch, ...)
+        What the policy remembers of the layer as a whole.
     queries : Queries or None
     rotation : Rotation or None
     parts, order
@@ -151,6 +153,7 @@ class Decider:
     """
 
     slots: Slots
+    layer_state: Mapping[str, torch.Tensor]
     queries: Queries | None
     rotation: rotary.Rotation | None
     parts: Sequence[Part]
@@ -194,6 +197,42 @@ class Decider:
             found.append(memory or Memory())
         return tuple(found)
 
+    def chosen_by_importance(self, policy: Policy, decisions: Sequence[Eviction]) -> tuple[Any, ...]:
+        """Let the policy choose from each part once more by its importance, as if no stage had re-scored it.
+
+        Parameters
+        ----------
+        policy : Policy
+        decisions : sequence of Eviction
+            Of the same policy, one per part.
+
+        Returns
+        -------
+        tuple of array (batch, kv_heads, b) or None
+            What it would have kept, in arrays of the backend. None for a part where nothing was scored.
+        """
+        found: list[Any] = []
+        for part, decision in zip(self.parts, decisions, strict=True):
+            if decision.importance is None:
+                found.append(None)
+                continue
+            slots = part.of(self.slots, self.order)
+            facts = self._facts(policy, part, slots)
+            facts.pop("state")
+            layer = Layer(to_backend(slots.keys, self.backend), **facts)
+            as_found = Assessment(
+                importance=decision.importance,
+                scores=decision.importance,
+                protected=decision.protected,
+                counts=decision.counts,
+            )
+            with layer.backend.guarded(layer.keys):
+                choice = policy.at(self.layer, self.num_layers).choose(
+                    as_found, layer, min(decision.budget, layer.num_tokens)
+                )
+            found.append(choice.kept)
+        return tuple(found)
+
     def wants(self, policy: Policy) -> list[float]:
         """Return how much each row of this layer wants, see `Policy.wants`."""
         result: list[float] = []
@@ -217,7 +256,8 @@ class Decider:
             arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
         given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
         tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
-        state = Memory(tokens=tokens) if tokens else None
+        layer = {name: to_backend(x[part.rows], self.backend) for name, x in self.layer_state.items()}
+        state = Memory(tokens=tokens, layer=layer) if tokens or layer else None
         return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -228,7 +268,7 @@ class Decider:
         """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
-        state = self.remembered([each.state for each in decisions])
+        state = self.of_tokens([each.state for each in decisions])
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
@@ -238,10 +278,23 @@ class Decider:
         index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
         return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
 
-    def remembered(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+    def of_tokens(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
         """Put what is remembered of each part's tokens below each other."""
         device, found = self.slots.keys.device, [{} if each is None else each.tokens for each in memories]
         return {name: _below([each[name] for each in found], self.backend, device, 0) for name in found[0]}
+
+    def of_layer(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+        """Put what is remembered of the layer in each part below each other; a row at rest keeps what it had."""
+        device, found = self.slots.keys.device, [{} if each is None else each.layer for each in memories]
+        return {
+            name: torch.cat([
+                self.layer_state[name][part.rows]
+                if part.is_at_rest and name in self.layer_state
+                else from_backend(each[name], self.backend, device)
+                for part, each in zip(self.parts, found, strict=True)
+            ])
+            for name in found[0]
+        }  # fmt: skip
 
 
 def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Eviction, ...]]:
@@ -271,9 +324,6 @@ def _check(policy: Policy, decision: Eviction) -> None:
         raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
     if decision.choice.levels is not None:
         raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
-    if decision.state is not None and decision.state.layer:
-        kinds = sorted(decision.state.layer)
-        raise ArgumentError(f"policy must remember tokens only in a model's cache; {name} has {kinds} of the layer")
 
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:
