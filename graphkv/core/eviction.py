@@ -512,7 +512,7 @@ def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_see
     own = checks.count("the layer's budget", policy.layer_budget(seen, layer.layer, layer.num_layers))
     if budget is None:
         return own
-    tokens = budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
+    tokens = budgets.tokens_of(checks.budget(budget), seen)
     # With room for everything nothing is evicted, whatever the policy's budgets are.
     if policy.needs().settled and tokens != own and tokens < num_tokens:
         raise ArgumentError(f"budget must be {own}, as {name_of(policy)} has settled, or left out; got {budget}")

@@ -131,7 +131,7 @@ class Policy(Value, ABC):
     budget: int | float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", checks.ratio_or_count("budget", self.budget, zero=False))
+        object.__setattr__(self, "budget", checks.budget(self.budget))
 
     def observe(self, layer: Layer, memory: Memory | None, /) -> Memory | None:
         """Remember the attention of the new positions.

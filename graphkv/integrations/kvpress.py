@@ -15,20 +15,22 @@ from fractions import Fraction
 from math import floor
 from typing import Any
 
-import torch
-from kvpress import BasePress, PyramidKVPress, ScorerPress
-from kvpress.utils import compute_n_kept
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, QuantizedCache
-
 from ..adapters.given import Given
 from ..core import checks
 from ..core.errors import ArgumentError
 from ..core.eviction import Eviction, evict
+from ..core.extras import needs
 from ..core.graphkv import GraphKV
 from ..core.policy import Policy
 from ..core.signals import Decay, Signal
+
+with needs("graphkv.integrations.kvpress", "kvpress"):
+    import torch
+    from kvpress import BasePress, PyramidKVPress, ScorerPress
+    from kvpress.utils import compute_n_kept
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.overrides import TorchFunctionMode
+    from transformers import DynamicCache, QuantizedCache
 
 __all__ = ["GraphKVPress", "PolicyPress"]
 

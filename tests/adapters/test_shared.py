@@ -216,6 +216,8 @@ def test_a_budget_below_a_block_and_wrong_options_are_refused():
         Shared(SNAPKV, block=1.5)
     with pytest.raises(ArgumentError, match=r"base must keep equally many tokens in every KV head; GraphKV\(AdaKV"):
         Shared(GraphKV(AdaKV(SNAPKV)))
+    with pytest.raises(ArgumentError, match="base must choose by its scores alone where blocks are kept"):
+        Shared(Shared(SNAPKV, block=2), block=4)
     with pytest.raises(ArgumentTypeError, match="base must be a Policy"):
         Shared("snapkv")
 

@@ -55,7 +55,8 @@ def test_every_layer_and_row_shrinks_to_what_the_core_finds_and_the_report_says_
         found.append(counts)
     lines = cache.report().splitlines()
     table = lines[next(number for number, line in enumerate(lines) if "budget found" in line) + 1 :]
-    for line, counts in zip(table, found, strict=True):
+    # Layers that found the same are in one line.
+    for line, counts in zip(table, found if len(table) == 3 else found[:1], strict=True):
         assert line.endswith("  " + (str(counts[0]) if len(set(counts)) == 1 else " ".join(map(str, counts))))
     assert "budget found" not in whole.report()
     if policy is not POLICIES["bounded"]:
@@ -114,7 +115,7 @@ def test_the_range_stands_for_many_rows(model):
         read(model, cache, rows)
     least, most = (int(reduce(cache.stats()[0].budgets_found)) for reduce in (np.min, np.max))
 
-    assert f"{least} to {most}" in cache.report().splitlines()[-3]
+    assert cache.report().splitlines()[-3].endswith(f"  {least} to {most}")
 
 
 def test_heads_of_their_own_stay_refused():

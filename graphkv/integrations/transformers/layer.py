@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,8 @@ from .slots import OfSlots, Slots
 from .source import Source
 
 __all__ = ["EvictingLayer"]
+
+LOGGER = logging.getLogger(__name__)
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
@@ -263,12 +266,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return ()
         decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
-        self.shrink(policy, decider, decisions)
-        self.seconds += perf_counter() - started
+        self.shrink(policy, decider, decisions, seconds=perf_counter() - started)
         return decisions
 
-    def shrink(self, policy: Policy, decider: Decider, decisions: tuple[Eviction, ...]) -> None:
-        """Keep what was decided; see `evict`."""
+    def shrink(self, policy: Policy, decider: Decider, decisions: tuple[Eviction, ...], *, seconds: float) -> None:
+        """Keep what was decided in so many seconds; see `evict`."""
+        started = perf_counter()
         aimed_at = [each.budget for each, part in zip(decisions, decider.parts, strict=True) if not part.is_at_rest]
         budget = max(aimed_at, default=self.budget or 0)
         is_other = policy != self.settings.policy and not policy.needs().automatic
@@ -277,7 +280,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
-        positions, (kept, state) = self.true_positions, decider.kept(decisions)
+        positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
+        kept, state = decider.kept(decisions)
         self._gather(kept, state, is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
@@ -289,6 +293,19 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_evictions += 1
         if self.settings.record:
             self.record = EvictionRecord.of(decider, policy, decisions, positions, self.redundancy)
+        seconds += perf_counter() - started
+        self.seconds += seconds
+        LOGGER.debug(
+            "layer %d: %s kept %d of %d stored tokens under a budget of %d, %d seen; %.2f MB freed in %.1f ms",
+            self.index,
+            type(policy).__name__,
+            self.num_stored,
+            num_before,
+            budget,
+            self.num_seen,
+            (self.bytes_freed - freed_before) / 1e6,
+            seconds * 1e3,
+        )
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Return how much of the common budget each row of this layer wants, see `Policy.wants`."""
