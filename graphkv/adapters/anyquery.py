@@ -134,7 +134,7 @@ class AnyQuery(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.fraction("threshold", self.threshold)
-        window = checks.ratio_or_count("window", self.window, zero=False)
+        window = checks.ratio_or_count("window", self.window)
         if window == 0:
             raise ArgumentError(f"window must be at least 1 query, or a share; got {window}")
         if chooses(self.base):

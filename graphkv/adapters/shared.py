@@ -156,7 +156,8 @@ class Shared(Wrapper):
             )
         if self.block > 1 and chooses(self.base) and not self.base.needs().automatic:
             raise ArgumentError(
-                f"base must choose by its scores alone where blocks are kept; {name_of(self.base)} has a choice of its own"
+                f"base must choose by its scores alone where blocks are kept; {name_of(self.base)} has a choice of its "
+                "own"
             )
         if self.over == "layers" and self.base.needs().wants:
             raise ArgumentError(
