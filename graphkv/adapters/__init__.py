@@ -21,6 +21,7 @@ from .knorm import KNorm as KNorm
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
 from .lossless import Lossless as Lossless
+from .mikv import MiKV as MiKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from . import budgets, checks
+from .errors import ArgumentError
 from .layer import Cost, Layer, LayerShape, Memory
 from .merging import Merge
 from .protection import Protection
@@ -73,6 +74,8 @@ class Requirements:
         May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
+    demotes : bool
+        Keeps some tokens in fewer bits, see `Choice.levels`.
     """
 
     values: bool = False
@@ -86,6 +89,7 @@ class Requirements:
     couples_layers: bool = False
     automatic: bool = False
     settled: bool = False
+    demotes: bool = False
 
     @property
     def all_layers(self) -> bool:
@@ -108,6 +112,7 @@ class Requirements:
             couples_layers=self.couples_layers or base.couples_layers,
             automatic=self.automatic or base.automatic,
             settled=self.settled or base.settled,
+            demotes=self.demotes or base.demotes,
         )
 
 
@@ -318,6 +323,9 @@ class Wrapper(Policy):
 
     def __post_init__(self) -> None:
         checks.instance("base", self.base, Policy)
+        if self.base.needs().demotes and type(self).choose is not Wrapper.choose:
+            name = type(self).__name__
+            raise ArgumentError(f"base must not demote tokens below {name}, which chooses anew; got {self.base}")
         object.__setattr__(self, "budget", self.base.budget)
 
     def observe(self, layer: Layer, memory: Memory | None, /) -> Memory | None:
