@@ -293,6 +293,7 @@ ENTRIES = (
         importance="that of its base; as many tokens as the newest query needs, at most the budget",
         protects=BASE,
         checked="brute force over all budgets",
+        small={"tolerance": 0.3},
     ),
     Entry(
         policy=adapters.AnyQuery,
@@ -301,6 +302,7 @@ ENTRIES = (
         importance="that of its base, where any of the last queries attends to the token; no other stays",
         protects=BASE,
         checked="loops",
+        small={"threshold": 0.2},
     ),
     Entry(
         policy=adapters.MiKV,

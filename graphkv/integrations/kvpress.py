@@ -163,7 +163,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             num_layers=num_layers,
             backend="torch",
         )
-        num_kept = min(decision.budget, num_tokens)
+        num_kept: float = min(decision.budget, num_tokens)
         if self.policy.needs().automatic and decision.counts is not None:
             num_kept = float(decision.counts.double().mean())
         self._evicted[layer.layer_idx] = 1 - num_kept / num_tokens

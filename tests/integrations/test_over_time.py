@@ -196,7 +196,10 @@ def test_a_cache_stays_at_its_budget_for_every_policy(model, ids):
             read(model, cache, ids, [N] + [1] * 20)
         kept = [sum(p >= 0 for row in layer.true_positions[0].tolist() for p in row) for layer in cache.layers]
         total = 3 * 2 * (30 if policy.budget == 0.5 else policy.budget)
-        assert sum(kept) == total, name
+        # Whole blocks may leave a part of the budget empty, in each of 3 layers and 2 heads.
+        room = 3 * 2 * (getattr(policy, "block", 1) - 1)
+        least = 1 if policy.needs().automatic else total - room
+        assert least <= sum(kept) <= total, name
 
 
 @each_implementation
