@@ -33,6 +33,7 @@ from graphkv import (
     SnapKV,
     StreamingLLM,
 )
+from graphkv.core import budgets
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import assert_close, reference_logits
