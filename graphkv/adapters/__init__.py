@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .adakv import AdaKV as AdaKV
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
+from .compactor import Compactor as Compactor
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
