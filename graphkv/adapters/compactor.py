@@ -48,7 +48,8 @@ def leverage(keys: Array, /, *, ridge: float = 0.0, xp: Namespace) -> Array:
         In [0, 1]; without a ridge the sum is the rank.
     """
     size, device = keys.shape[-1], primitives.device_of(keys)
-    identity = xp.eye(size, dtype=keys.dtype, device=device)
+    place = xp.arange(size, dtype=xp.int64, device=device)
+    identity = xp.astype(place[:, None] == place[None, :], keys.dtype)
     gram = xp.matrix_transpose(keys) @ keys + ridge * identity
     # Leverage does not change with the scale of a column, and columns of one scale lose the least in rounding.
     diagonal = xp.sum(gram * identity, axis=-1)
@@ -57,15 +58,14 @@ def leverage(keys: Array, /, *, ridge: float = 0.0, xp: Namespace) -> Array:
     # Elimination on [G | I] gives the inverse of G's Cholesky factor, row by row. The standard has no factorization,
     # and one that fails would have to be read on the host. Columns that depend on earlier ones add nothing.
     work = xp.concat([gram, xp.broadcast_to(identity, gram.shape)], axis=-1)
-    below = xp.reshape(xp.arange(size, dtype=xp.int64, device=device), (size, 1))
-    smallest = 8 * size * float(xp.finfo(keys.dtype).eps)
+    smallest = 8 * size * (2.0**-23 if keys.dtype == xp.float32 else 2.0**-52)
     rows = []
     for j in range(size):
         pivot = work[..., j : j + 1, j : j + 1]
         root = xp.sqrt(xp.where(pivot > smallest, pivot, xp.ones_like(pivot)))
         row = xp.where(pivot > smallest, work[..., j : j + 1, :] / root, xp.zeros_like(work[..., :1, :]))
         factor = work[..., :, j : j + 1] / root
-        work = work - xp.where(below > j, factor, xp.zeros_like(factor)) * row
+        work = work - xp.where(place[:, None] > j, factor, xp.zeros_like(factor)) * row
         rows.append(row[..., size:])
     basis = keys @ xp.matrix_transpose(xp.concat(rows, axis=-2) * scale[..., None, :])
     found = xp.sum(basis * basis, axis=-1)

@@ -161,6 +161,10 @@ def test_constant_scores_are_no_scores():
 
     assert (done.importance == 0).all()
     assert done.kept[0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    # Fewer keys than channels: each of them is the only one of its direction, but for rounding.
+    few = KEYS[:, :, :5].astype(np.float32), QUERIES[:, :, :5].astype(np.float32)
+    weighed = [evict(Compactor(budget=3, mix=mix), few[0], queries=few[1]).importance for mix in (0, 1)]
+    np.testing.assert_array_equal(*weighed)
 
 
 def test_a_graph_on_top_lowers_neighbors():
