@@ -6,6 +6,8 @@ One line here makes a policy public; `graphkv.adapters.catalog` has an entry for
 from typing import TYPE_CHECKING
 
 from .adakv import AdaKV as AdaKV
+from .attendre import LFA as LFA
+from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
 from .compactor import Compactor as Compactor
@@ -16,6 +18,8 @@ from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
 from .lagkv import LagKV as LagKV
+from .lazy_eviction import LazyEviction as LazyEviction
+from .mikv import MiKV as MiKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer
