@@ -198,6 +198,15 @@ ENTRIES = (
         small={"num_sinks": 1},
     ),
     Entry(
+        policy=adapters.Compactor,
+        name="compactor",
+        paper="2507.08143",
+        importance="attention from the tokens around, and statistical leverage of the key, each with mean 0",
+        protects=RECENTS,
+        checked="loops, orthonormal bases, kvpress",
+        small={"num_sinks": 1, "num_recent": 2, "sketch": 5, "chunk": 7},
+    ),
+    Entry(
         policy=adapters.KNorm,
         name="knorm",
         paper="2406.11430",
