@@ -48,7 +48,7 @@ def last_rows(layer: Layer, window: int, /) -> Array:
     """
     rows = _last(layer, window)
     if layer.attention is None:
-        return window_attention(rows, layer.keys, layer.valid, xp=layer.xp)
+        return window_attention(rows, layer.keys, layer.valid, mass=layer.mass, xp=layer.xp)
     batch, query_heads, _, num_tokens = rows.shape
     kv_heads = layer.keys.shape[1]
     return layer.xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
@@ -65,7 +65,7 @@ def received(layer: Layer, window: int, /) -> Array:
     if layer.attention is not None:
         return xp.sum(last_rows(layer, window), axis=-2)
     rows = _last(layer, window)
-    return received_attention(rows, layer.keys, layer.valid, block_size=window, backend=layer.backend)
+    return received_attention(rows, layer.keys, layer.valid, mass=layer.mass, block_size=window, backend=layer.backend)
 
 
 def _last(layer: Layer, window: int, /) -> Array:

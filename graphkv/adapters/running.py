@@ -57,7 +57,8 @@ def new_rows(layer: Layer, block_size: int, /) -> Iterator[Array]:
         end = layer.num_tokens - num_new + stop
         block, valid = rows[:, :, start:stop, :], layer.valid[:, :, :end]
         if layer.attention is None:
-            yield window_attention(block, layer.keys[:, :, :end, :], valid, xp=xp)
+            mass = None if layer.mass is None else layer.mass[:, :, :end]
+            yield window_attention(block, layer.keys[:, :, :end, :], valid, mass=mass, xp=xp)
         else:
             yield _given_rows(block[..., :end], valid, xp=xp)
 
@@ -71,7 +72,9 @@ def newly_received(layer: Layer, block_size: int, /) -> Array:
     """
     xp, rows = layer.xp, _new_positions(layer)
     if layer.attention is None:
-        return received_attention(rows, layer.keys, layer.valid, block_size=block_size, backend=layer.backend)
+        return received_attention(
+            rows, layer.keys, layer.valid, mass=layer.mass, block_size=block_size, backend=layer.backend
+        )
     batch, kv_heads, num_tokens = layer.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))

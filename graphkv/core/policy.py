@@ -190,8 +190,24 @@ class Policy(Value, ABC):
         kept = select(found.scores, budget, protected=found.protected, valid=layer.valid, backend=layer.backend)
         return Choice(kept=kept)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
-        """Return which dropped tokens go into which kept ones. Default: None, they are gone."""
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
+        """Return which dropped tokens go into which kept ones.
+
+        Parameters
+        ----------
+        choice : Choice
+            What the last stage returned.
+        found : Assessment
+            What it was chosen by: scores, and who is protected. Nothing goes into protected tokens, unless the method's
+            paper says so.
+        layer : Layer
+        memory : Memory or None
+
+        Returns
+        -------
+        Merge or None
+            Default: None, they are gone.
+        """
         return None
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
@@ -291,9 +307,9 @@ class Wrapper(Policy):
         """Return the base's choice."""
         return self.base.choose(found, layer, budget)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
         """Return the base's merge."""
-        return self.base.merge(choice, layer, memory)
+        return self.base.merge(choice, found, layer, memory)
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
         """Return what the base wants."""
