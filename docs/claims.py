@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Cell, Comparison, compare, summarize
-from graphkv.workbench.names import base_name
+from graphkv.naming.names import base_name
 
 __all__ = ["claims", "missing"]
 

@@ -17,7 +17,7 @@ from reports import RESULTS, VERSIONS, build, records
 
 from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Comparison, Interval, compare
-from graphkv.workbench.names import base_name
+from graphkv.naming.names import base_name
 
 PAGE = RESULTS / "index.md"
 DIGESTS = RESULTS / "reports.sha256"

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from marked import renew
 
 from graphkv import Random
 from graphkv.adapters.catalog import ENTRIES, Entry
-from graphkv.core import Cost, LayerShape, Policy, Requirements
+from graphkv.core import Cost, LayerShape, Policy, Requirements, Wrapper
 
+STAGES = ["observe", "score", "protection", "rescore", "choose", "merge", "wants", "share_out", "layer_budget", "at"]
 PAGE = Path(__file__).parent / "policies.md"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
 # Costs nothing, so that a wrapper's cost is its own.
@@ -46,6 +48,32 @@ def support() -> str:
     return "\n".join([row(*header), row(*["---"] * len(header)), *map(_support, ENTRIES)]) + "\n"
 
 
+def systems() -> str:
+    """Render which stages each policy defines, and what its values were checked against, in Markdown."""
+    lines = [row("policy", "paper", "stages of its own", "needs", "checked against"), row(*["---"] * 5)]
+    for entry in ENTRIES:
+        own = [stage for stage in STAGES if getattr(entry.policy, stage) is not getattr(Policy, stage)]
+        if entry.is_wrapper:
+            own = [stage for stage in own if getattr(entry.policy, stage) is not getattr(Wrapper, stage)]
+        needs = _needs(entry.policy.requirements)
+        lines.append(
+            row(
+                name_of(entry),
+                entry.paper or "-",
+                ", ".join(f"`{stage}`" for stage in own) or "-",
+                ", ".join(needs) or ("those of its base" if entry.is_wrapper else "keys"),
+                entry.checked,
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _needs(own: Requirements) -> list[str]:
+    """List the fields that differ from those of a policy which needs nothing."""
+    found = [field.name for field in fields(own) if getattr(own, field.name) != field.default]
+    return [f"{name} ({own.queries})" if name == "queries" else name.replace("_", " ") for name in found]
+
+
 def _support(entry: Entry) -> str:
     """Render one policy."""
     own: Requirements = entry.policy.requirements
@@ -66,4 +94,4 @@ def _support(entry: Entry) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(renew(PAGE, {"policies table": policies(), "support table": support()}))
+    sys.exit(renew(PAGE, {"policies table": policies(), "support table": support(), "systems table": systems()}))

@@ -13,8 +13,8 @@ from graphkv.__main__ import main
 from graphkv.cli import parse_budget
 from graphkv.core import ArgumentError
 from graphkv.core import backend as core_backend
+from graphkv.naming.policies import BASES
 from graphkv.workbench import model as demo_model
-from graphkv.workbench.policies import BASES
 from tests.integrations.tiny import save_tiny_llama
 
 

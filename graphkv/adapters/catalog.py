@@ -29,6 +29,8 @@ class Entry:
         What the policy ranks tokens by, in one line of Markdown.
     protects : str
         Which tokens it keeps before all others.
+    checked : str
+        What its values were checked against.
     small : mapping of str to object
         Options for tests, whose rows have some tens of tokens.
     needed : callable, base to mapping of str to object
@@ -42,6 +44,7 @@ class Entry:
     paper: str = ""
     importance: str
     protects: str
+    checked: str
     small: Mapping[str, Any] = field(default_factory=dict)
     needed: Callable[[Policy], Mapping[str, Any]] = lambda base: {}
     holds_arrays: bool = False
@@ -84,6 +87,7 @@ ENTRIES = (
         paper="2404.14469",
         importance="attention from the window, pooled; ≥ 0",
         protects=WINDOW,
+        checked="vectors of the public code, loops",
         small={"window": 4, "kernel_size": 3},
     ),
     Entry(
@@ -92,6 +96,7 @@ ENTRIES = (
         paper="2510.13334",
         importance="the largest attention from any query of the window, pooled, at least the mean of its head; ≥ 0",
         protects=WINDOW,
+        checked="loops over the formulas of the public code",
         small={"window": 4, "kernel_size": 3},
     ),
     Entry(
@@ -100,6 +105,7 @@ ENTRIES = (
         paper="2406.02069",
         importance="as SnapKV, with more tokens in lower layers",
         protects=WINDOW,
+        checked="the public code's schedule in 10,000 cases, vectors",
         small={"window": 4, "kernel_size": 3, "num_sinks": 1},
     ),
     Entry(
@@ -108,6 +114,7 @@ ENTRIES = (
         paper="2503.12491",
         importance="mean and variance of the attention from the window, pooled; ≥ 0",
         protects=WINDOW,
+        checked="loops, values worked by hand",
         small={"window": 4, "kernel_size": 3, "num_sinks": 1},
     ),
     Entry(
@@ -116,6 +123,7 @@ ENTRIES = (
         paper="2401.06104",
         importance="attention from the newest query, averaged over all heads of the layer; ≥ 0",
         protects="the newest token, and the first `num_sinks` tokens",
+        checked="loops, values worked by hand",
     ),
     Entry(
         policy=adapters.H2O,
@@ -123,6 +131,7 @@ ENTRIES = (
         paper="2306.14048",
         importance="all attention that the token has received so far; ≥ 0",
         protects=RECENTS,
+        checked="vectors of the public code, a simulation of every decoding step",
         small={"num_recent": 2},
     ),
     Entry(
@@ -131,6 +140,7 @@ ENTRIES = (
         paper="2402.06262",
         importance="mean attention that the token has received so far; ≥ 0",
         protects="sinks, recents, and the tokens whose attention varies most",
+        checked="a simulation of every decoding step, the public code's mode",
         small={"num_sinks": 1, "num_recent": 2},
     ),
     Entry(
@@ -139,6 +149,7 @@ ENTRIES = (
         paper="2503.08879",
         importance="logits of the newest query, summed over the group",
         protects=RECENTS,
+        checked="loops",
         small={"num_sinks": 1, "num_recent": 2},
     ),
     Entry(
@@ -147,6 +158,7 @@ ENTRIES = (
         paper="2510.00636",
         importance="attention expected from queries distributed like those so far; ≥ 0",
         protects=SINKS,
+        checked="loops, moments of rotated queries",
         small={"num_sinks": 1},
     ),
     Entry(
@@ -155,6 +167,7 @@ ENTRIES = (
         paper="2406.11430",
         importance="minus the norm of the key; ≤ 0",
         protects=SINKS,
+        checked="vectors of the public code",
         small={"num_sinks": 1},
     ),
     Entry(
@@ -163,6 +176,7 @@ ENTRIES = (
         paper="2504.15364",
         importance="minus the mean cosine with all keys; in [-1, 1]",
         protects=SINKS,
+        checked="cosines of all pairs",
     ),
     Entry(
         policy=adapters.StreamingLLM,
@@ -170,6 +184,7 @@ ENTRIES = (
         paper="2309.17453",
         importance="the position",
         protects=SINKS,
+        checked="positions by hand",
         small={"num_sinks": 2},
     ),
     Entry(
@@ -177,12 +192,14 @@ ENTRIES = (
         name="random",
         importance="a draw in [0, 1)",
         protects=SINKS,
+        checked="equal draws on every library",
         small={"num_sinks": 1},
     ),
     Entry(
         policy=adapters.Given,
         importance="scores that are handed in",
         protects="the tokens marked in `protected`",
+        checked="loops of `select`",
         holds_arrays=True,
     ),
     Entry(
@@ -191,6 +208,7 @@ ENTRIES = (
         paper="2509.00388",
         importance="that of its base, changed by its signal",
         protects=BASE,
+        checked="golden vectors, loops",
     ),
     Entry(
         policy=adapters.AdaKV,
@@ -198,6 +216,7 @@ ENTRIES = (
         paper="2407.11550",
         importance="that of its base; heads keep different numbers of tokens",
         protects=BASE,
+        checked="loops, sums in 10,000 cases, a loop of the official blend",
     ),
     Entry(
         policy=adapters.CAOTE,
@@ -205,23 +224,27 @@ ENTRIES = (
         paper="2504.14051",
         importance="change of the attention output without the token; ≥ 0",
         protects=BASE,
+        checked="the output of attention without the token",
     ),
     Entry(
         policy=adapters.LayerBudgets,
         importance="that of its base, with a given budget for each layer",
         protects=BASE,
+        checked="budgets by hand",
         needed=lambda base: {"budgets": (1, int(base.budget), int(base.budget) + 1, 2)},
     ),
     Entry(
         policy=adapters.LayerShares,
         importance="that of its base, with budgets in given proportions",
         protects=BASE,
+        checked="exact sums, proportions by hand",
         needed=lambda base: {"shares": (0, 1, 2, 1)},
     ),
     Entry(
         policy=adapters.PerLayer,
         importance="that of the layer's own policy",
         protects=BASE,
+        checked="each layer's own policy",
         needed=lambda base: {"policies": (base, GraphKV(base))},
     ),
 )

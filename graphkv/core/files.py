@@ -1,14 +1,61 @@
-"""Files that are written whole or not at all."""
+"""Files: read or refused in one line, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_whole"]
+from .errors import ArgumentError
+
+__all__ = ["Content", "read_file", "read_toml", "write_file", "write_whole"]
+
+# What goes into a file: text, bytes, or a function that fills the file of a path.
+Content = str | bytes | Callable[[Path], Any]
+
+
+def read_file(path: Path, option: str, /) -> str:
+    """Read a UTF-8 file, with or without a byte order mark.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    option : str
+        The option that named the file, for the error.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else "not UTF-8 text"
+        raise ArgumentError(f"{option} {path} cannot be read: {reason}") from error
+
+
+def read_toml(path: Path, option: str, /) -> dict[str, Any]:
+    """Read a file of TOML, as `read_file` does.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot be read, or is not TOML.
+    """
+    # Only here, because saving a cache takes this module too and must not need tomli.
+    if sys.version_info >= (3, 11):
+        import tomllib  # noqa: PLC0415
+    else:
+        import tomli as tomllib  # noqa: PLC0415
+    content = read_file(path, option)
+    try:
+        return tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise ArgumentError(f"{option} {path} must be TOML: {error}") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], /) -> None:
@@ -39,3 +86,23 @@ def write_whole(path: Path, write: Callable[[Path], Any], /) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: Content, /) -> None:
+    """Write a file whole or not at all.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+
+    def write(scratch: Path) -> None:
+        if isinstance(content, str):
+            scratch.write_text(content, encoding="utf-8")
+        elif isinstance(content, bytes):
+            scratch.write_bytes(content)
+        else:
+            content(scratch)
+
+    write_whole(path, write)

@@ -21,11 +21,11 @@ from ..core.errors import ArgumentError
 from ..core.policy import Policy
 from ..integrations.transformers import EvictingCache, Fate, fates, observing
 from ..integrations.transformers.versions import with_cache
+from ..naming.names import FULL
+from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
 from ..workbench.forward import read, teacher_forced_logits
 from ..workbench.model import DEFAULT_MODEL, load_model
-from ..workbench.names import FULL
-from ..workbench.policies import make_policy
 from ..workbench.progress import show_steps
 from ..workbench.text import read_text
 from .picture import draw

@@ -10,10 +10,10 @@ from rich.console import Console
 from ..core.backend import load
 from ..core.errors import ArgumentError
 from ..integrations.transformers import EvictingCache, observing
+from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
 from ..workbench.forward import read
 from ..workbench.model import DEFAULT_MODEL, load_model
-from ..workbench.policies import make_policy
 from ..workbench.progress import show_steps
 from ..workbench.text import read_text
 from .findings import find

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ArgumentError
-from ..workbench.files import write_file
+from ..core.files import write_file
 
 __all__ = ["SCHEMA", "Record", "Run", "read_header", "read_records"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from ..core.errors import ArgumentError
-from ..workbench.names import FULL, base_name
+from ..naming.names import FULL, base_name
 from .records import Record
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""The common ground of demo, benchmarks and evaluation: model, text, policies by name, presets, files, progress."""
+"""The common ground of demo, benchmarks and evaluation: model, text, output folders, progress."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 from ..core.errors import ArgumentError
-from .files import read_file
+from ..core.files import read_file
 
 __all__ = ["Text", "language_reference", "listed", "read_text", "standard_library"]
 

@@ -10,7 +10,7 @@ import pytest
 from graphkv import CAOTE, AdaKV, ArgumentError, GraphKV, KNorm, LayerBudgets, PerLayer, SnapKV
 from graphkv.__main__ import main
 from graphkv.evaluation.records import read_records
-from graphkv.workbench.policies import make_policy, with_budget
+from graphkv.naming.policies import make_policy, with_budget
 
 MODULE = """
 from graphkv import AdaKV, KNorm, SnapKV
@@ -186,7 +186,7 @@ def test_tune_takes_it_as_a_base(mine, tiny, tmp_path):
 
 def test_a_module_in_the_current_folder_is_found(mine, tmp_path):
     code = (
-        "import sys; sys.path.remove(''); from graphkv.workbench.policies import make_policy; "
+        "import sys; sys.path.remove(''); from graphkv.naming.policies import make_policy; "
         "print(make_policy('mine:POLICY', 9).budget)"
     )
     done = subprocess.run(

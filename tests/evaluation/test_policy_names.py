@@ -20,8 +20,8 @@ from graphkv import (
     SnapKV,
     StreamingLLM,
 )
-from graphkv.workbench.names import base_name, parse, split
-from graphkv.workbench.policies import BASES, WRAPPERS, make_policy
+from graphkv.naming.names import base_name, parse, split
+from graphkv.naming.policies import BASES, WRAPPERS, make_policy
 
 
 @pytest.mark.parametrize(

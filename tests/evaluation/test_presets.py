@@ -7,8 +7,8 @@ import pytest
 
 from graphkv import AdaKV, ArgumentError, Decay, GraphKV, LayerShares, PerLayer, SnapKV, evict
 from graphkv.__main__ import main
-from graphkv.workbench.policies import make_policy
-from graphkv.workbench.presets import Preset, load_preset, write_preset
+from graphkv.naming.policies import make_policy
+from graphkv.naming.presets import Preset, load_preset, write_preset
 
 FULL = Preset(
     base="snapkv(window=8, pooling=max)",

@@ -12,7 +12,7 @@ from graphkv.evaluation.runs.config import Config
 from graphkv.evaluation.runs.prompt_run import evaluate
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.versions import with_cache
-from graphkv.workbench.policies import BASES, make_policy
+from graphkv.naming.policies import BASES, make_policy
 from tests.integrations.reference import reference_logits
 from tests.integrations.tiny import tiny_gemma3
 

@@ -13,8 +13,8 @@ from graphkv.evaluation.prompts.rows import read_rows
 from graphkv.evaluation.records import read_records
 from graphkv.evaluation.runs.config import Config, load_config
 from graphkv.evaluation.runs.prompt_run import evaluate
-from graphkv.workbench.policies import BASES, make_policy
-from graphkv.workbench.presets import load_preset
+from graphkv.naming.policies import BASES, make_policy
+from graphkv.naming.presets import load_preset
 from graphkv.workbench.text import read_text
 from tests.integrations.reference import reference_logits
 

@@ -15,9 +15,9 @@ from graphkv.evaluation import statistics
 from graphkv.evaluation.records import read_records
 from graphkv.evaluation.tuning.objective import name_of
 from graphkv.evaluation.tuning.search import BudgetSpace, GraphSpace, search
-from graphkv.workbench.names import parse
-from graphkv.workbench.policies import make_preset
-from graphkv.workbench.presets import Preset, load_preset
+from graphkv.naming.names import parse
+from graphkv.naming.policies import make_preset
+from graphkv.naming.presets import Preset, load_preset
 
 BUDGET, LAYERS = 64, 12
 START = Preset(base="snapkv", layer_budgets=(BUDGET,) * LAYERS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ArgumentError
-from ...workbench.files import read_file
+from ...core.files import read_file
 from .metrics import METRICS
 from .prompts import Prompt, Question, chat_template, encode_question
 

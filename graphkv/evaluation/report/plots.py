@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ...workbench.names import FULL
+from ...naming.names import FULL
 from ..statistics import Interval
 
 __all__ = ["Curve", "Gain", "Place", "draw_diversity", "draw_gains", "draw_heat_maps", "draw_quality"]

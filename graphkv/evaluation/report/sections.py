@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core import checks
 from ...core.errors import ArgumentError
-from ...workbench.names import FULL
+from ...naming.names import FULL
 from .. import statistics
 from ..records import Record
 from ..statistics import METRICS

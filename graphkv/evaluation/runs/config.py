@@ -9,9 +9,9 @@ from typing import Any
 
 from ...core import checks
 from ...core.errors import ArgumentError
-from ...workbench.files import read_toml
-from ...workbench.names import FULL, is_press
-from ...workbench.policies import make_policy
+from ...core.files import read_toml
+from ...naming.names import FULL, is_press
+from ...naming.policies import make_policy
 from ..prompts.haystack import SPLITS, seeds_of
 from ..prompts.riddles import task_names
 from .presses import check_press

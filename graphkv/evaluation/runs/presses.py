@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 from ...core.errors import ArgumentError, BackendUnavailableError
 from ...integrations.transformers import EvictingCache
 from ...integrations.transformers.versions import with_cache
-from ...workbench.names import parse
-from ...workbench.policies import call
+from ...naming.names import parse
+from ...naming.policies import call
 
 __all__ = ["check_press", "fewest_tokens", "read_under_press"]
 

@@ -11,9 +11,9 @@ from torch.nn.functional import kl_div
 
 from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache, observing
+from ...naming.names import FULL, is_press
+from ...naming.policies import make_policy
 from ...workbench.forward import next_logits, teacher_forced_logits
-from ...workbench.names import FULL, is_press
-from ...workbench.policies import make_policy
 from ..prompts import metrics
 from ..prompts.prompts import Prompt, Question
 from ..records import Record

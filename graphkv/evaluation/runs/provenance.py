@@ -17,10 +17,10 @@ import torch
 
 import graphkv
 
+from ...naming.names import is_own, is_preset, is_press, parse
+from ...naming.policies import own_module
+from ...naming.presets import load_preset
 from ...workbench.model import DEFAULT_MODEL
-from ...workbench.names import is_own, is_preset, is_press, parse
-from ...workbench.policies import own_module
-from ...workbench.presets import load_preset
 from ...workbench.text import Text
 from .config import Config
 

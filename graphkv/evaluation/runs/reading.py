@@ -10,8 +10,8 @@ import torch
 
 from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache
+from ...naming.policies import base_of, with_budget
 from ...workbench.forward import read
-from ...workbench.policies import base_of, with_budget
 from ..prompts.prompts import Prompt
 from .closeness import MOST_QUERIES, Probe
 

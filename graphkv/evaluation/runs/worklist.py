@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from ...core.errors import ArgumentError
-from ...workbench.names import FULL, is_press
+from ...naming.names import FULL, is_press
 from ...workbench.text import Text
 from ..prompts.haystack import seeds_of
 from ..prompts.prompts import Prompt, PromptMaker

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ...core import checks
 from ...core.errors import ArgumentError
-from ...workbench.names import base_name, is_preset, is_press
-from ...workbench.policies import make_preset
-from ...workbench.presets import Preset, write_preset
+from ...naming.names import base_name, is_preset, is_press
+from ...naming.policies import make_preset
+from ...naming.presets import Preset, write_preset
 from ...workbench.progress import show_steps, table_console
 from ..prompts.haystack import prompt_text
 from ..records import Record, Run, read_records

@@ -15,8 +15,8 @@ import torch
 from ...core.errors import ArgumentError
 from ...core.policy import Policy
 from ...integrations.transformers import observing
-from ...workbench.policies import make_preset
-from ...workbench.presets import Preset
+from ...naming.policies import make_preset
+from ...naming.presets import Preset
 from ..records import Record, Run, read_records
 from ..runs.prompt_run import PromptRun
 from ..runs.reading import ReadCache

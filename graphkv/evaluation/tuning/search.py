@@ -18,7 +18,7 @@ from ...core import checks
 from ...core.budgets import allocate
 from ...core.fusion import EXPONENT
 from ...core.pagerank import DAMPING
-from ...workbench.presets import Preset
+from ...naming.presets import Preset
 
 __all__ = ["BudgetSpace", "Evaluate", "GraphSpace", "minimize", "search"]
 

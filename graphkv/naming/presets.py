@@ -23,7 +23,7 @@ from typing import Any
 
 from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
-from .files import read_toml, write_file
+from ..core.files import read_toml, write_file
 
 __all__ = ["Preset", "load_preset", "write_preset"]
 

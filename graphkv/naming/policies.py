@@ -53,7 +53,7 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     ----------
     name : str
         ``full``; or a base with any number of wrappers, each with options in parentheses, see
-        `graphkv.workbench.names`; or the path of a preset, which ends in ``.toml``, see `graphkv.workbench.presets`.
+        `graphkv.naming.names`; or the path of a preset, which ends in ``.toml``, see `graphkv.naming.presets`.
         Wrappers are ``+graphkv`` (the paper's setting), ``+enhance``, ``+bar``, ``+degree``, ``+pagerank``, with the
         options of their signal and ``unrotated``; ``+adakv`` and ``+caote``. A base of the user's own is
         ``package.module:NAME``: a `Policy`, whose budget is replaced, or a callable with a parameter `budget` that
