@@ -5,6 +5,7 @@ One line here makes a policy public; `graphkv.adapters.catalog` has an entry for
 
 from typing import TYPE_CHECKING
 
+from .absorb import Absorb as Absorb
 from .adakv import AdaKV as AdaKV
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE

@@ -6,8 +6,9 @@ from ..core import primitives
 from ..core.attention import received_attention, window_attention
 from ..core.layer import Cost, Layer, LayerShape
 from ..core.types import Array, Namespace
+from . import running
 
-__all__ = ["group_heads", "last_rows", "pool", "received", "window_cost"]
+__all__ = ["group_heads", "last_rows", "mean_received", "pool", "received", "window_cost"]
 
 
 def group_heads(x: Array, reduction: str, /, *, xp: Namespace) -> Array:
@@ -81,3 +82,26 @@ def window_cost(shape: LayerShape, window: int, /) -> Cost:
     """
     entries = shape.batch * shape.query_heads * min(window, shape.num_tokens) * shape.num_tokens
     return Cost(entries * (2 * shape.head_size + 5), 4 * entries)
+
+
+def mean_received(layer: Layer, window: int, /) -> Array:
+    """Return the mean attention that each token receives from those of the last positions that can see it.
+
+    Parameters
+    ----------
+    layer : Layer
+        With queries, or attention rows.
+    window : int
+        W, positions that count; fewer where fewer are given.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, N)
+        At least 0, averaged over the query heads of the KV head; 0 for padding.
+    """
+    xp, rows = layer.xp, layer.attention if layer.attention is not None else layer.queries
+    window = min(window, rows.shape[2])  # type: ignore[union-attr]
+    total = group_heads(received(layer, window), "mean", xp=xp)
+    number = running.visible_queries(layer, window)
+    mean = total / xp.where(number > 0, number, xp.ones_like(number))
+    return xp.where(layer.valid & (mean > 0), mean, xp.zeros_like(mean))

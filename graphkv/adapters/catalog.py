@@ -227,6 +227,14 @@ ENTRIES = (
         checked="the output of attention without the token",
     ),
     Entry(
+        policy=adapters.Absorb,
+        name="absorb",
+        importance="that of its base; near-duplicates of kept tokens go into them",
+        protects=BASE,
+        checked="plain loops; attention with masses",
+        small={"window": 4},
+    ),
+    Entry(
         policy=adapters.LayerBudgets,
         importance="that of its base, with a given budget for each layer",
         protects=BASE,

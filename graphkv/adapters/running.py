@@ -83,16 +83,23 @@ def newly_received(layer: Layer, block_size: int, /) -> Array:
     return total
 
 
-def visible_queries(layer: Layer, /) -> Array:
-    """Count, for every token, the new positions that can see it: its own and the later ones, padding left out.
+def visible_queries(layer: Layer, number: int | None = None, /) -> Array:
+    """Count, for every token, the last positions that can see it: its own and the later ones, padding left out.
+
+    Parameters
+    ----------
+    layer : Layer
+    number : int, optional
+        How many of the last positions count. Default: those that are new.
 
     Returns
     -------
     array, shape (batch, kv_heads, N), dtype of the keys
     """
     xp = layer.xp
+    number = layer.num_new if number is None else number
     position = xp.arange(layer.num_tokens, dtype=xp.int64, device=primitives.device_of(layer.keys))
-    asks = xp.astype(layer.valid & (position[None, None, :] >= layer.num_tokens - layer.num_new), xp.int64)
+    asks = xp.astype(layer.valid & (position[None, None, :] >= layer.num_tokens - number), xp.int64)
     later = xp.sum(asks, axis=-1, keepdims=True) - xp.cumulative_sum(asks, axis=-1)
     return xp.astype(xp.where(layer.valid, later + asks, xp.zeros_like(asks)), layer.keys.dtype)
 

@@ -71,7 +71,9 @@ def _with_mass(queries: Array, keys: Array, mass: Array, /, *, xp: Namespace) ->
     So no kernel needs to know of masses. A mass of 0 makes an infinite key, which receives nothing.
     """
     head_size = keys.shape[-1]
-    entry = xp.astype(xp.log(mass), keys.dtype)[..., None]
+    has_mass = mass > 0
+    entry = xp.log(xp.where(has_mass, mass, xp.ones_like(mass)))
+    entry = xp.astype(xp.where(has_mass, entry, xp.full_like(entry, -xp.inf)), keys.dtype)[..., None]
     # The scale is that of one entry more.
     queries = queries * sqrt((head_size + 1) / max(head_size, 1))
     one = xp.full(

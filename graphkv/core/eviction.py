@@ -385,11 +385,12 @@ def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -
         decision = replace(decision, mass=merge.mass)
     elif layer.mass is not None:
         decision = replace(decision, mass=decision.apply(layer.mass))
-    if memory is None:
+    told = {} if merge is None else merge.memory
+    if memory is None and not told:
         return decision
-    remembered = Memory(tokens=memory.tokens, layer={**memory.layer, **(merge.memory if merge is not None else {})})
+    memory = memory or Memory()
     kept = {name: decision.apply(x) for name, x in memory.tokens.items()}
-    return replace(decision, state=_detached(replace(remembered, tokens=kept), layer))
+    return replace(decision, state=_detached(Memory(tokens=kept, layer={**memory.layer, **told}), layer))
 
 
 def _everything(layer: Layer, /) -> Choice:

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 from . import primitives
 from .backend import Backend
+from .graph import normalize
 from .types import Array
 
-__all__ = ["Merge", "compressed", "slots"]
+__all__ = ["Merge", "add_up", "compressed", "nearest", "shares", "slots"]
+
+# Similarities are computed for this many tokens at a time.
+CHUNK_SIZE = 1024
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,3 +96,88 @@ def compressed(x: Array, gathered: Array, kept: Array, into: Array, weights: Arr
     change = xp.abs(weights - xp.astype(own, weights.dtype))
     is_changed = primitives.sum_rows(change[..., None], into, num_slots, backend=backend) > 0
     return xp.where(is_changed, xp.astype(total, x.dtype), gathered)
+
+
+def nearest(
+    keys: Array, kept: Array, is_target: Array, /, *, backend: Backend, chunk_size: int = CHUNK_SIZE
+) -> tuple[Array, Array]:
+    """Find, for every token that is not kept, the kept token whose key is most similar.
+
+    Parameters
+    ----------
+    keys : array, shape (..., N, D), float32 or wider
+        A key without a direction has cosine 0 with all others.
+    kept : array, shape (..., b), integer
+        Positions, ascending; -1 fills.
+    is_target : array, shape (..., N), bool
+        Which kept tokens may be found.
+    backend : Backend
+    chunk_size : int
+        At most b x `chunk_size` similarities exist per row at a time. Affects rounding only.
+
+    Returns
+    -------
+    slot : array, shape (..., N), integer
+        Of equal cosines the lower slot. Kept tokens have their own.
+    similarity : array, shape (..., N), dtype of `keys`
+        The cosine; -infinity where there is no target.
+    """
+    xp, num_tokens, num_slots = backend.xp, keys.shape[-2], kept.shape[-1]
+    own = slots(kept, num_tokens, backend=backend)
+    nothing = xp.full(own.shape, -xp.inf, dtype=keys.dtype, device=primitives.device_of(keys))
+    if num_slots == 0:
+        return xp.zeros_like(own), nothing
+    directions = normalize(keys, xp=xp)
+    place = xp.where(kept >= 0, kept, xp.zeros_like(kept))
+    targets = xp.matrix_transpose(primitives.take_rows(directions, place, xp=xp))
+    may_be = ((kept >= 0) & xp.take_along_axis(is_target, place, axis=-1))[..., None, :]
+    slot, similarity = [], []
+    for start in range(0, num_tokens, chunk_size):
+        cosines = directions[..., start : min(start + chunk_size, num_tokens), :] @ targets
+        cosines = xp.where(may_be, cosines, xp.full_like(cosines, -xp.inf))
+        slot.append(xp.astype(xp.argmax(cosines, axis=-1), kept.dtype))
+        similarity.append(xp.max(cosines, axis=-1))
+    is_kept = own >= 0
+    return xp.where(is_kept, own, xp.concat(slot, axis=-1)), xp.where(is_kept, nothing, xp.concat(similarity, axis=-1))
+
+
+def add_up(weights: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
+    """Add the weights of what goes into each slot.
+
+    Parameters
+    ----------
+    weights : array, shape (..., N), float32 or wider
+    into : array, shape (..., N), integer in [-1, num_slots)
+    num_slots : int
+
+    Returns
+    -------
+    array, shape (..., num_slots)
+    """
+    xp = backend.xp
+    index = xp.where(into >= 0, into, xp.full_like(into, num_slots))
+    return primitives.segment_sum(weights, index, num_slots + 1, backend=backend)[..., :num_slots]
+
+
+def shares(weights: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
+    """Divide weights by their sum in each slot.
+
+    Parameters
+    ----------
+    weights : array, shape (..., N), float32 or wider
+        At least 0.
+    into : array, shape (..., N), integer in [-1, num_slots)
+    num_slots : int
+
+    Returns
+    -------
+    array, shape (..., N)
+        Exactly 1 for a token alone in its slot; 0 for a token that goes nowhere, and where a slot has no weight.
+    """
+    xp = backend.xp
+    if num_slots == 0:
+        return xp.zeros_like(weights)
+    total = add_up(weights, into, num_slots, backend=backend)
+    total = xp.take_along_axis(total, xp.where(into >= 0, into, xp.zeros_like(into)), axis=-1)
+    is_part = (into >= 0) & (total > 0)
+    return xp.where(is_part, weights / xp.where(is_part, total, xp.ones_like(total)), xp.zeros_like(weights))

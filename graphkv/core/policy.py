@@ -65,6 +65,8 @@ class Requirements:
     couples_heads : bool
         What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
         differently where some of the heads are in another process.
+    merges : bool
+        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
     """
@@ -76,6 +78,7 @@ class Requirements:
     unrotated_keys: bool = False
     wants: bool = False
     couples_heads: bool = False
+    merges: bool = False
     settled: bool = False
 
     def joined(self, base: Requirements, /) -> Requirements:
@@ -90,6 +93,7 @@ class Requirements:
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
             wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
+            merges=self.merges or base.merges,
             settled=self.settled or base.settled,
         )
 

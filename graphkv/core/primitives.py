@@ -1,13 +1,13 @@
 """Operations that the array API standard lacks, written in the standard.
 
 `top_k`, `segment_product` and `segment_sum` are doors: they call the backend's own form where it brings one, else the
-portable one. A backend's form is called like the portable one and must give the same results. The others have one form.
+portable one. A backend's form is called like the portable one and must give the same results. `sum_rows` comes with
+`segment_sum`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 from .backend import Backend, SegmentReduce, TopK
@@ -209,10 +209,9 @@ def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, b
 
 
 def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
-    """Add the rows that go into the same slot, row by row of the leading axes.
+    """Add the rows that go into the same slot, row by row of the leading axes: `segment_sum` of each column.
 
-    A sort brings what goes into a slot together, so no table of slots by rows exists, and the order of the additions
-    is the same from run to run: it depends on a slot's own rows only.
+    No table of slots by rows exists, and the order of the additions does not change from run to run.
 
     Parameters
     ----------
@@ -228,29 +227,30 @@ def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -
         Zero where there are none.
     """
     xp = backend.xp
-    index = xp.where(into >= 0, into, xp.full_like(into, num_slots))
-    return _segment_reduce(rows, index, num_slots + 1, xp.add, 0, xp=xp)[..., :num_slots, :]
+    columns = xp.matrix_transpose(rows)
+    index = xp.where(into >= 0, into, xp.full_like(into, num_slots))[..., None, :]
+    total = segment_sum(columns, xp.broadcast_to(index, columns.shape), num_slots + 1, backend=backend)
+    return xp.matrix_transpose(total[..., :num_slots])
 
 
 def _segment_reduce(
     values: Array, index: Array, num_segments: int, combine: Callable[..., Array], identity: int, /, *, xp: Namespace
 ) -> Array:
-    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds all.
-
-    Values may be numbers or rows: axes beyond those of the index are carried along.
-    """
-    *leading, num_values = index.shape
-    rest = tuple(values.shape[index.ndim :])
-    num_rows, device = prod(leading), device_of(values)
-    if num_rows * num_values * num_segments * prod(rest) == 0:
-        return xp.full((*leading, num_segments, *rest), identity, dtype=values.dtype, device=device)
+    """Sort by segment, then combine equal neighbors at distances 1, 2, 4, ... until each segment's end holds all."""
+    *leading, num_values = values.shape
+    num_rows = 1
+    for size in leading:
+        num_rows *= size
+    device = device_of(values)
+    if num_rows * num_values * num_segments == 0:
+        return xp.full((*leading, num_segments), identity, dtype=values.dtype, device=device)
     # One flat problem: row r owns the segments r * num_segments ...
     index = xp.astype(xp.reshape(index, (num_rows, num_values)), xp.int64)
     first = xp.reshape(xp.arange(num_rows, dtype=xp.int64, device=device) * num_segments, (num_rows, 1))
     flat = xp.reshape(index + first, (-1,))
     order = xp.argsort(flat, stable=True)
     segment = xp.take(flat, order)
-    result = xp.take(xp.reshape(values, (num_rows * num_values, *rest)), order, axis=0)
+    result = xp.take(xp.reshape(values, (-1,)), order)
     position = xp.arange(segment.shape[0], dtype=xp.int64, device=device)
     neutral = xp.full(result.shape, identity, dtype=result.dtype, device=device)
     step = 1
@@ -258,17 +258,11 @@ def _segment_reduce(
     while step < num_values:
         back = xp.where(position >= step, position - step, xp.zeros_like(position))
         same = (position >= step) & (xp.take(segment, back) == segment)
-        result = combine(result, xp.where(_beside(same, rest, xp=xp), xp.take(result, back, axis=0), neutral))
+        result = combine(result, xp.where(same, xp.take(result, back), neutral))
         step *= 2
     wanted = xp.arange(num_rows * num_segments, dtype=xp.int64, device=device)
     last = xp.searchsorted(segment, wanted, side="right") - 1
     found = xp.where(last >= 0, last, xp.zeros_like(last))
-    present = _beside((last >= 0) & (xp.take(segment, found) == wanted), rest, xp=xp)
-    nothing = xp.full((wanted.shape[0], *rest), identity, dtype=result.dtype, device=device)
-    total = xp.where(present, xp.take(result, found, axis=0), nothing)
-    return xp.reshape(total, (*leading, num_segments, *rest))
-
-
-def _beside(mask: Array, rest: tuple[int, ...], /, *, xp: Namespace) -> Array:
-    """Add axes of one at the end of a mask, as many as `rest` has."""
-    return xp.reshape(mask, (*mask.shape, *(1 for _ in rest)))
+    present = (last >= 0) & (xp.take(segment, found) == wanted)
+    nothing = xp.full(wanted.shape, identity, dtype=result.dtype, device=device)
+    return xp.reshape(xp.where(present, xp.take(result, found), nothing), (*leading, num_segments))
