@@ -232,7 +232,7 @@ ENTRIES = (
         importance="that of its base; near-duplicates of kept tokens go into them",
         protects=BASE,
         checked="plain loops; attention with masses",
-        small={"window": 4},
+        small={"threshold": 0.3, "window": 4},
     ),
     Entry(
         policy=adapters.LayerBudgets,
