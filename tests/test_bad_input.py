@@ -200,6 +200,16 @@ STEP_TABLE = {
     "unknown fusion": value(
         lambda c: c.fuse(fusion="sum"), "fusion must be one of ['max_rank', 'mean_rank', 'power']; got 'sum'"
     ),
+    "no degree": value(
+        lambda c: graphkv.fuse(c.array(2, 4), backend=c.backend), "degree or distance must be given; got neither"
+    ),
+    "degree and distance": value(
+        lambda c: c.fuse(distance=c.array(2, 4)), "degree or distance must be given; got both"
+    ),
+    "distance of another N": value(
+        lambda c: graphkv.fuse(c.array(2, 4), distance=c.array(2, 5), backend=c.backend),
+        "distance must have shape (2, 4) like importance; got (2, 5)",
+    ),
     "exponent 0": value(lambda c: c.fuse(exponent=0), "exponent must be at least 1; got 0"),
     "float exponent": kind(lambda c: c.fuse(exponent=2.0), "exponent must be an integer; got 2.0"),
     # the degree signal

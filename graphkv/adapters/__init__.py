@@ -15,11 +15,13 @@ from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .lagkv import LagKV as LagKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer
 from .pyramidkv import PyramidKV as PyramidKV
 from .random import Random as Random
+from .rkv import RKV as RKV
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
 from .snapkv import SnapKV as SnapKV

@@ -18,9 +18,10 @@ def group_heads(x: Array, reduction: str, /, *, xp: Namespace) -> Array:
 
 
 def pool(x: Array, kernel_size: int, kind: str, /, *, xp: Namespace) -> Array:
-    """Smooth along the last axis with an odd kernel and stride 1, keeping the length.
+    """Smooth along the last axis with stride 1, keeping the length.
 
     As in the papers' code, an average at the edge still divides by the whole kernel; a maximum ignores what is outside.
+    An even kernel reaches one further back than ahead.
     """
     num_tokens, reach = x.shape[-1], kernel_size // 2
     outside = 0.0 if kind == "avg" else -xp.inf

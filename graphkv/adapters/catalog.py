@@ -100,6 +100,15 @@ ENTRIES = (
         small={"window": 4, "kernel_size": 3},
     ),
     Entry(
+        policy=adapters.RKV,
+        name="rkv",
+        paper="2505.24133",
+        importance="attention from the window, less the share of a key that the others repeat; in [-1, 1]",
+        protects=WINDOW,
+        checked="loops, the public code's formula with all pairs at once",
+        small={"window": 4, "kernel_size": 3, "block_size": 7},
+    ),
+    Entry(
         policy=adapters.PyramidKV,
         name="pyramidkv",
         paper="2406.02069",
@@ -177,6 +186,15 @@ ENTRIES = (
         importance="minus the mean cosine with all keys; in [-1, 1]",
         protects=SINKS,
         checked="cosines of all pairs",
+    ),
+    Entry(
+        policy=adapters.LagKV,
+        name="lagkv",
+        paper="2504.04704",
+        importance="the rank of a token in its part, by how unevenly it lies in the range of the next part; ≥ 0",
+        protects="the first `num_sinks` and the newest `lag` tokens",
+        checked="loops, kvpress",
+        small={"num_sinks": 1, "lag": 5},
     ),
     Entry(
         policy=adapters.StreamingLLM,

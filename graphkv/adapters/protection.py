@@ -57,6 +57,8 @@ class WindowPolicy(SinkPolicy):
     """
 
     requirements: ClassVar[Requirements] = Requirements(queries="window")
+    # Whether the method says what an even kernel, which has no middle, is to look at.
+    even_kernels: ClassVar[bool] = False
 
     window: int = 32
     kernel_size: int = 7
@@ -64,7 +66,7 @@ class WindowPolicy(SinkPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("window", self.window, minimum=1)
-        if checks.count("kernel_size", self.kernel_size, minimum=1) % 2 == 0:
+        if checks.count("kernel_size", self.kernel_size, minimum=1) % 2 == 0 and not self.even_kernels:
             raise ArgumentError(f"kernel_size must be odd; got {self.kernel_size}")
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """The specification: three steps over tokens, written once in the array API standard.
 
 ``build_graph`` links the most important tokens to those that resemble them, ``propagate`` lowers those, ``select``
-fills the budget. ``degree`` and ``fuse`` are another way to the scores, without edges, and ``pagerank`` is a third.
+fills the budget. ``distance`` and ``fuse`` are another way to the scores, without edges, and ``pagerank`` is a third.
 Nothing here names an array library; a call learns its namespace from the `Backend` of its arrays.
 
 One letter per axis, with the same length everywhere:
@@ -32,7 +32,7 @@ from .errors import (
     GraphKVWarning,
 )
 from .eviction import Eviction, evict, observe, wants
-from .fusion import degree, fuse
+from .fusion import degree, distance, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
 from .layer import Cost, Layer, LayerShape, Memory
@@ -75,6 +75,7 @@ __all__ = [
     "Wrapper",
     "build_graph",
     "degree",
+    "distance",
     "evict",
     "fuse",
     "observe",

@@ -20,7 +20,7 @@ __all__ = [
     "BUILT_IN",
     "Backend",
     "BuildGraphStep",
-    "DegreeStep",
+    "DistanceStep",
     "FuseStep",
     "PageRankStep",
     "PropagateStep",
@@ -89,8 +89,8 @@ class PropagateStep(Protocol):
     ) -> Array: ...
 
 
-class DegreeStep(Protocol):
-    """The form of `graphkv.core.fusion.portable_degree`."""
+class DistanceStep(Protocol):
+    """The form of `graphkv.core.fusion.portable_distance`."""
 
     def __call__(self, keys: Array, valid: Array, /, *, backend: Backend) -> Array: ...
 
@@ -99,7 +99,7 @@ class FuseStep(Protocol):
     """The form of `graphkv.core.fusion.portable_fuse`."""
 
     def __call__(
-        self, importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
+        self, importance: Array, distance: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
     ) -> Array: ...
 
 
@@ -142,7 +142,7 @@ class Backend:
         Products and sums of the values that share an index.
     received_attention : ReceivedAttention, optional
         The attention that each token receives from the last positions.
-    build_graph, propagate, degree, fuse, pagerank, select : optional
+    build_graph, propagate, distance, fuse, pagerank, select : optional
         Replacements of a whole step, for speed: `BuildGraphStep`, `PropagateStep`, and so on. Each is called like the
         portable body of the step, such as `graphkv.core.graph.portable_build_graph`, and must give the same result.
     guard : callable, optional
@@ -170,7 +170,7 @@ class Backend:
     received_attention: ReceivedAttention | None = None
     build_graph: BuildGraphStep | None = None
     propagate: PropagateStep | None = None
-    degree: DegreeStep | None = None
+    distance: DistanceStep | None = None
     fuse: FuseStep | None = None
     pagerank: PageRankStep | None = None
     select: SelectStep | None = None

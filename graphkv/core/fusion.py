@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import checks, primitives
-from .backend import Backend, DegreeStep, FuseStep, resolve
+from .backend import Backend, DistanceStep, FuseStep, resolve
+from .errors import ArgumentError
 from .graph import normalize
-from .types import Array, Namespace
+from .types import Array
 
-__all__ = ["EXPONENT", "FUSIONS", "degree", "fuse", "portable_degree", "portable_fuse"]
+__all__ = ["EXPONENT", "FUSIONS", "degree", "distance", "fuse", "portable_distance", "portable_fuse"]
 
 # A lower bound, so that duplicates of everything else keep their order by importance; an upper one, so that 0 stays 0.
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
@@ -71,6 +72,48 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     >>> degree(np.asarray([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
     array([0.75, 0.75, 0.25, 0.75])
     """
+    return 1 - distance(keys, valid=valid, backend=backend)
+
+
+def distance(keys: Array, /, *, valid: Array | None = None, backend: Backend | str | None = None) -> Array:
+    r"""Compute the mean distance of every key from all keys, one minus the cosine, without forming a pair.
+
+    One minus the `degree`, to the last digits of a small number as well: with the mean direction :math:`m` and
+    :math:`\hat k = k / \lVert k \rVert`,
+
+    .. math:: d_j = \tfrac{1}{2} \lVert \hat k_j - m \rVert^2
+              + \tfrac{1}{2} \frac{1}{n} \sum_i \lVert \hat k_i - m \rVert^2
+
+    Parameters
+    ----------
+    keys : array, shape (..., N, D)
+        Half precision and integers are widened to float32.
+    valid : array, shape (..., N), bool, optional
+        False for padding. Default: all True.
+    backend : Backend or str, optional
+        Default: inferred from the arrays.
+
+    Returns
+    -------
+    array, shape (..., N), float32 or wider
+        d, in [0, 2]. 1 for padding, and for keys without a direction.
+
+    Raises
+    ------
+    ArgumentError
+        If shapes disagree.
+    ArgumentTypeError
+        If `keys` is not real or `valid` not bool.
+    BackendError
+        If the arrays are not all of the backend's library.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from graphkv import distance
+    >>> distance(np.asarray([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
+    array([0.25, 0.25, 0.75, 0.25])
+    """
     backend = resolve(backend, keys=keys, valid=valid)
     *leading, num_tokens, _ = checks.numeric("keys", keys, "(..., N, D)", backend=backend)
     shape = (*leading, num_tokens)
@@ -78,27 +121,37 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
     checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
-    step: DegreeStep = backend.degree or portable_degree
+    step: DistanceStep = backend.distance or portable_distance
     with backend.guarded(keys):
         return step(primitives.widen(keys, xp=xp), valid, backend=backend)
 
 
-def portable_degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
-    """Compare keys with their mean: the specification of `degree`, with arguments checked and widened."""
+def portable_distance(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
+    """Compare keys with their mean: the specification of `distance`, with arguments checked and widened."""
     xp = backend.xp
     directions = normalize(keys, xp=xp)
     directions = xp.where(valid[..., None], directions, xp.zeros_like(directions))
-    num_valid = xp.sum(xp.astype(valid, keys.dtype), axis=-1, keepdims=True)
-    mean = xp.sum(directions, axis=-2) / xp.maximum(num_valid, xp.ones_like(num_valid))
-    # Not a matrix product: equal keys must have equal degrees, whatever their position.
-    return _clip(xp.sum(directions * mean[..., None, :], axis=-1), xp=xp)
+    has_direction = xp.any(directions != 0, axis=-1)
+    counted = xp.astype(valid, keys.dtype)
+    num_valid = xp.sum(counted, axis=-1, keepdims=True)
+    num_valid = xp.maximum(num_valid, xp.ones_like(num_valid))
+    mean = xp.sum(directions, axis=-2) / num_valid[..., 0][..., None]
+    # One minus the cosine would cancel where all keys are nearly the same. And not a matrix product: equal keys must
+    # have equal distances, whatever their position.
+    apart = directions - mean[..., None, :]
+    square = xp.sum(apart * apart, axis=-1)
+    spread = xp.sum(square * counted, axis=-1, keepdims=True) / num_valid
+    without = xp.sum(xp.astype(valid & ~has_direction, keys.dtype), axis=-1, keepdims=True) / num_valid
+    found = xp.where(has_direction, (square + (spread + without)) / 2, xp.ones_like(square))
+    return xp.minimum(found, xp.full_like(found, 2.0))
 
 
 def fuse(
     importance: Array,
-    degree: Array,
+    degree: Array | None = None,
     /,
     *,
+    distance: Array | None = None,
     fusion: str = "power",
     exponent: int = EXPONENT,
     valid: Array | None = None,
@@ -124,8 +177,11 @@ def fuse(
     importance : array, shape (..., N)
         Score per token, higher = keep. Half precision and integers are widened to float32. Infinite and NaN scores stay
         as they are under ``"power"``.
-    degree : array, shape (..., N)
+    degree : array, shape (..., N), optional
         c, from `degree`. Clipped to [-1, 1]; NaN counts as 0.
+    distance : array, shape (..., N), optional
+        d, from `distance`, in place of the degree: with all its digits where the keys are nearly the same. Clipped to
+        [0, 2]; NaN counts as 1.
     fusion : str
         ``"power"``, ``"max_rank"`` or ``"mean_rank"``.
     exponent : int
@@ -144,7 +200,7 @@ def fuse(
     Raises
     ------
     ArgumentError
-        If shapes disagree or an option is unknown or out of range.
+        If shapes disagree, an option is unknown or out of range, or there is not one of `degree` and `distance`.
     ArgumentTypeError
         If `exponent` is not an integer, an array not real or `valid` not bool.
     BackendError
@@ -169,9 +225,12 @@ def fuse(
     >>> fuse(importance, degree, fusion="mean_rank")
     array([3.5, 2.5, 1.5, 2.5])
     """
-    backend = resolve(backend, importance=importance, degree=degree, valid=valid)
+    backend = resolve(backend, importance=importance, degree=degree, distance=distance, valid=valid)
     shape = checks.numeric("importance", importance, "(..., N)", backend=backend)
-    checks.same_leading("degree", checks.numeric("degree", degree, "(..., N)", backend=backend), shape, "importance")
+    if (degree is None) == (distance is None):
+        raise ArgumentError(f"degree or distance must be given; got {'neither' if degree is None else 'both'}")
+    name, given, least = ("degree", degree, -1.0) if distance is None else ("distance", distance, 0.0)
+    checks.same_leading(name, checks.numeric(name, given, "(..., N)", backend=backend), shape, "importance")
     fusion = checks.choice("fusion", fusion, FUSIONS)
     exponent = checks.count("exponent", exponent, minimum=1)
     xp = backend.xp
@@ -180,9 +239,14 @@ def fuse(
     checks.mask("valid", valid, shape, "importance", backend=backend)
     step: FuseStep = backend.fuse or portable_fuse
     with backend.guarded(importance):
+        score, found = primitives.widen(importance, xp=xp), primitives.widen(given, xp=xp)
+        # Before the subtraction, which rounds.
+        found = xp.astype(found, xp.result_type(score.dtype, found.dtype))
+        found = xp.where(xp.isnan(found), xp.full_like(found, least + 1), found)
+        found = xp.minimum(xp.maximum(found, xp.full_like(found, least)), xp.full_like(found, least + 2))
         return step(
-            primitives.widen(importance, xp=xp),
-            primitives.widen(degree, xp=xp),
+            score,
+            1 - found if distance is None else found,
             valid,
             fusion=fusion,
             exponent=exponent,
@@ -191,13 +255,12 @@ def fuse(
 
 
 def portable_fuse(
-    importance: Array, degree: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
+    importance: Array, distance: Array, valid: Array, /, *, fusion: str, exponent: int, backend: Backend
 ) -> Array:
-    """Fuse importance and degree: the specification of `fuse`, with arguments checked and widened."""
+    """Fuse importance and distance: the specification of `fuse`, with arguments checked, widened and clipped."""
     xp = backend.xp
-    dtype = xp.result_type(importance.dtype, degree.dtype)
-    importance, degree = xp.astype(importance, dtype), xp.astype(degree, dtype)
-    distance = 1 - _clip(xp.where(xp.isnan(degree), xp.zeros_like(degree), degree), xp=xp)
+    dtype = xp.result_type(importance.dtype, distance.dtype)
+    importance, distance = xp.astype(importance, dtype), xp.astype(distance, dtype)
     scores = FUSIONS[fusion](importance, distance, valid, exponent=exponent, backend=backend)
     return xp.where(valid, scores, importance)
 
@@ -235,9 +298,3 @@ def _rank(values: Array, valid: Array, backend: Backend, /) -> Array:
     place = xp.argsort(primitives.top_k(values, values.shape[-1], ~valid, backend=backend), axis=-1)
     num_valid = xp.sum(xp.astype(valid, place.dtype), axis=-1, keepdims=True)
     return xp.astype(num_valid - place, values.dtype)
-
-
-def _clip(degree: Array, /, *, xp: Namespace) -> Array:
-    """Clip to the range of a mean of cosines."""
-    one = xp.ones_like(degree)
-    return xp.minimum(xp.maximum(degree, -one), one)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from . import budgets, checks
 from .backend import Backend
-from .fusion import EXPONENT, FUSIONS, degree, fuse
+from .fusion import EXPONENT, FUSIONS, distance, fuse
 from .graph import CHUNK_SIZE, build_graph
 from .layer import Cost, LayerShape
 from .pagerank import DAMPING, ROUNDS, pagerank
@@ -228,7 +228,7 @@ class Bar(_Edges):
 class Degree(Signal):
     """Fuse the importance with the distance from all other tokens, without edges; not in the paper.
 
-    `degree` compares every key with the mean of all that are no padding, and `fuse` puts that together with the
+    `distance` compares every key with the mean of all that are no padding, and `fuse` puts that together with the
     importance. It is the limit of `Decay` when every token is a weak source of all: the product of many factors 1 - g w
     tends to exp(-p c), c the mean of the weights, and so does the power (1 - c)^p for small c.
 
@@ -266,13 +266,15 @@ class Degree(Signal):
         self, scores: Array, keys: Array, /, *, valid: Array, candidates: Array, open_tokens: int, backend: Backend
     ) -> tuple[Array, Graph | None]:
         """Compare with the mean of all tokens, and fuse among the candidates."""
-        degrees = degree(keys, valid=valid, backend=backend)
-        fused = fuse(scores, degrees, fusion=self.fusion, exponent=self.exponent, valid=candidates, backend=backend)
+        apart = distance(keys, valid=valid, backend=backend)
+        fused = fuse(
+            scores, distance=apart, fusion=self.fusion, exponent=self.exponent, valid=candidates, backend=backend
+        )
         return fused, None
 
     def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
-        """Normalize (3), sum up (1) and compare with the mean (2)."""
-        return replace(super().cost(shape, open_tokens), flops=6 * _entries(shape))
+        """Normalize (3), sum up (1) and compare with the mean (3)."""
+        return replace(super().cost(shape, open_tokens), flops=7 * _entries(shape))
 
 
 @dataclass(frozen=True, kw_only=True)

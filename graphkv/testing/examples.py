@@ -21,7 +21,7 @@ from ..core import primitives
 from ..core.attention import received_attention
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
-from ..core.fusion import degree, fuse
+from ..core.fusion import degree, distance, fuse
 from ..core.graph import build_graph
 from ..core.pagerank import pagerank
 from ..core.propagation import propagate
@@ -359,6 +359,28 @@ def test_degrees_of_long_rows(backend: Backend) -> None:
                     exact = truth.degree(signs, dtype=dtype).astype(dtype)
                     found = degree(asserts.make(backend, signs, dtype), backend=backend)
                     asserts.equal(found, exact, backend=backend, like=x)
+
+
+def test_distances_keep_their_digits(backend: Backend) -> None:
+    """Where all keys are nearly the same, one minus the cosine would be rounding noise; with a zero key, and masked."""
+    random = np.random.default_rng(0)
+    noise, common = random.normal(size=(2, 700, 32)), random.normal(size=(2, 1, 32))
+    for dtype in _dtypes(backend):
+        for size in (1e-1, 1e-2, 1e-3):
+            keys = (common + size * noise * np.geomspace(0.1, 1, 700)[:, None]).astype(dtype)
+            for valid in (None, np.arange(700) % 3 > 0):
+                mask = None if valid is None else np.broadcast_to(valid, keys.shape[:2]).copy()
+                x, made = asserts.make(backend, keys, dtype), _made(backend, {"valid": mask})
+                wanted = truth.distance(keys, valid=mask, dtype=dtype)
+                found = distance(x, **made, backend=backend)
+                # The rounding of a unit key, against its small difference from the mean.
+                asserts.close(found, wanted.astype(dtype), backend=backend, like=x, scale=np.sqrt(wanted))
+                one, few = asserts.values(backend, degree(x, **made, backend=backend)), asserts.values(backend, found)
+                assert np.allclose(one, 1 - few, atol=1e-6)
+            keys[:, 5] = 0
+            found = asserts.values(backend, distance(asserts.make(backend, keys, dtype), backend=backend))
+            assert np.all(found[:, 5] == 1)
+            assert np.allclose(found, 1 - truth.degree(keys, dtype=dtype), rtol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------- propagate, fuse
@@ -950,6 +972,7 @@ class _Steps:
             found[signal] = propagate(x["importance"], by_hand, signal=signal, backend=backend)
         found["sum"] = propagate(x["importance"], by_hand, accumulation="sum", backend=backend)
         found["degree"] = degree(x["keys"], valid=x["valid"], backend=backend)
+        found["distance"] = distance(x["keys"], valid=x["valid"], backend=backend)
         found["pagerank"] = pagerank(x["importance"], x["keys"], valid=x["valid"], backend=backend)
         for fusion in FUSIONS:
             found[fusion] = fuse(

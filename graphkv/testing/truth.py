@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 
 from .oracle import FREE, LARGEST_POWER, SMALLEST_FACTOR, SMALLEST_POWER
 
-__all__ = ["build_graph", "cosines", "degree", "fuse", "pagerank", "propagate", "received", "select", "top_k"]
+__all__ = [
+    "build_graph",
+    "cosines",
+    "degree",
+    "distance",
+    "fuse",
+    "pagerank",
+    "propagate",
+    "received",
+    "select",
+    "top_k",
+]
 
 Floats = NDArray[np.floating[Any]]
 Indices = NDArray[np.int64]
@@ -108,6 +119,18 @@ def degree(keys: Floats, *, valid: Mask | None = None, dtype: str = "float32") -
     number = np.maximum(np.sum(valid, axis=-1, keepdims=True), 1)
     mean = np.sum(directions, axis=-2) / number
     return np.asarray(np.clip(np.sum(directions * mean[..., None, :], axis=-1), -1, 1))
+
+
+def distance(keys: Floats, *, valid: Mask | None = None, dtype: str = "float32") -> NDArray[np.float64]:
+    """One minus the degree, as half the mean of all squared differences, of keys that all have a direction."""
+    valid = np.ones(keys.shape[:-1], np.bool_) if valid is None else valid
+    directions = _directions(keys, dtype)
+    number = np.maximum(np.sum(valid, axis=-1, keepdims=True), 1)
+    result = np.ones(keys.shape[:-1])
+    for token in range(keys.shape[-2]):
+        apart = np.sum((directions - directions[..., token : token + 1, :]) ** 2, axis=-1)
+        result[..., token] = np.sum(apart * valid, axis=-1) / number[..., 0] / 2
+    return np.where(valid, result, 1)
 
 
 def fuse(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import Graph, build_graph, propagate, select
+from graphkv import Degree, Graph, GraphKV, Random, build_graph, evict, fuse, propagate, select
 from tests.support.arrays import each_backend, make
 
 NAN, INF = np.nan, np.inf
@@ -187,3 +187,27 @@ def test_bfloat16_is_widened_before_anything_is_computed():
     assert narrow.weights.dtype == torch.float32
     assert torch.equal(narrow.weights, wide.weights)
     assert torch.equal(narrow.neighbors, wide.neighbors)
+
+
+@each_backend
+def test_a_distance_serves_in_place_of_the_degree(backend):
+    importance, near = make(backend, [4.0, 3.0, 2.0, 1.0]), make(backend, [0.5, 0.25, -0.5, float("nan")])
+    apart = make(backend, [0.5, 0.75, 1.5, float("nan")])
+
+    for fusion in ("power", "max_rank", "mean_rank"):
+        by_degree = fuse(importance, near, fusion=fusion, exponent=3, backend=backend)
+        by_distance = fuse(importance, distance=apart, fusion=fusion, exponent=3, backend=backend)
+        assert backend.to_numpy(by_degree).tolist() == backend.to_numpy(by_distance).tolist()
+
+
+@each_backend
+def test_nearly_equal_keys_are_told_apart(backend):
+    """One minus a cosine near 1 is rounding noise in float32, by which half of the kept tokens were others."""
+    random = np.random.default_rng(0)
+    keys = random.normal(size=(1, 1, 1, 16)) + 1e-3 * random.normal(size=(1, 1, 400, 16))
+    policy = GraphKV(Random(budget=100, num_sinks=0), Degree(exponent=1))
+
+    found = evict(policy, make(backend, keys.astype(np.float32)), backend=backend)
+
+    wanted = evict(policy, keys.astype(np.float32).astype(np.float64)).kept
+    assert len(set(backend.to_numpy(found.kept).ravel()) & set(wanted.ravel())) >= 99

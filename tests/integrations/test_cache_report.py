@@ -1,6 +1,7 @@
 """What a cache says of itself: against hand-worked numbers, loops, and the keys of a cache that was never evicted."""
 
 import sys
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -20,7 +21,9 @@ from graphkv import (
     Graph,
     GraphKV,
     KeyDiff,
+    KNorm,
     SnapKV,
+    Wrapper,
     propagate,
     select,
 )
@@ -160,6 +163,7 @@ def test_the_worked_example_of_the_contract():
     layer = EvictingLayer(EvictingCache().settings)
     layer.record = EvictionRecord(
         decisions=(decision,),
+        by_importance=(select(importance, 3),),
         positions=torch.arange(0, 70, 10)[None, None],
         valid=None,
         redundancy_before=torch.zeros(1, 1),
@@ -172,6 +176,34 @@ def test_the_worked_example_of_the_contract():
     (stats,) = cache.stats()
     assert entries(stats.suppressions) == [(0, 0, 50, 60, np.float32(0.6)), (0, 0, 50, 30, np.float32(0.5))]
     assert stats.num_suppressed.tolist() == [[1]]
+
+
+@dataclass(frozen=True)
+class EveryOther(Wrapper):
+    """Chooses among the even tokens only."""
+
+    def choose(self, found, layer, budget):
+        kept = select(found.scores[..., ::2], budget, backend=layer.backend)
+        return Choice(kept=2 * kept)
+
+
+@pytest.mark.parametrize("policy", [EveryOther(KNorm(budget=12)), EveryOther(GraphKV(KNorm(budget=12)))], ids=str)
+def test_the_importance_is_chosen_from_as_the_policy_chooses(model, prompts, policy):
+    """By plain selection half of the tokens would count as suppressed, also where nothing re-scores."""
+    cache = read(model, prompts, policy, record=True)
+
+    for layer, stats in zip(cache.layers, cache.stats(), strict=True):
+        (decision,) = layer.record.decisions
+        alone = 2 * select(decision.importance[..., ::2], 12)
+        expected = [
+            [(r, h, int(t)) for t in sorted(set(alone[r, h].tolist()) - set(decision.kept[r, h].tolist()))]
+            for r in range(alone.shape[0])
+            for h in range(alone.shape[1])
+        ]
+        marked = np.argwhere(fates(layer) == Fate.SUPPRESSED).tolist()
+        assert [tuple(place) for place in marked] == [place for row in expected for place in row]
+        assert bool(marked) == isinstance(policy.base, GraphKV)
+        assert stats.num_suppressed.sum() == len(marked)
 
 
 @each_policy

@@ -20,7 +20,7 @@ from graphkv import Backend, Graph
 from graphkv.core import primitives
 from graphkv.core.attention import portable_received_attention
 from graphkv.core.backend import load
-from graphkv.core.fusion import portable_degree, portable_fuse
+from graphkv.core.fusion import portable_distance, portable_fuse
 from graphkv.core.pagerank import portable_pagerank
 from graphkv.core.propagation import portable_propagate
 from graphkv.core.selection import portable_select
@@ -204,7 +204,7 @@ def propagate(importance, graph, /, *, signal, rounds, accumulation, strength, b
         return result.astype(np.float16 if fault == "scores narrowed" else power.dtype)
 
 
-def degree(keys, valid, /, *, backend, fault=""):
+def distance(keys, valid, /, *, backend, fault=""):
     length = np.sqrt(np.sum(keys * keys, axis=-1, keepdims=True))
     usable = np.isfinite(length) & ((length > 0) | (fault == "zero key is NaN"))
     counted = np.ones_like(valid) if fault == "padding in the mean" else valid
@@ -233,7 +233,7 @@ def degree(keys, valid, /, *, backend, fault=""):
             result = result * (1 + 1e-3)
     if fault != "padding has a degree":
         result = np.where(valid, result, 0)
-    return result.astype(keys.dtype)
+    return (result if fault == "cosine for distance" else 1 - result).astype(keys.dtype)
 
 
 def rank(values, valid, fault):
@@ -247,11 +247,9 @@ def rank(values, valid, fault):
     return (place + 1 if fault == "descending ranks" else np.sum(valid, axis=-1, keepdims=True) - place).astype(float)
 
 
-def fuse(importance, degrees, valid, /, *, fusion, exponent, backend, fault=""):
-    dtype = np.result_type(importance, degrees)
-    score = importance.astype(dtype)
-    degrees = degrees if fault == "NaN degree kept" else np.nan_to_num(degrees, nan=0.0, posinf=1, neginf=-1)
-    distance = 1 - (degrees if fault == "degree not clipped" else np.clip(degrees, -1, 1))
+def fuse(importance, distance, valid, /, *, fusion, exponent, backend, fault=""):
+    dtype = np.result_type(importance, distance)
+    score, distance = importance.astype(dtype), distance.astype(dtype)
     if fault == "degree for distance":
         distance = 2 - distance
     with np.errstate(all="ignore"):
@@ -408,7 +406,7 @@ RIGHT: dict[str, Callable[..., Any]] = {
     "received_attention": portable_received_attention,
     "build_graph": NUMPY.build_graph,
     "propagate": portable_propagate,
-    "degree": portable_degree,
+    "distance": portable_distance,
     "fuse": portable_fuse,
     "pagerank": portable_pagerank,
     "select": portable_select,
@@ -901,12 +899,11 @@ def powers_from(least):
     """A larger bound of a power than 1e-24."""
 
     def spoil(step):
-        def wrong(importance, degrees, valid, /, *, fusion, exponent, backend):
+        def wrong(importance, distance, valid, /, *, fusion, exponent, backend):
             if fusion != "power":
-                return step(importance, degrees, valid, fusion=fusion, exponent=exponent, backend=backend)
-            closest = np.asarray(1 - least ** (1 / exponent), degrees.dtype)
-            nearer = np.where(degrees > closest, closest, degrees)
-            return step(importance, nearer, valid, fusion=fusion, exponent=exponent, backend=backend)
+                return step(importance, distance, valid, fusion=fusion, exponent=exponent, backend=backend)
+            nearest = np.maximum(distance, np.asarray(least ** (1 / exponent), distance.dtype))
+            return step(importance, nearest, valid, fusion=fusion, exponent=exponent, backend=backend)
 
         return wrong
 
@@ -916,16 +913,16 @@ def powers_from(least):
 def by_logarithm(step):
     """A power as the exponential of a logarithm, in the fast and rough way of some libraries."""
 
-    def wrong(importance, degrees, valid, /, *, fusion, exponent, backend):
-        result = step(importance, degrees, valid, fusion=fusion, exponent=exponent, backend=backend)
+    def wrong(importance, distance, valid, /, *, fusion, exponent, backend):
+        result = step(importance, distance, valid, fusion=fusion, exponent=exponent, backend=backend)
         return result * np.asarray(1 + 3e-5, result.dtype) if fusion == "power" and exponent > 2 else result
 
     return wrong
 
 
 def ranks_in_float16(step):
-    def wrong(importance, degrees, valid, /, *, fusion, exponent, backend):
-        result = step(importance, degrees, valid, fusion=fusion, exponent=exponent, backend=backend)
+    def wrong(importance, distance, valid, /, *, fusion, exponent, backend):
+        result = step(importance, distance, valid, fusion=fusion, exponent=exponent, backend=backend)
         return result if fusion == "power" else np.where(valid, result.astype(np.float16), result).astype(result.dtype)
 
     return wrong
@@ -1006,7 +1003,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "received_attention": received_attention,
     "build_graph": build_graph,
     "propagate": propagate,
-    "degree": degree,
+    "distance": distance,
     "fuse": fuse,
     "pagerank": pagerank,
     "select": select,
@@ -1219,8 +1216,12 @@ FAULTS = [
         | MEMORY,
     ),
     *spoiled(
-        "degree",
+        "distance",
         {
+            "distances_keep_their_digits": {
+                "one minus the cosine": lambda step: distance,
+                "less than 1e-5 is nothing": on_result(lambda x: np.where(x < 1e-5, 0, x).astype(x.dtype)),
+            },
             "degrees_of_long_rows": {
                 "1,024 tokens in the mean": keys_as(tokens_up_to(1024)),
                 "entries beyond the 64th ignored": keys_as(entries_up_to(64)),
@@ -1260,7 +1261,6 @@ FAULTS = [
             },
             "mixed_dtypes_have_the_wider_result": {
                 "as wide as the importance": as_wide_as(0),
-                "as wide as the degrees": as_wide_as(1),
             },
             "values_never_warn": {"warnings of overflow": with_errors},
         }
@@ -1420,7 +1420,7 @@ FAULTS = [
         },
     ),
     *faults_of(
-        "degree",
+        "distance",
         {
             "zero key is NaN": "degree_lies_between_minus_one_and_one",
             "dot product for cosine": "degree_ignores_padding_and_the_length_of_keys",
@@ -1433,6 +1433,7 @@ FAULTS = [
             "others only": "degree_agrees_with_the_oracle",
             "in half precision": "degree_agrees_with_the_oracle",
             "not clipped": "degree_lies_between_minus_one_and_one",
+            "cosine for distance": "degree_of_exact_numbers_is_exact",
         },
     ),
     *faults_of(
@@ -1447,8 +1448,6 @@ FAULTS = [
             "padding ranked": "fusion_never_touches_what_is_not_valid",
             "padding scored": "fusion_never_touches_what_is_not_valid",
             "padding in the minimum": "fusion_never_touches_what_is_not_valid",
-            "NaN degree kept": "fusion_agrees_with_the_oracle",
-            "degree not clipped": "powers_of_general_numbers_are_close_to_the_oracle",
             "degree for distance": "eviction_by_degree_agrees_with_the_oracle",
             "least of all is 0": "fusion_agrees_with_the_oracle",
             "negative scores multiplied": "fusion_agrees_with_the_oracle",

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
+from ...naming import names
 from ...naming.names import FULL
 from ...naming.presets import Preset
-from ...workbench import names
 from .. import statistics
 from ..records import Record
 from ..statistics import Comparison, Interval

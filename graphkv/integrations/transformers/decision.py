@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
 from ...core.eviction import Eviction, evict, observe, wants
-from ...core.layer import Memory
-from ...core.policy import Policy
+from ...core.layer import Layer, Memory
+from ...core.policy import Assessment, Policy
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
@@ -177,6 +177,40 @@ class Decider:
             slots = part.of(self.slots, self.order)
             memory = observe(policy, to_backend(slots.keys, self.backend), **self._facts(policy, part, slots))
             found.append(memory or Memory())
+        return tuple(found)
+
+    def chosen_by_importance(self, policy: Policy, decisions: Sequence[Eviction]) -> tuple[Any, ...]:
+        """Let the policy choose from each part once more by its importance, as if no stage had re-scored it.
+
+        Parameters
+        ----------
+        policy : Policy
+        decisions : sequence of Eviction
+            Of the same policy, one per part.
+
+        Returns
+        -------
+        tuple of array (batch, kv_heads, b) or None
+            What it would have kept, in arrays of the backend. None for a part where nothing was scored.
+        """
+        found: list[Any] = []
+        for part, decision in zip(self.parts, decisions, strict=True):
+            if decision.importance is None:
+                found.append(None)
+                continue
+            slots = part.of(self.slots, self.order)
+            facts = self._facts(policy, part, slots)
+            facts.pop("state")
+            layer = Layer(to_backend(slots.keys, self.backend), **facts)
+            as_found = Assessment(
+                importance=decision.importance,
+                scores=decision.importance,
+                protected=decision.protected,
+                counts=decision.counts,
+            )
+            with layer.backend.guarded(layer.keys):
+                choice = policy.at(self.layer, self.num_layers).choose(as_found, layer, decision.budget)
+            found.append(choice.kept)
         return tuple(found)
 
     def wants(self, policy: Policy) -> list[float]:

@@ -270,7 +270,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
-            self.record = EvictionRecord.of(decider, decisions, positions, self.redundancy)
+            self.record = EvictionRecord.of(decider, policy, decisions, positions, self.redundancy)
         self.seconds += perf_counter() - started
         return decisions
 

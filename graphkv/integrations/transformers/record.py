@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 
 from ...core.eviction import Eviction
+from ...core.policy import Policy
 from .decision import Decider
 
 __all__ = ["EvictionRecord", "redundancy"]
@@ -22,6 +24,8 @@ class EvictionRecord:
     decisions : tuple of Eviction
         One for the whole batch, or one per row where rows have budgets of their own or holes. In a row with holes it
         is about the last `Eviction.num_tokens` of the N.
+    by_importance : tuple of array (batch, kv_heads, b) or None
+        What the policy would have kept by the importance alone, in arrays of the backend: one per decision.
     positions : torch.Tensor, shape (batch, kv_heads, N), int64
         True positions of the N tokens before the eviction; -1 for unused slots.
     valid : torch.Tensor, shape (batch, kv_heads, N), bool, or None
@@ -31,6 +35,7 @@ class EvictionRecord:
     """
 
     decisions: tuple[Eviction, ...]
+    by_importance: tuple[Any, ...]
     positions: torch.Tensor
     valid: torch.Tensor | None
     redundancy_before: torch.Tensor
@@ -40,6 +45,7 @@ class EvictionRecord:
     def of(
         cls,
         decider: Decider,
+        policy: Policy,
         decisions: tuple[Eviction, ...],
         positions: torch.Tensor,
         redundancy_after: torch.Tensor,
@@ -49,6 +55,7 @@ class EvictionRecord:
         valid = None if valid is None else decider.in_order(valid)
         return cls(
             decisions=decisions,
+            by_importance=decider.chosen_by_importance(policy, decisions),
             positions=decider.in_order(positions),
             valid=valid,
             redundancy_before=redundancy(keys, valid),

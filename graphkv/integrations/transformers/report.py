@@ -10,10 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ...core.backend import load
 from ...core.eviction import Eviction
 from ...core.policy import Policy
-from ...core.selection import select, select_per_head
 from .layer import EvictingLayer
 from .record import EvictionRecord
 
@@ -291,27 +289,12 @@ def _suppressed(record: EvictionRecord) -> HostArray:
     """Mark the slots (batch, kv_heads, N) that the importance alone would have kept and the eviction dropped."""
     valid = _valid(record)
     found = np.zeros_like(valid)
-    for decision, part in _parts(record):
-        found[part] = _overruled(decision, valid[part]) & valid[part]
-    return found
-
-
-def _overruled(decision: Eviction, valid: HostArray) -> HostArray:
-    """Select once more, by the importance, and mark what only that keeps."""
-    found = np.zeros(valid.shape, dtype=bool)
-    if decision.importance is None:
-        return found
-    give, backend = decision.backend.to_numpy, load("numpy")
-    importance = give(decision.importance)
-    protected = None if decision.protected is None else give(decision.protected)
-    if decision.counts is None:
-        alone = select(importance, decision.budget, protected=protected, valid=valid, backend=backend)
-    else:
-        shares, width = give(decision.counts), decision.kept.shape[-1]
-        alone = select_per_head(importance, shares, width, protected, valid, backend=backend)
-    _mark(found, alone, True)
-    _mark(found, give(decision.kept), False)
-    return found
+    for (decision, part), alone in zip(_parts(record), record.by_importance, strict=True):
+        if alone is not None:
+            give = decision.backend.to_numpy
+            _mark(found[part], give(alone), True)
+            _mark(found[part], give(decision.kept), False)
+    return found & valid
 
 
 def _protected(record: EvictionRecord) -> HostArray:
