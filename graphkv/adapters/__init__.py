@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from .absorb import Absorb as Absorb
 from .adakv import AdaKV as AdaKV
+from .attendre import LFA as LFA
+from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
 from .defensivekv import DefensiveKV as DefensiveKV
@@ -16,6 +18,7 @@ from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
 from .lagkv import LagKV as LagKV
+from .lazy_eviction import LazyEviction as LazyEviction
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer

@@ -403,7 +403,8 @@ def _everything(layer: Layer, /) -> Choice:
 def _observed(policy: Policy, layer: Layer, state: Memory | None, /) -> Memory | None:
     """Return what the policy remembers of all tokens."""
     # A prompt that fits may come without queries; nothing is known of it then, and the next call needs them all.
-    if not policy.needs().state or (state is None and not has_rows(layer)):
+    needs = policy.needs()
+    if not needs.state or (state is None and needs.queries != "none" and not has_rows(layer)):
         return None
     return state if state is not None and not layer.num_new else policy.observe(layer, state)
 

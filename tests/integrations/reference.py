@@ -156,7 +156,7 @@ class SlowReference:
                 for name, sums in decision.state.tokens.items():
                     for head, row in enumerate(kept):
                         tokens[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
-                state = Memory(tokens)
+                state = Memory(tokens, decision.state.layer)
             if any(len(row) < width for row in kept):
                 stored = [[int(index[h, i]) for i in row] for h, row in enumerate(kept)]
                 if self.turned_keys is not None:

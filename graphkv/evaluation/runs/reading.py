@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...core.layer import Memory
 from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache
 from ...naming.policies import base_of, with_budget
@@ -17,8 +18,8 @@ from .closeness import MOST_QUERIES, Probe
 
 __all__ = ["ReadCache", "read_caches"]
 
-# Running sums by the bases of policies, the same for every budget; one mapping per layer.
-States = dict[Policy, Sequence[Mapping[str, torch.Tensor]]]
+# Running sums by the bases of policies, the same for every budget; one memory per layer.
+States = dict[Policy, Sequence[Memory]]
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from ...core import checks
 from ...core.backend import Backend, load
 from ...core.errors import ArgumentError, GraphKVWarning
+from ...core.layer import Memory
 from ...core.policy import Policy
 from . import sharing, versions
 from .handout import Handout, latest
@@ -543,23 +544,22 @@ class EvictingCache(Cache):  # type: ignore[misc]
         for layer in self.attention_layers:
             layer.held = None if layer.held is None else layer.held.last(count)
 
-    def running_states(
-        self, policy: Policy, states: Sequence[Mapping[str, torch.Tensor]] | None = None
-    ) -> tuple[Mapping[str, torch.Tensor], ...]:
+    def running_states(self, policy: Policy, states: Sequence[Memory] | None = None) -> tuple[Memory, ...]:
         """Compute what a policy with running sums knows of all stored tokens. Nothing is evicted.
 
         Parameters
         ----------
         policy : Policy
             For example ``H2O(budget=512)``; its budget does not matter.
-        states : sequence of mapping, optional
+        states : sequence of Memory, optional
             What it knew before the last tokens came, as an earlier call returned it. Default: what the cache knows.
 
         Returns
         -------
-        tuple of mapping of str to torch.Tensor, shape (batch, kv_heads, stored, ...)
-            One per layer that caches keys of the text; empty for a policy without running sums, and for the sliding
-            layers of a model that also has full ones.
+        tuple of Memory
+            In tensors, one per layer that caches keys of the text: `Memory.tokens` of all stored tokens, and
+            `Memory.layer`. Empty for a policy without running sums, and for the sliding layers of a model that also has
+            full ones.
 
         Raises
         ------
@@ -567,22 +567,22 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If queries of tokens are missing that the sums do not know yet, a row has padding between its tokens, or
             there is not one state per layer.
         ArgumentTypeError
-            If `policy` is not a Policy.
+            If `policy` is not a Policy, or a state not a Memory.
         """
         checks.instance("policy", policy, Policy)
         self.check_finished()
         layers = self.attention_layers
-        known = [None] * len(layers) if states is None else states
+        known: Sequence[Memory | None] = [None] * len(layers) if states is None else states
         pairs = _one_each("states", known, layers)
         return tuple(sharing.running_state(layer, policy, state) for layer, state in pairs)
 
-    def with_states(self, states: Sequence[Mapping[str, torch.Tensor]]) -> EvictingCache:
+    def with_states(self, states: Sequence[Memory]) -> EvictingCache:
         """Return a copy whose layers know running sums, so that its next eviction needs no queries for them.
 
         Parameters
         ----------
-        states : sequence of mapping of str to torch.Tensor, shape (batch, kv_heads, S, ...)
-            As `running_states` returns them, for the first S stored tokens of each layer.
+        states : sequence of Memory
+            As `running_states` returns them: `Memory.tokens` is of the first S stored tokens of each layer.
 
         Returns
         -------
@@ -592,6 +592,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         ------
         ArgumentError
             If there is not one state per layer, or a shape does not fit.
+        ArgumentTypeError
+            If a state is not a Memory.
 
         Examples
         --------

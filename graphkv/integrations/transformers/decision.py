@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +133,8 @@ class Decider:
     ----------
     slots : Slots
         `valid` only where the next token can see it.
+    layer_state : mapping of str to torch.Tensor, shape (batch, ...)
+        What the policy remembers of the layer as a whole.
     queries : Queries or None
     rotation : Rotation or None
     parts, order
@@ -142,6 +144,7 @@ class Decider:
     """
 
     slots: Slots
+    layer_state: Mapping[str, torch.Tensor]
     queries: Queries | None
     rotation: rotary.Rotation | None
     parts: Sequence[Part]
@@ -236,7 +239,8 @@ class Decider:
             arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
         given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
         tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
-        state = Memory(tokens=tokens) if tokens else None
+        layer = {name: to_backend(x[part.rows], self.backend) for name, x in self.layer_state.items()}
+        state = Memory(tokens=tokens, layer=layer) if tokens or layer else None
         return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -247,7 +251,7 @@ class Decider:
         """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
-        state = self.remembered([each.state for each in decisions])
+        state = self.of_tokens([each.state for each in decisions])
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
@@ -257,10 +261,23 @@ class Decider:
         index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
         return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
 
-    def remembered(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+    def of_tokens(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
         """Put what is remembered of each part's tokens below each other."""
         device, found = self.slots.keys.device, [{} if each is None else each.tokens for each in memories]
         return {name: _below([each[name] for each in found], self.backend, device, 0) for name in found[0]}
+
+    def of_layer(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+        """Put what is remembered of the layer in each part below each other; a row at rest keeps what it had."""
+        device, found = self.slots.keys.device, [{} if each is None else each.layer for each in memories]
+        return {
+            name: torch.cat([
+                self.layer_state[name][part.rows]
+                if part.is_at_rest and name in self.layer_state
+                else from_backend(each[name], self.backend, device)
+                for part, each in zip(self.parts, found, strict=True)
+            ])
+            for name in found[0]
+        }  # fmt: skip
 
 
 def _check(policy: Policy, decision: Eviction) -> None:
@@ -270,9 +287,6 @@ def _check(policy: Policy, decision: Eviction) -> None:
         raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
     if decision.choice.levels is not None:
         raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
-    if decision.state is not None and decision.state.layer:
-        kinds = sorted(decision.state.layer)
-        raise ArgumentError(f"policy must remember tokens only in a model's cache; {name} has {kinds} of the layer")
 
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:

@@ -46,6 +46,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    layer_state : mapping of str to torch.Tensor, shape (batch, ...)
+        What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
     slots : Slots
         Everything per token in one value: keys, values, positions, places, valid and state.
     budget : int or None
@@ -77,6 +79,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _reset(self) -> None:
         self.is_initialized = False
         self.slots = Slots()
+        self.layer_state: Mapping[str, torch.Tensor] = {}
         self.held: Queries | None = None
         self.num_seen = 0
         self.num_new = 0
@@ -266,6 +269,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             )
         positions = self.true_positions
         self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
+        self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
@@ -301,6 +305,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         )
         return Decider(
             slots=slots,
+            layer_state=self.layer_state,
             queries=self.held,
             rotation=self.rotation,
             parts=parts,
@@ -405,7 +410,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def _is_whole(self) -> bool:
         """Whether nothing was dropped and nothing summed up: as if there had been no eviction."""
-        return self.num_seen == self.num_stored and not self.num_dropped and not self.slots.state
+        remembers = self.slots.state or self.layer_state
+        return self.num_seen == self.num_stored and not self.num_dropped and not remembers
 
     @property
     def is_croppable(self) -> bool:
@@ -485,6 +491,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
             self.slots = self.slots.rows(change)
+        self.layer_state = {name: change(x) for name, x in self.layer_state.items()}
         self.held = None if self.held is None else self.held.rows(change)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
