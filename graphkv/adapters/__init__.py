@@ -5,14 +5,15 @@ One line here makes a policy public; `graphkv.adapters.catalog` has an entry for
 
 from typing import TYPE_CHECKING
 
+from .absorb import Absorb as Absorb
 from .adakv import AdaKV as AdaKV
 from .anyquery import AnyQuery as AnyQuery
 from .attendre import LFA as LFA
 from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
-from .compactor import Compactor as Compactor
 from .chunkkv import ChunkKV as ChunkKV
+from .compactor import Compactor as Compactor
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given

@@ -314,6 +314,14 @@ ENTRIES = (
         small={"threshold": 0.2},
     ),
     Entry(
+        policy=adapters.Absorb,
+        name="absorb",
+        importance="that of its base; near-duplicates of kept tokens go into them",
+        protects=BASE,
+        checked="plain loops; attention with masses",
+        small={"threshold": 0.3, "window": 4},
+    ),
+    Entry(
         policy=adapters.MiKV,
         name="mikv",
         paper="2402.18096",

@@ -36,6 +36,9 @@ class Layer:
         Where each token was in the text, for policies with a clock.
     unrotated_keys : array, shape (batch, kv_heads, N, D), optional
         The keys before the rotary embedding. Rotating all keys of a row by the same angle changes nothing.
+    mass : array, shape (batch, kv_heads, N), optional
+        How many tokens each entry stands for, where earlier evictions have merged some: attention adds its logarithm to
+        the entry's logit. What has no mass receives no attention. Default: 1 each.
     num_new : int, optional
         The last tokens whose queries no earlier call has seen. Default: N.
     layer, num_layers : int
@@ -60,6 +63,7 @@ class Layer:
     valid: Array
     positions: Array | None
     unrotated_keys: Array | None
+    mass: Array | None
     num_new: int
     layer: int
     num_layers: int
@@ -76,6 +80,7 @@ class Layer:
         valid: Array | None = None,
         positions: Array | None = None,
         unrotated_keys: Array | None = None,
+        mass: Array | None = None,
         num_new: int | None = None,
         layer: int = 0,
         num_layers: int = 1,
@@ -89,6 +94,7 @@ class Layer:
             "valid": valid,
             "positions": positions,
             "unrotated_keys": unrotated_keys,
+            "mass": mass,
         }
         backend = resolve(backend, **arrays)
         axes = "(batch, kv_heads, N, D)"
@@ -107,6 +113,9 @@ class Layer:
         if unrotated_keys is not None:
             shape = checks.numeric("unrotated_keys", unrotated_keys, axes, ndim=4, backend=backend)
             checks.same_leading("unrotated_keys", shape, (*rows, head_size), "keys")
+        if mass is not None:
+            shape = checks.numeric("mass", mass, "(batch, kv_heads, N)", ndim=3, backend=backend)
+            checks.same_leading("mass", shape, rows, "keys")
         if positions is not None:
             checks.integers("positions", positions, backend=backend)
             checks.same_leading("positions", tuple(positions.shape), rows, "keys")
@@ -155,6 +164,7 @@ class LayerFacts(TypedDict, total=False):
     valid: Array | None
     positions: Array | None
     unrotated_keys: Array | None
+    mass: Array | None
     layer: int
     num_layers: int
     backend: Backend | str | None

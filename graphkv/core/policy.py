@@ -72,6 +72,8 @@ class Requirements:
         What a layer keeps depends on other layers, see `Policy.voters`, so that `evict_layers` must decide.
     automatic : bool
         May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
+    merges : bool
+        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
     demotes : bool
@@ -88,6 +90,7 @@ class Requirements:
     head_counts: bool = False
     couples_layers: bool = False
     automatic: bool = False
+    merges: bool = False
     settled: bool = False
     demotes: bool = False
 
@@ -111,6 +114,7 @@ class Requirements:
             head_counts=self.head_counts or base.head_counts,
             couples_layers=self.couples_layers or base.couples_layers,
             automatic=self.automatic or base.automatic,
+            merges=self.merges or base.merges,
             settled=self.settled or base.settled,
             demotes=self.demotes or base.demotes,
         )
@@ -212,8 +216,24 @@ class Policy(Value, ABC):
         kept = select(found.scores, budget, protected=found.protected, valid=layer.valid, backend=layer.backend)
         return Choice(kept=kept)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
-        """Return which dropped tokens go into which kept ones. Default: None, they are gone."""
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
+        """Return which dropped tokens go into which kept ones.
+
+        Parameters
+        ----------
+        choice : Choice
+            What the last stage returned.
+        found : Assessment
+            What it was chosen by: scores, and who is protected. Nothing goes into protected tokens, unless the method's
+            paper says so.
+        layer : Layer
+        memory : Memory or None
+
+        Returns
+        -------
+        Merge or None
+            Default: None, they are gone.
+        """
         return None
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
@@ -348,9 +368,9 @@ class Wrapper(Policy):
         """Return the base's choice."""
         return self.base.choose(found, layer, budget)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
         """Return the base's merge."""
-        return self.base.merge(choice, layer, memory)
+        return self.base.merge(choice, found, layer, memory)
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
         """Return what the base wants."""
