@@ -43,6 +43,7 @@ def main() -> None:
         shutil.copy(out / "inspect.png", HERE / "inspect.png")
         # A frame, because Chromium takes its picture from the top of the page, wherever that has been scrolled to.
         size = f'width="{WIDTH}" height="{HEIGHT}" style="border: 0"'
+        page = (out / "inspect.html").read_text(encoding="utf-8")
         frame = f'<body style="margin: 0"><iframe src="inspect.html{place((out / "inspect.html").read_text(encoding="utf-8"))}" {size}></iframe>'
         (out / "frame.html").write_text(frame)
         options = [
