@@ -44,7 +44,7 @@ def main() -> None:
         # A frame, because Chromium takes its picture from the top of the page, wherever that has been scrolled to.
         size = f'width="{WIDTH}" height="{HEIGHT}" style="border: 0"'
         page = (out / "inspect.html").read_text(encoding="utf-8")
-        frame = f'<body style="margin: 0"><iframe src="inspect.html{place((out / "inspect.html").read_text(encoding="utf-8"))}" {size}></iframe>'
+        frame = f'<body style="margin: 0"><iframe src="inspect.html{place(page)}" {size}></iframe>'
         (out / "frame.html").write_text(frame)
         options = [
             "--headless=new",
