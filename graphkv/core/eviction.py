@@ -70,6 +70,11 @@ class Eviction:
         """Number of kept tokens per head, where heads or rows keep different numbers, see `Choice`."""
         return self.choice.counts
 
+    @property
+    def levels(self) -> Array | None:
+        """How far each kept token is demoted, where some are kept in fewer bits, see `Choice`."""
+        return self.choice.levels
+
     def apply(self, x: Array, /) -> Array:
         """Gather the kept tokens of any per-token array.
 

@@ -162,6 +162,10 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             raise ArgumentError(
                 f"policy must drop tokens, not merge them, in kvpress; {type(self.policy).__name__} merges"
             )
+        if decision.levels is not None:
+            raise ArgumentError(
+                f"policy must keep tokens as they are in kvpress; {type(self.policy).__name__} demotes them"
+            )
         if decision.counts is None:
             return decision.apply(keys), decision.apply(values)
         if is_eager:
