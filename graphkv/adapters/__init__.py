@@ -11,8 +11,8 @@ from .attendre import LFA as LFA
 from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
-from .compactor import Compactor as Compactor
 from .chunkkv import ChunkKV as ChunkKV
+from .compactor import Compactor as Compactor
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
