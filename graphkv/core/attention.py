@@ -12,7 +12,9 @@ from .types import Array, Namespace
 __all__ = ["highest_attention", "portable_received_attention", "received_attention", "window_attention"]
 
 
-def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
+def window_attention(
+    queries: Array, keys: Array, valid: Array, /, *, mass: Array | None = None, xp: Namespace
+) -> Array:
     """Compute the softmax attention of the last W positions to all N keys, causal inside the window.
 
     Query heads are folded into the rows of one product per KV head, so no key is repeated.
@@ -25,12 +27,16 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     valid : array, shape (batch, kv_heads, N), bool
         Padding receives no attention, and a padded query gives none. Keys and queries that hold an infinity or NaN
         count as padding.
+    mass : array, shape (batch, kv_heads, N), optional
+        How many tokens each key stands for: its logarithm is added to the logits. Default: 1 each.
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
         Probabilities.
     """
+    if mass is not None:
+        queries, keys = _with_mass(queries, keys, mass, xp=xp)
     queries, gives = primitives.finite_rows(queries, xp=xp)
     keys, receives = primitives.finite_rows(keys, xp=xp)
     batch, query_heads, window, head_size = queries.shape
@@ -127,7 +133,33 @@ def _softmax(logits: Array, sees: Array, /, *, xp: Namespace) -> Array:
     return weight / xp.where(total > 0, total, xp.ones_like(total))
 
 
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
+def _with_mass(queries: Array, keys: Array, mass: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
+    """Append one entry to queries and keys such that every scaled product gains the logarithm of the key's mass.
+
+    So no kernel needs to know of masses. A mass of 0 makes an infinite key, which receives nothing.
+    """
+    head_size = keys.shape[-1]
+    has_mass = mass > 0
+    entry = xp.log(xp.where(has_mass, mass, xp.ones_like(mass)))
+    entry = xp.astype(xp.where(has_mass, entry, xp.full_like(entry, -xp.inf)), keys.dtype)[..., None]
+    # The scale is that of one entry more.
+    queries = queries * sqrt((head_size + 1) / max(head_size, 1))
+    one = xp.full(
+        (*queries.shape[:-1], 1), sqrt(head_size + 1), dtype=queries.dtype, device=primitives.device_of(queries)
+    )
+    return xp.concat([queries, one], axis=-1), xp.concat([keys, entry], axis=-1)
+
+
+def received_attention(
+    queries: Array,
+    keys: Array,
+    valid: Array,
+    /,
+    *,
+    mass: Array | None = None,
+    block_size: int,
+    backend: Backend,
+) -> Array:
     """Sum the attention that each token receives from the last Q positions: the columns of `window_attention`.
 
     Parameters
@@ -137,6 +169,8 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     keys : array, shape (batch, kv_heads, N, D)
     valid : array, shape (batch, kv_heads, N), bool
         As for `window_attention`.
+    mass : array, shape (batch, kv_heads, N), optional
+        As for `window_attention`.
     block_size : int
         Queries per head processed at once. Affects rounding only.
     backend : Backend
@@ -145,6 +179,8 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, N)
     """
+    if mass is not None:
+        queries, keys = _with_mass(queries, keys, mass, xp=backend.xp)
     step: ReceivedAttention = backend.received_attention or portable_received_attention
     return step(queries, keys, valid, block_size=block_size, backend=backend)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from . import checks, primitives
 from .backend import Backend, resolve
@@ -71,6 +71,9 @@ class Layer:
         Where each token was in the text, for policies with a clock.
     unrotated_keys : array, shape (batch, kv_heads, N, D), optional
         The keys before the rotary embedding. Rotating all keys of a row by the same angle changes nothing.
+    mass : array, shape (batch, kv_heads, N), optional
+        How many tokens each entry stands for, where earlier evictions have merged some: attention adds its logarithm to
+        the entry's logit. What has no mass receives no attention. Default: 1 each.
     probes : array, shape (batch, query_heads, P, D), or Probe, or sequence of Probe, optional
         What was read after the text only to ask it. An array is the queries of one probe.
     num_new : int, optional
@@ -97,6 +100,7 @@ class Layer:
     valid: Array
     positions: Array | None
     unrotated_keys: Array | None
+    mass: Array | None
     probes: tuple[Probe, ...]
     num_new: int
     layer: int
@@ -114,6 +118,7 @@ class Layer:
         valid: Array | None = None,
         positions: Array | None = None,
         unrotated_keys: Array | None = None,
+        mass: Array | None = None,
         probes: Array | Probe | Sequence[Probe] | None = None,
         num_new: int | None = None,
         layer: int = 0,
@@ -128,6 +133,7 @@ class Layer:
             "valid": valid,
             "positions": positions,
             "unrotated_keys": unrotated_keys,
+            "mass": mass,
         }
         asked = _listed(probes)
         backend = resolve(backend, **arrays, **_named(asked))
@@ -147,6 +153,9 @@ class Layer:
         if unrotated_keys is not None:
             shape = checks.numeric("unrotated_keys", unrotated_keys, axes, ndim=4, backend=backend)
             checks.same_leading("unrotated_keys", shape, (*rows, head_size), "keys")
+        if mass is not None:
+            shape = checks.numeric("mass", mass, "(batch, kv_heads, N)", ndim=3, backend=backend)
+            checks.same_leading("mass", shape, rows, "keys")
         if positions is not None:
             checks.integers("positions", positions, backend=backend)
             checks.same_leading("positions", tuple(positions.shape), rows, "keys")
@@ -180,6 +189,12 @@ class Layer:
         """N, the number of cached tokens."""
         return int(self.keys.shape[-2])
 
+    def having(self, **facts: Any) -> Layer:
+        """Return a layer with some other facts, which are not checked: for stages that ask their base about one."""
+        twin: Layer = object.__new__(Layer)
+        twin.__dict__.update(self.__dict__, **facts)
+        return twin
+
 
 class LayerFacts(TypedDict, total=False):
     """The keyword arguments of `Layer` that the doors `observe` and `wants` hand on."""
@@ -190,6 +205,7 @@ class LayerFacts(TypedDict, total=False):
     valid: Array | None
     positions: Array | None
     unrotated_keys: Array | None
+    mass: Array | None
     probes: Array | Probe | Sequence[Probe] | None
     layer: int
     num_layers: int

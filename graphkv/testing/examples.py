@@ -1084,8 +1084,17 @@ def _same_eviction(ours: Eviction, theirs: Eviction, backend: Backend) -> None:
             asserts.equal(x, getattr(theirs, name), backend=backend, like=ours.kept)
     assert (ours.state is None) == (theirs.state is None)
     if ours.state is not None and theirs.state is not None:
-        for key, x in ours.state.tokens.items():
-            asserts.close(x, theirs.state.tokens[key], backend=backend, like=ours.kept, scale=1.0)
+        for kind in ("tokens", "layer"):
+            for key, x in getattr(ours.state, kind).items():
+                asserts.close(x, getattr(theirs.state, kind)[key], backend=backend, like=ours.kept, scale=1.0)
+    assert (ours.merge is None) == (theirs.merge is None)
+    if ours.merge is not None and theirs.merge is not None:
+        # No cosine is closer to a threshold than the tolerance, either.
+        asserts.equal(ours.merge.into, theirs.merge.into, backend=backend, like=ours.kept)
+        for name in ("key_weights", "value_weights", "mass"):
+            wanted = np.asarray(getattr(theirs.merge, name))
+            scale = np.maximum(1.0, np.abs(wanted))
+            asserts.close(getattr(ours.merge, name), wanted, backend=backend, like=ours.kept, scale=scale)
     # The inputs are always the same, and no two scores at a cut are closer than the tolerance.
     asserts.equal(ours.kept, theirs.kept, backend=backend, like=ours.kept)
 
