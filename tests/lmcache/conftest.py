@@ -20,6 +20,12 @@ NUM_LAYERS, KV_HEADS, QUERY_HEADS, HEAD_SIZE = 30, 3, 9, 64
 MODEL = "tests/smollm2"
 
 
+def pytest_configure(config):
+    """LMCache's own: it leaves sockets open, and asks for a logging handler that is going away."""
+    for warning in ("ResourceWarning", "DeprecationWarning", "pytest.PytestUnraisableExceptionWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore::{warning}")
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -50,9 +56,10 @@ def server(tmp_path_factory):
     port, http_port = free_port(), free_port()
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [
-        Path(sys.executable).parent / "lmcache", "server", "--host", "127.0.0.1", "--port", port, "--http-host", "127.0.0.1",
-        "--http-port", http_port, "--l1-size-gb", "0.5", "--chunk-size", CHUNK, "--eviction-policy", "LRU",
-        "--supported-transfer-mode", "auto", "--enable", "transfer_query", "--disable-observability", "--max-workers", "2",
+        Path(sys.executable).parent / "lmcache", "server", "--host", "127.0.0.1", "--port", port,
+        "--http-host", "127.0.0.1", "--http-port", http_port, "--l1-size-gb", "0.5", "--chunk-size", CHUNK,
+        "--eviction-policy", "LRU", "--supported-transfer-mode", "auto", "--enable", "transfer_query",
+        "--disable-observability", "--max-workers", "2",
     ]  # fmt: skip
     quiet = {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"}
     with log.open("w") as file:
@@ -91,7 +98,7 @@ def announced(server):
         def log_message(self, *arguments):
             pass
 
-        def do_GET(self):  # noqa: N802 - the name that the base class calls
+        def do_GET(self):
             _, layout, page = self.path.split("/", 2)
             with urllib.request.urlopen(f"{server[1]}/{page}", timeout=20) as answer:
                 body = json.load(answer)
@@ -111,7 +118,7 @@ def announced(server):
 @pytest.fixture
 def contexts(announced):
     """Real contexts of the SDK, for keys and values and for queries."""
-    import lmcache.sdk as sdk
+    from lmcache import sdk
 
     url, pages = announced
     made = [

@@ -82,8 +82,6 @@ class _Editor:
         self.query_heads = int(text.num_attention_heads)
         self.kv_heads = int(getattr(text, "num_key_value_heads", None) or self.query_heads)
         self.head_size = int(getattr(text, "head_dim", None) or text.hidden_size // self.query_heads)
-        if self.policy.needs().unrotated_keys and not self.num_layers:
-            raise ArgumentError("config must have layers; got none")
         self.rotations = rotations(config)
         if len(self.rotations) != self.num_layers:
             raise ArgumentError(
@@ -99,11 +97,11 @@ class _Editor:
         found = {policy.layer_budget(4096, layer, 32) for layer in range(32)}
         if len(found) > 1:
             raise ArgumentError(
-                f"policy must give all layers one budget in LMCache, which stores one kept set; {name_of(policy)} gives "
-                f"{min(found)} to {max(found)} of 4096 tokens"
+                f"policy must give all layers one budget in LMCache, which stores one kept set; {name_of(policy)} "
+                f"gives {min(found)} to {max(found)} of 4096 tokens"
             )
         needs = policy.needs()
-        if getattr(needs, "merges", False):
+        if needs.merges:
             raise ArgumentError(f"policy must drop tokens in LMCache, which stores no masses; {name_of(policy)} merges")
         if needs.state:
             raise ArgumentError(
@@ -195,6 +193,9 @@ class _Editor:
         if kind not in given:
             raise ArgumentError(f"tensors must hold one of kind {kind!r}; got {sorted(given)}")
         tensor = given[kind]
+        if kind == "query" and getattr(tensor, "ndim", 0) == 3:
+            # One tensor per token, so that some of LMCache's transports leave the first axis out.
+            tensor = tensor[None]
         expected = f"({number}, {self.num_layers}, T, {heads * self.head_size})"
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise ArgumentError(f"the {kind} tensor must be a tensor of floats; got {type(tensor).__name__}")
@@ -214,7 +215,7 @@ class _Editor:
 
 
 def _moved(keys: torch.Tensor, rotation: Rotation, places: torch.Tensor, to: torch.Tensor | None) -> torch.Tensor:
-    """Turn keys (kv_heads, N, D) from their places to others, or back; those that stay where they are stay as they are."""
+    """Turn keys (kv_heads, N, D) from their places to others, or back; those that stay in place are not touched."""
     axes = len(rotation.frequencies)
 
     def shaped(at: torch.Tensor) -> torch.Tensor:

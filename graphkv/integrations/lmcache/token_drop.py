@@ -43,7 +43,8 @@ class TokenDrop:
     --------
     In a request to the engine::
 
-        {"lmcache.token_drop": {"algorithm": "graphkv", "config": {"policy": "snapkv+degree", "budget": 512, "every": 128}}}
+        config = {"policy": "snapkv+degree", "budget": 512, "every": 128}
+        extra_args = {"kv_transfer_params": {"lmcache.token_drop": {"algorithm": "graphkv", "config": config}}}
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -60,10 +61,11 @@ class TokenDrop:
             raise ArgumentError("policy must evict tokens; got 'full'")
         shares = {policy.layer_budget(4 * budget, layer, 8) for layer in range(8)}
         needs = policy.needs()
-        own = len(shares) > 1 or needs.wants or getattr(needs, "head_counts", False) or getattr(needs, "automatic", False)
-        if own or getattr(needs, "couples_layers", False) or getattr(needs, "merges", False):
+        are_uneven = len(shares) > 1 or needs.wants or needs.head_counts or needs.automatic
+        if are_uneven or needs.couples_layers or needs.merges:
             raise ArgumentError(
-                f"policy must keep equally many tokens in every layer and head, each by itself; {name_of(policy)} does not"
+                f"policy must keep equally many tokens in every layer and head, each by itself; {name_of(policy)} "
+                "does not"
             )
         if needs.unrotated_keys:
             raise ArgumentError(f"policy must go by keys as they are cached; {name_of(policy)} needs unrotated ones")
