@@ -23,6 +23,7 @@ from graphkv import (
     GraphKV,
     GraphKVError,
     PageRank,
+    Probe,
     Random,
     SnapKV,
     StreamingLLM,
@@ -33,6 +34,7 @@ from tests.support import strict
 from tests.support.subjects import NUMPY
 
 # Not the ids of the kit: only libraries differ in what they let through.
+BUDGET = "budget must be a number of tokens as an integer, or a share above 0 and at most 1"
 LIBRARIES = [NUMPY, load("torch"), strict.STRICT]
 
 
@@ -292,6 +294,36 @@ STEP_TABLE = {
         lambda c: c.evict(GraphKV(StreamingLLM(budget=3), unrotated=True), c.array(1, 2, 6, 3)),
         "unrotated_keys must be given for GraphKV(StreamingLLM); got None",
     ),
+    "probe of other heads": value(
+        lambda c: c.evict(probes=c.array(1, 3, 6, 3)),
+        "probes[0].queries must have a multiple of the 2 KV heads of keys; got 3 heads",
+    ),
+    "probe without a query": value(
+        lambda c: c.evict(probes=[Probe(queries=c.array(1, 2, 9, 3)), Probe(queries=c.array(1, 2, 0, 3))]),
+        "probes[1].queries must hold at least one query; got shape (1, 2, 0, 3)",
+    ),
+    "probe with keys of another length": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), keys=c.array(1, 2, 3, 3))),
+        "probes[0].keys must have shape (1, 2, 2, 3) like keys and queries; got (1, 2, 3, 3)",
+    ),
+    "probe with padding of the text": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), valid=c.mask(1, 6))),
+        "probes[0].valid must have the shape (1, 2) of (batch, P); got (1, 6)",
+    ),
+    "probe about another text": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), about=c.mask(1, 5))),
+        "probes[0].about must have the shape (1, 6) of (batch, N); got (1, 5)",
+    ),
+    "probe with a window of nothing": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), window=0)),
+        "probes[0].window must be at least 1; got 0",
+    ),
+    "probe before half a position": kind(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), before=c.array(1, 2, 6))),
+        "probes[0].before must be an array of integers; got dtype float32",
+    ),
+    "probe that is a list": kind(lambda c: c.evict(probes=[[1.0]]), "probes[0] must be a Probe; got list"),
+    "probe that is a number": library(lambda c: c.evict(probes=3.0), "probes[0].queries must be an array; got float"),
     "layer out of range": value(lambda c: c.evict(layer=2, num_layers=2), "layer must be below num_layers=2; got 2"),
     "no layers": value(lambda c: c.evict(num_layers=0), "num_layers must be at least 1; got 0"),
     "missing queries": value(
@@ -346,9 +378,9 @@ def test_what_is_wider_than_float64_is_refused_and_not_narrowed():
 
 POLICY_TABLE = {
     "negative budget": value(lambda: Random(budget=-1), "budget must be at least 0; got -1"),
-    "budget of no share": value(lambda: Random(budget=0.0), "budget as a share must lie in (0, 1]; got 0.0"),
-    "budget of more than all": value(lambda: Random(budget=1.5), "budget must lie in [0, 1]; got 1.5"),
-    "budget NaN": value(lambda: Random(budget=float("nan")), "budget must lie in [0, 1]; got nan"),
+    "budget of no share": value(lambda: Random(budget=0.0), f"{BUDGET}; got 0.0"),
+    "budget of more than all": value(lambda: Random(budget=1.5), f"{BUDGET}; got 1.5"),
+    "budget NaN": value(lambda: Random(budget=float("nan")), f"{BUDGET}; got nan"),
     "budget as a word": kind(lambda: Random(budget="all"), "budget must be an integer or a float share; got 'all'"),
     "budget bool": kind(lambda: Random(budget=True), "budget must be an integer or a float share; got True"),
     "base that is none": kind(lambda: GraphKV(None), "base must be a Policy; got NoneType"),
@@ -364,7 +396,9 @@ POLICY_TABLE = {
         "rounds must be 1 with accumulation 'sum'; got 3",
     ),
     "signal that is a word": kind(lambda: GraphKV(Random(budget=4), signal="x"), "signal must be a Signal; got str"),
-    "signal that is a class": kind(lambda: GraphKV(Random(budget=4), Decay), "signal must be a Signal; got ABCMeta"),
+    "signal that is a class": kind(
+        lambda: GraphKV(Random(budget=4), Decay), "signal must be a Signal; got the class Decay: call it"
+    ),
     "damping of the signal above 1": value(lambda: PageRank(damping=2), "damping must lie in [0, 1]; got 2.0"),
     "rounds of PageRank": kind(lambda: PageRank(rounds=2.5), "rounds must be an integer; got 2.5"),
     "flag that is none": kind(

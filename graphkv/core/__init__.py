@@ -31,14 +31,15 @@ from .errors import (
     GraphKVError,
     GraphKVWarning,
 )
-from .eviction import Eviction, evict, observe, wants
+from .eviction import Eviction, evict, evict_layers, observe, wants
 from .fusion import degree, distance, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
-from .layer import Cost, Layer, LayerShape, Memory
+from .layer import Cost, Layer, LayerShape, Memory, Probe
 from .merging import Merge
 from .pagerank import pagerank
 from .policy import Assessment, Policy, Requirements, Wrapper
+from .precision import Precision
 from .propagation import propagate
 from .protection import Protection
 from .selection import Choice, select
@@ -69,6 +70,8 @@ __all__ = [
     "Merge",
     "PageRank",
     "Policy",
+    "Precision",
+    "Probe",
     "Protection",
     "Requirements",
     "Signal",
@@ -77,6 +80,7 @@ __all__ = [
     "degree",
     "distance",
     "evict",
+    "evict_layers",
     "fuse",
     "observe",
     "pagerank",

@@ -114,6 +114,31 @@ def test_a_state_is_refused_by_a_policy_that_remembers_nothing(queries):
         evict(H2O(budget=3), keys, queries=queries, state=Memory(tokens={"x": keys[..., 0]}))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ages(Policy):
+    """Counts the calls that each token has lived through, without a look at any query."""
+
+    requirements: ClassVar[Requirements] = Requirements(state=("age",))
+
+    def observe(self, layer, memory):
+        return Memory(tokens={"age": running.grown(memory, layer, "age") + 1})
+
+    def score(self, layer, memory):
+        return memory.tokens["age"]
+
+
+@each_library
+def test_a_policy_without_queries_remembers_without_queries(backend):
+    """From the first call on, whether it evicts or everything fits."""
+    keys = make(backend, np.ones((1, 2, 4, 3)))
+    for budget in (3, 9):
+        first = evict(Ages(budget=budget), keys, backend=backend)
+        kept = first.apply(keys)
+        second = evict(Ages(budget=9), kept, state=first.state, backend=backend)
+        assert backend.to_numpy(first.state.tokens["age"]).tolist() == [[[1] * min(budget, 4)] * 2]
+        assert backend.to_numpy(second.state.tokens["age"]).tolist() == [[[1] * min(budget, 4)] * 2]
+
+
 def test_new_tokens_without_their_queries_are_refused():
     keys = np.ones((1, 2, 6, 3))
     first = evict(H2O(budget=3), keys, queries=keys)

@@ -273,5 +273,5 @@ def test_running_sums_leave_the_sliding_layers_of_a_mixed_model_alone():
         cache = cache.with_states(states)
         cache.evict(H2O(budget=20))
 
-    assert [bool(state) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2
+    assert [bool(state.names) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2
     assert [layer.num_stored for layer in cache.layers if layer.evicts] == [20, 20]

@@ -148,7 +148,7 @@ class SlowReference:
             )
             evicted, since = True, 0
             protection = policy.protection(decision.budget)
-            carried = protection.newest if protection.count <= decision.budget and not policy.needs().state else 0
+            carried = protection.newest if protection.room <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
             if decision.state is not None:
                 widest = max(map(len, kept))
@@ -156,7 +156,7 @@ class SlowReference:
                 for name, sums in decision.state.tokens.items():
                     for head, row in enumerate(kept):
                         tokens[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
-                state = Memory(tokens)
+                state = Memory(tokens, decision.state.layer)
             if any(len(row) < width for row in kept):
                 stored = [[int(index[h, i]) for i in row] for h, row in enumerate(kept)]
                 if self.turned_keys is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from graphkv import CAKE, H2O, AdaKV, ArgumentError, ArgumentTypeError, GraphKV, KNorm, RoCo, SnapKV
+from graphkv import CAKE, H2O, AdaKV, ArgumentError, ArgumentTypeError, GraphKV, KNorm, Memory, RoCo, SnapKV
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.test_layers import hybrids_go_through_the_cache
@@ -171,8 +171,8 @@ def test_sums_are_those_of_every_backend(model, ids):
     twin = EvictingCache(num_queries=N)
     read(model, twin, ids[:, :N])
     for ours, its in zip(full.running_states(H2O(budget=3)), twin.running_states(H2O(budget=9)), strict=True):
-        torch.testing.assert_close(ours["attention"], its["attention"], rtol=1e-4, atol=1e-4)
-    assert full.running_states(KNorm(budget=3)) == ({}, {})
+        torch.testing.assert_close(ours.tokens["attention"], its.tokens["attention"], rtol=1e-4, atol=1e-4)
+    assert [state.names for state in full.running_states(KNorm(budget=3))] == [(), ()]
 
 
 def test_tokens_in_given_sums_are_not_taken_back(model, ids):
@@ -195,7 +195,7 @@ def test_sliding_layers_of_a_mixed_model_have_no_sums(ids):
     cache = cache.with_states(states)
     cache.evict(H2O(budget=20))
 
-    assert [bool(state) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2
+    assert [bool(state.names) for state in states] == [layer.evicts for layer in cache.layers] == [False, True] * 2
     assert [layer.num_stored for layer in cache.layers if layer.evicts] == [20, 20]
 
 
@@ -206,9 +206,9 @@ def test_sums_that_do_not_fit_are_refused(model, ids):
     with pytest.raises(ArgumentError, match="states must have one entry for each of 2 layers; got 1"):
         cache.with_states(states[:1])
     with pytest.raises(ArgumentError, match="states must have one entry for each of 2 layers; got 3"):
-        cache.running_states(H2O(budget=1), [*states, {}])
+        cache.running_states(H2O(budget=1), [*states, states[0]])
     for change in (lambda x: x[:, :1], lambda x: torch.cat([x, x], dim=2), lambda x: x[0]):
-        wrong = [{name: change(sums) for name, sums in state.items()} for state in states]
+        wrong = [Memory({name: change(sums) for name, sums in state.tokens.items()}) for state in states]
         with pytest.raises(
             ArgumentError, match=r"states must have shape \(batch, kv_heads, S, .* \(1, 2\) and S <= 40"
         ):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ...core.errors import GraphKVWarning
+from ...core.layer import Memory
 from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache
 from ...naming.policies import base_of, with_budget
-from ...workbench.forward import read
+from ...workbench.forward import ask, read
 from ..prompts.prompts import Prompt
 from .closeness import MOST_QUERIES, Probe
 
 __all__ = ["ReadCache", "read_caches"]
 
-# Running sums by the bases of policies, the same for every budget; one mapping per layer.
-States = dict[Policy, Sequence[Mapping[str, torch.Tensor]]]
+# Running sums by the bases of policies, the same for every budget; one memory per layer.
+States = dict[Policy, Sequence[Memory]]
 
 
 @dataclass(kw_only=True)
@@ -54,12 +57,16 @@ class ReadCache:
         """Return the cache that a policy leaves; this one stays as it is."""
         states = self.states.get(_without_budget(policy)) if policy.needs().state else None
         cache = self.cache.copy() if states is None else self.cache.with_states(states)
-        cache.evict(policy)
+        with warnings.catch_warnings():
+            # Of a window that leaves no choice: short prompts have that, and the command has said it of the others.
+            warnings.simplefilter("ignore", GraphKVWarning)
+            cache.evict(policy)
         return cache
 
 
 def read_caches(
     model: Any,
+    tokenizer: Any,
     prompt: Prompt,
     asked: Sequence[tuple[str, int]],
     policies: Sequence[Policy],
@@ -70,8 +77,8 @@ def read_caches(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        As `observing` has it.
+    model, tokenizer
+        Of transformers; the model as `observing` has it.
     prompt : Prompt
     asked : sequence of tuple of str and int
         Mode and index of each question.
@@ -91,6 +98,7 @@ def read_caches(
     context.keep_queries(max((each.num_queries(longest) for each in policies if not each.needs().state), default=0))
     later = {index: prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
     if later:
+        ask(model, tokenizer, torch.tensor([prompt.ids], device=model.device), context, policies)
         yield ReadCache(mode="agnostic", ids=prompt.ids, cache=context, questions=later, states=states)
     for index in (index for mode, index in asked if mode == "aware"):
         # The last token stays out, so that even the first answer token is predicted from the evicted cache.
@@ -98,6 +106,8 @@ def read_caches(
         cache = context.copy()
         if first:
             read(model, torch.tensor([first], device=model.device), cache)
+        if first or not later:
+            ask(model, tokenizer, torch.tensor([[*prompt.ids, *first]], device=model.device), cache, policies)
         yield ReadCache(
             mode="aware",
             ids=(*prompt.ids, *first),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,17 +14,22 @@ from transformers.cache_utils import Cache
 
 from ...core import checks
 from ...core.backend import Backend, load
-from ...core.errors import ArgumentError, GraphKVWarning
+from ...core.errors import ArgumentError
+from ...core.layer import Memory
+from ...core.needs import name_of
 from ...core.policy import Policy
 from . import sharing, versions
+from .decision import evict_together
 from .handout import Handout, latest
 from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer
+from .probing import probe
 from .report import LayerStats, describe, layer_stats
 from .settings import Settings
 from .source import FULL, WINDOWED
 from .storage import load_cache, save_cache
+from .warning import warn
 
 __all__ = ["EvictingCache", "not_compiled"]
 
@@ -78,7 +83,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     Warns
     -----
     GraphKVWarning
-        If more tokens than the budget have come since the only eviction.
+        If more tokens than the budget have come since the only eviction; and if sinks, recents and window took up the
+        whole budget of every layer, so that no score mattered.
     """
 
     layers: list[Any]
@@ -96,6 +102,11 @@ class EvictingCache(Cache):  # type: ignore[misc]
     ) -> None:
         if policy is not None:
             checks.instance("policy", policy, Policy)
+            if policy.needs().probes:
+                raise ArgumentError(
+                    f"policy must do without probes to evict by itself; {name_of(policy)} needs some. Read the text "
+                    "into an EvictingCache without a policy, then call probe() and evict(policy)"
+                )
         self.settings = Settings(
             policy=policy,
             every=None if every is None else checks.count("every", every, minimum=1),
@@ -260,12 +271,14 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None or layer.record_past:
             return
         is_last = layer.source is not None and layer.source.is_last
-        if not policy.needs().wants:
+        if not policy.needs().all_layers:
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
-        if self.settings.every is None and is_last:
-            self._warn_of_growth()
+        if is_last:
+            self._warn_of_protection(policy)
+            if self.settings.every is None:
+                self._warn_of_growth()
 
     def evict_first(self, layer: EvictingLayer) -> None:
         """Evict a layer over a prompt that nothing of will be taken back; called by the attention function."""
@@ -295,12 +308,27 @@ class EvictingCache(Cache):  # type: ignore[misc]
         num_new, budget = sum(layer.num_new for layer in evicted), sum(layer.budget or 0 for layer in evicted)
         if num_new > budget and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"{num_new // len(evicted)} tokens have come since the only eviction, more than the policy's budget of "
-                f"{budget // len(evicted)}; pass every=... to evict them too",
-                GraphKVWarning,
-                stacklevel=2,
+                f"{budget // len(evicted)}; pass every=... to evict them too"
             )
+
+    def _warn_of_protection(self, policy: Policy) -> None:
+        """Warn after the first eviction if all that was kept was protected: the policy has had no choice."""
+        dropped = [layer for layer in self.attention_layers if layer.num_dropped]
+        budgets = [layer.budget or 0 for layer in dropped]
+        is_first = all(layer.num_evictions == 1 and not layer.num_new for layer in dropped)
+        if not (dropped and is_first) or any(policy.protection(each).count < max(each, 1) for each in budgets):
+            return
+        budget = max(budgets)
+        protection = policy.protection(budget)
+        parts = {"sinks": protection.first, "newest tokens": protection.newest}
+        kept = " and ".join(f"{count} {name}" for name, count in parts.items() if count)
+        warn(
+            f"{kept} are kept before all others and "
+            f"leave nothing of the budget of {budget}, so no token was chosen by its score; the policy needs a larger "
+            "budget, or fewer sinks, recents or a smaller window"
+        )
 
     def evict(self, policy: Policy | None = None, /, *, backend: Backend | str | None = None) -> None:
         """Shrink every layer to what a policy keeps, now.
@@ -332,6 +360,58 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin = self.copy()
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
         self.layers = twin.layers
+        self._warn_of_protection(policy)
+
+    def probe(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        /,
+        *,
+        about: tuple[int, int] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> None:
+        """Let the model read tokens that only ask: their queries and keys are kept for `evict`, the tokens forgotten.
+
+        Policies like `KVzip` score by what these queries attend to. All else of the cache stays as it was, bit for bit.
+        Several probes add up. They are kept until the next eviction, as long as no token comes or goes; `save` leaves
+        them out.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The one that has filled the cache, as `observing` or `evicting` has it.
+        ids : torch.Tensor, shape (batch, P), integer
+            One prompt per row of the cache.
+        about : tuple of int, optional
+            The tokens seen, from the first to before the last, that it asks for. Default: all.
+        attention_mask : torch.Tensor, shape (batch, P) or (batch, tokens seen + P), optional
+            0 for padding. Default: none in `ids`, and before them what the cache knows to be padding.
+        **inputs
+            More arguments of the model's forward call, such as `position_ids`, where it needs them for the next tokens
+            of the text too.
+
+        Raises
+        ------
+        ArgumentError
+            If the cache is empty or a forward pass broke off, `ids` are empty, of another batch or go beyond the
+            model's context, `about` is not among the tokens seen, or the model is not in a block of `observing`. The
+            cache then is as it was, also after any error of the model.
+        ArgumentTypeError
+            If `ids` are not integers.
+
+        Examples
+        --------
+        ::
+
+            with observing(model):
+                cache = EvictingCache()
+                model(text, cache=cache)  # past_key_values=cache before transformers 5.24
+                cache.probe(model, instruction)
+                cache.evict(KVzip(budget=512))
+        """
+        probe(self, model, ids, about=about, attention_mask=attention_mask, inputs=inputs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -543,23 +623,22 @@ class EvictingCache(Cache):  # type: ignore[misc]
         for layer in self.attention_layers:
             layer.held = None if layer.held is None else layer.held.last(count)
 
-    def running_states(
-        self, policy: Policy, states: Sequence[Mapping[str, torch.Tensor]] | None = None
-    ) -> tuple[Mapping[str, torch.Tensor], ...]:
+    def running_states(self, policy: Policy, states: Sequence[Memory] | None = None) -> tuple[Memory, ...]:
         """Compute what a policy with running sums knows of all stored tokens. Nothing is evicted.
 
         Parameters
         ----------
         policy : Policy
             For example ``H2O(budget=512)``; its budget does not matter.
-        states : sequence of mapping, optional
+        states : sequence of Memory, optional
             What it knew before the last tokens came, as an earlier call returned it. Default: what the cache knows.
 
         Returns
         -------
-        tuple of mapping of str to torch.Tensor, shape (batch, kv_heads, stored, ...)
-            One per layer that caches keys of the text; empty for a policy without running sums, and for the sliding
-            layers of a model that also has full ones.
+        tuple of Memory
+            In tensors, one per layer that caches keys of the text: `Memory.tokens` of all stored tokens, and
+            `Memory.layer`. Empty for a policy without running sums, and for the sliding layers of a model that also has
+            full ones.
 
         Raises
         ------
@@ -567,22 +646,22 @@ class EvictingCache(Cache):  # type: ignore[misc]
             If queries of tokens are missing that the sums do not know yet, a row has padding between its tokens, or
             there is not one state per layer.
         ArgumentTypeError
-            If `policy` is not a Policy.
+            If `policy` is not a Policy, or a state not a Memory.
         """
         checks.instance("policy", policy, Policy)
         self.check_finished()
         layers = self.attention_layers
-        known = [None] * len(layers) if states is None else states
+        known: Sequence[Memory | None] = [None] * len(layers) if states is None else states
         pairs = _one_each("states", known, layers)
         return tuple(sharing.running_state(layer, policy, state) for layer, state in pairs)
 
-    def with_states(self, states: Sequence[Mapping[str, torch.Tensor]]) -> EvictingCache:
+    def with_states(self, states: Sequence[Memory]) -> EvictingCache:
         """Return a copy whose layers know running sums, so that its next eviction needs no queries for them.
 
         Parameters
         ----------
-        states : sequence of mapping of str to torch.Tensor, shape (batch, kv_heads, S, ...)
-            As `running_states` returns them, for the first S stored tokens of each layer.
+        states : sequence of Memory
+            As `running_states` returns them: `Memory.tokens` is of the first S stored tokens of each layer.
 
         Returns
         -------
@@ -592,6 +671,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         ------
         ArgumentError
             If there is not one state per layer, or a shape does not fit.
+        ArgumentTypeError
+            If a state is not a Memory.
 
         Examples
         --------
@@ -689,7 +770,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
 
     def report(self) -> str:
-        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and a line per layer.
+        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and layer by layer.
 
         Returns
         -------
@@ -713,7 +794,7 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
-    """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
+    """Evict some layers, or all together where what one keeps depends on what the policy finds in the others."""
     if policy.needs().wants and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.wants(policy, backend=backend) for layer in layers]
@@ -721,5 +802,13 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
         shares = [policy.share_out(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
-    for layer in layers:
-        layer.evict(policy, backend=backend)
+    if not policy.needs().couples_layers:
+        for layer in layers:
+            layer.evict(policy, backend=backend)
+        return
+    started, layers = perf_counter(), [layer for layer in layers if layer.evicts]
+    deciders = [layer.decider(policy, backend) for layer in layers]
+    decided = evict_together(policy, deciders)
+    seconds = (perf_counter() - started) / max(1, len(layers))
+    for layer, decider, decisions in zip(layers, deciders, decided, strict=True):
+        layer.shrink(policy, decider, decisions, seconds=seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,15 +11,15 @@ from torch.nn.functional import pad
 
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
-from ...core.eviction import Eviction, evict, observe, wants
-from ...core.layer import Layer, Memory
-from ...core.policy import Assessment, Policy
+from ...core.eviction import Eviction, evict, evict_layers, observe, wants
+from ...core.layer import Layer, Memory, Probe
+from ...core.policy import Assessment, Policy, Requirements, Wrapper
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
 from .slots import Slots, gathered, in_line, padding_first
 
-__all__ = ["Decider", "Part", "are_ragged", "parted"]
+__all__ = ["Decider", "Part", "are_ragged", "evict_together", "parted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,15 @@ def _without_padding(
     )
 
 
+@dataclass(frozen=True)
+class AtRest(Wrapper):
+    """A policy over a row that all of stays, even where the policy would find a budget itself."""
+
+    def needs(self) -> Requirements:
+        """Return the needs of the base, which does not look for a budget now."""
+        return replace(super().needs(), automatic=False)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decider:
     """One layer as a policy sees it.
@@ -133,7 +142,11 @@ class Decider:
     ----------
     slots : Slots
         `valid` only where the next token can see it.
+    layer_state : mapping of str to torch.Tensor, shape (batch, ...)
+        What the policy remembers of the layer as a whole.
     queries : Queries or None
+    probes : sequence of Probe
+        Of torch tensors; what each is about has the order of the slots.
     rotation : Rotation or None
     parts, order
         See `parted`.
@@ -142,7 +155,9 @@ class Decider:
     """
 
     slots: Slots
+    layer_state: Mapping[str, torch.Tensor]
     queries: Queries | None
+    probes: Sequence[Probe]
     rotation: rotary.Rotation | None
     parts: Sequence[Part]
     order: torch.Tensor | None
@@ -152,23 +167,29 @@ class Decider:
 
     def evict(self, policy: Policy) -> tuple[Eviction, ...]:
         """Let the policy choose what each part keeps."""
+        decisions = tuple(
+            evict(AtRest(policy) if part.is_at_rest else policy, keys, **facts)
+            for part, (keys, facts) in zip(self.parts, self.given(policy), strict=True)
+        )
+        for decision in decisions:
+            _check(policy, decision)
+        return decisions
+
+    def given(self, policy: Policy) -> list[tuple[Any, dict[str, Any]]]:
+        """Collect the keys and the other arguments of `evict` for each part."""
         needs_unrotated = policy.needs().unrotated_keys
         rotation = rotary.check(self.rotation, self.slots.places) if needs_unrotated else None
-        return tuple(self._evict(policy, part, rotation) for part in self.parts)
+        return [self._given(policy, part, rotation) for part in self.parts]
 
-    def _evict(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> Eviction:
+    def _given(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> tuple[Any, dict[str, Any]]:
         slots = part.of(self.slots, self.order)
         unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
-        decision = evict(
-            policy,
-            to_backend(slots.keys, self.backend),
+        return to_backend(slots.keys, self.backend), {
             **self._facts(policy, part, slots),
-            budget=part.budget,
-            tokens_seen=part.num_seen,
-            unrotated_keys=None if unrotated is None else to_backend(unrotated, self.backend),
-        )
-        _check(policy, decision)
-        return decision
+            "budget": part.budget,
+            "tokens_seen": part.num_seen,
+            "unrotated_keys": None if unrotated is None else to_backend(unrotated, self.backend),
+        }
 
     def observe(self, policy: Policy) -> tuple[Memory, ...]:
         """Return what the policy remembers of each part, without evicting anything."""
@@ -209,7 +230,9 @@ class Decider:
                 counts=decision.counts,
             )
             with layer.backend.guarded(layer.keys):
-                choice = policy.at(self.layer, self.num_layers).choose(as_found, layer, decision.budget)
+                choice = policy.at(self.layer, self.num_layers).choose(
+                    as_found, layer, min(decision.budget, layer.num_tokens)
+                )
             found.append(choice.kept)
         return tuple(found)
 
@@ -236,8 +259,22 @@ class Decider:
             arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
         given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
         tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
-        state = Memory(tokens=tokens) if tokens else None
+        layer = {name: to_backend(x[part.rows], self.backend) for name, x in self.layer_state.items()}
+        state = Memory(tokens=tokens, layer=layer) if tokens or layer else None
+        if needs.probes:
+            given["probes"] = [self._probe(probe, part) for probe in self.probes]
         return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
+
+    def _probe(self, probe: Probe, part: Part) -> Probe:
+        """Return a probe of some rows, in arrays of the backend."""
+        arrays = {}
+        for name in ("queries", "keys", "valid", "about", "before"):
+            tensor = getattr(probe, name)
+            if tensor is not None and name in ("about", "before"):
+                tensor = self.in_order(tensor)
+                tensor = tensor if part.num_tokens is None else tensor[..., tensor.shape[-1] - part.num_tokens :]
+            arrays[name] = None if tensor is None else to_backend(tensor[part.rows], self.backend)
+        return replace(probe, **arrays)
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""
@@ -247,7 +284,7 @@ class Decider:
         """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
-        state = self.remembered([each.state for each in decisions])
+        state = self.of_tokens([each.state for each in decisions])
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
@@ -257,10 +294,43 @@ class Decider:
         index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
         return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
 
-    def remembered(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+    def of_tokens(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
         """Put what is remembered of each part's tokens below each other."""
         device, found = self.slots.keys.device, [{} if each is None else each.tokens for each in memories]
         return {name: _below([each[name] for each in found], self.backend, device, 0) for name in found[0]}
+
+    def of_layer(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
+        """Put what is remembered of the layer in each part below each other; a row at rest keeps what it had."""
+        device, found = self.slots.keys.device, [{} if each is None else each.layer for each in memories]
+        return {
+            name: torch.cat([
+                self.layer_state[name][part.rows]
+                if part.is_at_rest and name in self.layer_state
+                else from_backend(each[name], self.backend, device)
+                for part, each in zip(self.parts, found, strict=True)
+            ])
+            for name in found[0]
+        }  # fmt: skip
+
+
+def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Eviction, ...]]:
+    """Let the policy choose what several layers keep; for each layer a decision per part.
+
+    Raises
+    ------
+    ArgumentError
+        If the cache cannot store a decision, or layers that share what they keep have different rows.
+    """
+    given = [decider.given(policy) for decider in deciders]
+    if len({len(parts) for parts in given}) > 1:
+        raise ArgumentError(f"layers must be decided for the same rows; got {[len(parts) for parts in given]} of them")
+    by_part = [
+        evict_layers(AtRest(policy) if part.is_at_rest else policy, [{"keys": keys, **facts} for keys, facts in layers])
+        for part, *layers in zip(deciders[0].parts, *given, strict=True)
+    ]
+    for decision in (each for decisions in by_part for each in decisions):
+        _check(policy, decision)
+    return list(zip(*by_part, strict=True))
 
 
 def _check(policy: Policy, decision: Eviction) -> None:
@@ -270,9 +340,6 @@ def _check(policy: Policy, decision: Eviction) -> None:
         raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
     if decision.choice.levels is not None:
         raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
-    if decision.state is not None and decision.state.layer:
-        kinds = sorted(decision.state.layer)
-        raise ArgumentError(f"policy must remember tokens only in a model's cache; {name} has {kinds} of the layer")
 
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:

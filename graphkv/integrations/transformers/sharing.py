@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...core import checks
 from ...core.errors import ArgumentError
+from ...core.layer import Memory
 from ...core.policy import Policy
 from .layer import EvictingLayer
 from .slots import Slots
@@ -30,7 +32,9 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
             none.expand(layer.slots.keys.shape[0]) if layer.num_hidden is None else layer.num_hidden for layer in layers
         ])  # fmt: skip
     result.has_holes = any(layer.has_holes for layer in layers)
-    result.held = result.row_budgets = result.shared_by = result.record = None
+    result.layer_state = {}
+    result.held = result.row_budgets = result.budgets_found = result.shared_by = result.record = None
+    result.probes = ()
     return result
 
 
@@ -53,32 +57,42 @@ def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) 
         )
     twin, positions = layer.copy(), torch.arange(stored[2], device=keys.device)
     twin.slots, twin.held = Slots(keys=keys, values=values, positions=positions.expand(stored)), None
+    twin.probes = ()
+    twin.layer_state = {}
     return twin
 
 
-def with_state(layer: EvictingLayer, state: Mapping[str, torch.Tensor]) -> EvictingLayer:
-    """Return a layer that knows running sums of its first tokens, see `EvictingCache.with_states`."""
+def with_state(layer: EvictingLayer, state: Memory) -> EvictingLayer:
+    """Return a layer that knows what a policy remembers of its first tokens, see `EvictingCache.with_states`."""
+    checks.instance("states", state, Memory)
     twin, rows, num_stored = layer.copy(), tuple(layer.slots.keys.shape[:2]), layer.num_stored
-    for name, sums in state.items():
+    for name, sums in state.tokens.items():
         shape = tuple(sums.shape)
         if shape[:2] != rows or len(shape) < 3 or shape[2] > num_stored:
             raise ArgumentError(
                 f"states must have shape (batch, kv_heads, S, ...) with {rows} and S <= {num_stored}; "
                 f"got {shape} for {name} of layer {layer.index}"
             )
-        # What has been summed up cannot be taken back.
-        twin.num_new = min(twin.num_new, num_stored - shape[2])
-    twin.slots = twin.slots.having(state=dict(state))
+    for name, x in state.layer.items():
+        if tuple(x.shape[:1]) != rows[:1]:
+            raise ArgumentError(
+                f"states must have shape (batch, ...) with {rows[0]} rows in what is remembered of a layer; "
+                f"got {tuple(x.shape)} for {name} of layer {layer.index}"
+            )
+    if state.names:
+        # What has been summed up cannot be taken back; all of it where only the layer is remembered.
+        known = state.num_tokens if state.tokens else num_stored
+        twin.num_new = min(twin.num_new, num_stored - known)
+    twin.slots, twin.layer_state = twin.slots.having(state=dict(state.tokens)), dict(state.layer)
     return twin
 
 
-def running_state(
-    layer: EvictingLayer, policy: Policy, state: Mapping[str, torch.Tensor] | None
-) -> Mapping[str, torch.Tensor]:
-    """Compute the running sums of a policy over all that is stored, see `EvictingCache.running_states`."""
+def running_state(layer: EvictingLayer, policy: Policy, state: Memory | None) -> Memory:
+    """Compute what a policy remembers of all that is stored, see `EvictingCache.running_states`."""
     if not layer.evicts:
-        return {}
+        return Memory()
     decider = (layer if state is None else with_state(layer, state)).decider(policy, None)
     if decider.order is not None:
         raise ArgumentError("running_states must have rows without padding between their tokens; a row has some")
-    return decider.remembered(decider.observe(policy))
+    memories = decider.observe(policy)
+    return Memory(tokens=decider.of_tokens(memories), layer=decider.of_layer(memories))

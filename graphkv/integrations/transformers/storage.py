@@ -56,8 +56,10 @@ TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIEL
     "queries": ("batch", "query_heads", "num_queries", "head_size"),
     "asked": ("batch", "num_queries"),
     "num_hidden": ("batch",),
+    "budgets_found": ("batch",),
 }
-DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | dict.fromkeys(("asked", "num_hidden"), torch.int64)
+COUNTS = ("num_hidden", "budgets_found")
+DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | dict.fromkeys(("asked", *COUNTS), torch.int64)
 # Numbers, by their types.
 VALUES: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
@@ -76,9 +78,10 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"slots", "held", "row_budgets", "shared_by", "source", "rotation"}
-# The record holds arrays of any library; the cache has the settings; the rest follows from keys and a finished call.
-NOT_SAVED = {"record", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
+OTHERS = {"slots", "layer_state", "held", "row_budgets", "shared_by", "source", "rotation"}
+# The record holds arrays of any library; probes are as large as a text and can be asked again; the cache has the
+# settings; the rest follows from keys and a finished call.
+NOT_SAVED = {"record", "probes", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
 
 # Of each state of linear attention; a layer has dicts of them by number. What is initialized follows from the tensors.
 LINEAR: dict[str, tuple[type, ...]] = {"has_previous_state": (bool,), "conv_kernel_size": (int, NoneType)}
@@ -216,12 +219,15 @@ def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
         return
-    found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | {"num_hidden": layer.num_hidden}
+    counts = {name: getattr(layer, name) for name in COUNTS}
+    found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | counts
     for name in TENSORS:
         if found.get(name) is not None:
             yield name, found[name]
     for name, sums in layer.slots.state.items():
         yield f"state.{name}", sums
+    for name, tensor in layer.layer_state.items():
+        yield f"layer_state.{name}", tensor
 
 
 def _layer_header(layer: Any, settings: Settings) -> dict[str, Any]:
@@ -470,11 +476,10 @@ def _fill_attention(
     for key, value in _fields(given["values"], VALUES, f"{name}.values").items():
         setattr(layer, key, value)
     found = {key: tensors.pop(key) for key in TENSORS if key in tensors}
-    states = [key for key in tensors if key.startswith("state.")]
-    state = {key.removeprefix("state."): tensors.pop(key) for key in states}
-    if found or layer.num_seen:
+    state, layer_state = _taken_out(tensors, "state."), _taken_out(tensors, "layer_state.")
+    if found or state or layer_state or layer.num_seen:
         # What is not the text's, such as keys of a picture, may have rows of its own.
-        _check_tensors(found, state, name, {} if layer.is_apart else batch)
+        _check_tensors(found, state, layer_state, name, {} if layer.is_apart else batch)
         if not layer.is_apart:
             _check_positions(found, layer, name)
         # As if the first tokens came: what transformers notes then differs from release to release.
@@ -482,7 +487,8 @@ def _fill_attention(
         layer.lazy_initialization(found["keys"], found["values"])
         stored = {each.name: found[each.name] for each in fields(Slots) if each.name in found}
         layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
-        layer.num_hidden = found.get("num_hidden")
+        layer.layer_state = {key: tensor.to(device) for key, tensor in layer_state.items()}
+        layer.num_hidden, layer.budgets_found = (found.get(key) for key in COUNTS)
         if "queries" in found:
             layer.held = Queries(queries=found["queries"], asked=found.get("asked"))
     size = found["keys"].shape[-1] if found else 0
@@ -499,6 +505,11 @@ def _fill_attention(
         layer.row_budgets = torch.tensor(budgets)
     # One that is not known is the cache's own, see `_attention_header`.
     layer.shared_by = from_plain(given["shared_by"]) if is_known(given["shared_by"]) else layer.settings.policy
+
+
+def _taken_out(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Take out the tensors whose names begin so; return them by the rest of their names."""
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
 def _fill_history(
@@ -527,7 +538,11 @@ def _fill_history(
 
 
 def _check_tensors(
-    found: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], name: str, lengths: dict[str, int]
+    found: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    layer_state: Mapping[str, torch.Tensor],
+    name: str,
+    lengths: dict[str, int],
 ) -> None:
     """Check that the tensors of a layer fit to each other, and their batch to that of other layers."""
     if not {"keys", "values"} <= set(found):
@@ -559,6 +574,12 @@ def _check_tensors(
             raise ArgumentError(
                 f"its {name}.state.{key} must be sums of at most {own['stored']} tokens in (batch, kv_heads)={rows}; "
                 f"got {sums.dtype} of shape {tuple(sums.shape)}"
+            )
+    for key, tensor in layer_state.items():
+        if tensor.is_complex() or tuple(tensor.shape[:1]) != rows[:1]:
+            raise ArgumentError(
+                f"its {name}.layer_state.{key} must be numbers of {rows[0]} rows; got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}"
             )
     lengths["batch"] = own["batch"]
 
