@@ -73,6 +73,8 @@ docs: .venv/installed-test
 	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
+	$(BIN)/python docs/serving.py --check
+	$(BIN)/python docs/systems.py --check
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
 

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,14 @@ def server(tmp_path_factory):
     """Start and stop `lmcache server`; whoever cannot start it fails."""
     port, http_port = free_port(), free_port()
     log = tmp_path_factory.mktemp("server") / "log.txt"
+    # What stores queries was an option of 0.5.6 and has become a module.
+    with_queries = ["--enable", "transfer_query"]
+    if not version("lmcache").startswith("0.5.6"):
+        with_queries = ["--server-module", json.dumps({"module_path": "lmcache.v1.multiprocess.plugin_modules.qstore"})]
     command = [
         Path(sys.executable).parent / "lmcache", "server", "--host", "127.0.0.1", "--port", port,
         "--http-host", "127.0.0.1", "--http-port", http_port, "--l1-size-gb", "0.5", "--chunk-size", CHUNK,
-        "--eviction-policy", "LRU", "--supported-transfer-mode", "auto", "--enable", "transfer_query",
+        "--eviction-policy", "LRU", "--supported-transfer-mode", "auto", *with_queries,
         "--disable-observability", "--max-workers", "2",
     ]  # fmt: skip
     quiet = {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"}

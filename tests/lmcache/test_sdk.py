@@ -1,6 +1,7 @@
 """Stored caches of SmolLM2, shortened through LMCache's own SDK and server, and read back."""
 
 import copy
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -12,7 +13,7 @@ from graphkv.integrations.lmcache import editor
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from graphkv.workbench.model import load_model
-from tests.lmcache.conftest import CHUNK
+from tests.lmcache.conftest import CHUNK, MODEL
 
 sdk = pytest.importorskip("lmcache.sdk", reason="LMCache lives in an environment of its own: make test-lmcache")
 
@@ -137,3 +138,32 @@ def test_the_sdk_refuses_hybrid_models(announced):
     url, pages = announced
     with pytest.raises(Exception, match="failed to decode KV cache layout"):
         sdk.kvcache.connect(url=url, http_url=f"{pages}/hybrid", model_name="tests/smollm2", timeout=60)
+
+
+def test_the_page_about_serving_says_how(announced, smollm, prompt, tensors, contexts):
+    url, pages = announced
+    model, _ = smollm
+    store(contexts, tensors, prompt[0].tolist())
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    # The addresses of this run, a budget that this prompt exceeds, and a configuration that is at hand.
+    code = code.replace('"Qwen/Qwen3-8B"', repr(MODEL)).replace("AutoConfig.from_pretrained(MODEL)", "config")
+    code = code.replace('"tcp://127.0.0.1:6555"', repr(url)).replace('"http://127.0.0.1:8099"', "HTTP")
+    code = code.replace("budget=2048", f"budget={BUDGET}").replace("sdk.qcache.connect(**SERVER)", "QUERIES")
+    asked = []
+
+    def post_completion(prompt_ids, sampling, salt):
+        asked.append(list(prompt_ids))
+        yield sdk.request.TokenEvent(token_id=7, text="x")
+
+    known = {
+        "HTTP": f"{pages}/kv",
+        "QUERIES": contexts[1],
+        "config": model.config,
+        "post_completion": post_completion,
+        "prompt_ids": prompt[0].tolist(),
+    }
+    exec(compile(code, "docs/serving.md", "exec"), known)
+
+    assert len(asked[0]) == BUDGET + LENGTH % CHUNK
+    known["context"].close()

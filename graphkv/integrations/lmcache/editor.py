@@ -74,8 +74,9 @@ class _Editor:
     def __init__(self, policy: Policy, config: Any, /, *, chunk_size: int) -> None:
         checks.instance("policy", policy, Policy)
         self.chunk_size = checks.count("chunk_size", chunk_size, minimum=1)
-        is_shared = isinstance(policy, Shared) and policy.over == "layers"
-        self.policy = policy if is_shared else Shared(policy, over="layers")
+        if not isinstance(policy, Shared) or policy.over != "layers":
+            policy = Shared(policy, over="layers")
+        self.policy = policy
         self._refuse(policy)
         text = config.get_text_config(decoder=True)
         self.num_layers = int(text.num_hidden_layers)
@@ -135,7 +136,7 @@ class _Editor:
         budget = self._tokens(self.policy.layer_budget(num_tokens, 0, self.num_layers))
         if num_tokens <= budget:
             return cache, ids
-        keys = cache[0].unflatten(-1, (self.kv_heads, self.head_size)).transpose(1, 2)
+        keys = _per_head(cache[0], self.kv_heads).transpose(1, 2)
         kept = self._kept(keys, cache, given, budget)
         edited = cache[:, :, kept]
         places = torch.arange(num_tokens)
@@ -165,13 +166,13 @@ class _Editor:
                     f"the query tensor must have the {num_tokens} tokens of the cache; got {asked.shape[2]}"
                 )
             wanted = min(num_tokens, self.policy.num_queries(num_tokens))
-            queries = asked[0, :, num_tokens - wanted :].unflatten(-1, (self.query_heads, self.head_size))
+            queries = _per_head(asked[0, :, num_tokens - wanted :], self.query_heads)
             queries = queries.transpose(1, 2)
         layers = []
         for layer, rotation in enumerate(self.rotations):
             facts: dict[str, Any] = {"keys": keys[layer][None]}
             if needs.values:
-                facts["values"] = cache[1, layer].unflatten(-1, (self.kv_heads, self.head_size)).transpose(0, 1)[None]
+                facts["values"] = _per_head(cache[1, layer], self.kv_heads).transpose(0, 1)[None]
             if queries is not None:
                 facts["queries"] = queries[layer][None]
             if needs.unrotated_keys:
@@ -212,6 +213,11 @@ class _Editor:
         if len(shape) != 4 or (*shape[:2], shape[3]) != (number, self.num_layers, heads * self.head_size):
             raise ArgumentError(f"the {kind} tensor must have shape {expected} for this model; got {shape}")
         return tensor
+
+
+def _per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Split the last axis into heads."""
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def _moved(keys: torch.Tensor, rotation: Rotation, places: torch.Tensor, to: torch.Tensor | None) -> torch.Tensor:
