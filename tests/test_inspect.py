@@ -286,6 +286,15 @@ def test_inspect_prints_the_report_and_writes_picture_and_page(tiny, text, tmp_p
     assert str(out / "inspect.html") in printed
 
 
+def test_a_policy_that_asks_can_be_inspected(tiny, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("A word, and another.", encoding="utf-8")
+
+    options = ("--budget", 30, "--output", out)
+    assert inspect("--model", tiny, "--text", text, "--policy", "kvzip+adakv", *options) == 0
+    assert "3 evictions ran in 3 of 3 layers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
