@@ -21,7 +21,7 @@ with needs("graphkv.integrations.transformers", "transformers", "torch", "transf
     from .models import EvictingRun, evicting, observing
     from .record import EvictionRecord
     from .repeating import RepeatPrompt, ask_to_repeat
-    from .report import Fate, LayerStats, Suppressions, fates, scored
+    from .report import Fate, LayerStats, Suppressions, absorbers, fates, masses, scored
 
 __all__ = [
     "EpisodeCaches",
@@ -34,10 +34,12 @@ __all__ = [
     "LayerStats",
     "RepeatPrompt",
     "Suppressions",
+    "absorbers",
     "ask_to_repeat",
     "evicting",
     "fates",
     "find_episodes",
+    "masses",
     "mean_hidden_state",
     "observing",
     "read_episodes",

@@ -229,10 +229,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
     def _check_attended(self) -> None:
         """Refuse to go on if a layer's keys went unseen by our attention function."""
         if self._latest.is_open and self._latest.layer.awaits_queries:
+            has_mass = self._latest.mass is not None
             raise ArgumentError(
                 f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function: either the "
                 'model runs neither inside evicting() or observing() nor with attn_implementation="graphkv_sdpa", or '
                 "the attention of this layer does not go through transformers' attention interface"
+                + "; its slots count as several tokens, which only graphkv's attention knows"
+                * has_mass
             )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:

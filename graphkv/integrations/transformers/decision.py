@@ -17,7 +17,7 @@ from ...core.policy import Assessment, Policy, Requirements, Wrapper
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
-from .slots import Slots, gathered, in_line, padding_first
+from .slots import FILLS, Slots, gathered, in_line, padding_first
 
 __all__ = ["Decider", "Part", "are_ragged", "evict_together", "parted"]
 
@@ -254,7 +254,7 @@ class Decider:
         wanted = min(policy.num_queries(slots.count), slots.count)
         if part.num_queries is not None:
             wanted = min(wanted, part.num_queries)
-        arrays = {"values": slots.values if needs.values else None, "valid": slots.valid}
+        arrays = {"values": slots.values if needs.values else None, "valid": slots.valid, "mass": slots.mass}
         if self.queries is not None and wanted:
             arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
         given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
@@ -280,19 +280,43 @@ class Decider:
         """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""
         return tensor if self.order is None else gathered(tensor, self.order)
 
-    def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
+    def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and their arrays that are new.
+
+        These are the state and, after a merge, keys, values, mass and absorbed, see `Slots`.
+        """
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
-        state = self.of_tokens([each.state for each in decisions])
+        others: dict[str, Any] = {"state": self.of_tokens([each.state for each in decisions])}
+        if any(each.merge is not None for each in decisions):
+            others |= self._merged(decisions)
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
-            kept, state = in_line(kept, state)
+            kept, others = in_line(kept, others)
         if self.order is None or valid is None:
-            return kept, state
+            return kept, others
         first = torch.tensor([self.slots.count - decision.num_tokens for decision in decisions], device=device)
         index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
-        return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
+        return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), others)
+
+    def _merged(self, decisions: Sequence[Eviction]) -> dict[str, torch.Tensor]:
+        """Return what the kept slots hold after a merge, the parts below each other."""
+        device = self.slots.keys.device
+        found: dict[str, list[Any]] = {name: [] for name in ("keys", "values", "mass", "absorbed")}
+        for part, decision in zip(self.parts, decisions, strict=True):
+            slots = part.of(self.slots, self.order)
+            given = (to_backend(slots.keys, self.backend), to_backend(slots.values, self.backend))
+            keys, values = decision.compress(*given)
+            mass = torch.ones(tuple(decision.kept.shape), device=device)
+            if decision.mass is not None:
+                # Slots that a row does not use count as none, and have no logarithm.
+                given_mass = from_backend(decision.mass, self.backend, device)
+                mass = torch.where(given_mass > 0, given_mass, mass)
+            found["keys"].append(from_backend(keys, self.backend, device).to(slots.keys.dtype))
+            found["values"].append(from_backend(values, self.backend, device).to(slots.values.dtype))
+            found["mass"].append(mass.float())
+            found["absorbed"].append(_absorbed(decision, slots, self.backend))
+        return {name: _put_below(each, FILLS[name]) for name, each in found.items()}
 
     def of_tokens(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
         """Put what is remembered of each part's tokens below each other."""
@@ -336,8 +360,6 @@ def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Ev
 def _check(policy: Policy, decision: Eviction) -> None:
     """Refuse what a cache cannot store."""
     name = type(policy).__name__
-    if decision.merge is not None:
-        raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
     if decision.choice.levels is not None:
         raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
 
@@ -349,7 +371,26 @@ def are_ragged(decisions: Sequence[Eviction]) -> bool:
 
 def _below(arrays: Sequence[Any], backend: Backend, device: torch.device, fill: int) -> torch.Tensor:
     """Put arrays of the backend below each other; shorter rows are filled up at the front."""
-    rows = [from_backend(each, backend, device) for each in arrays]
+    return _put_below([from_backend(each, backend, device) for each in arrays], fill)
+
+
+def _put_below(rows: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+    """Put tensors below each other; shorter rows are filled up at the front."""
     width = max(row.shape[2] for row in rows)
     sides = (0, 0) * (rows[0].ndim - 3)
     return torch.cat([pad(row, (*sides, 0, width - row.shape[2]), value=fill) for row in rows])
+
+
+def _absorbed(decision: Eviction, slots: Slots, backend: Backend) -> torch.Tensor:
+    """Count the dropped tokens in each kept slot (batch, kv_heads, b): those of now, and those of earlier evictions."""
+    device = slots.keys.device
+    kept = from_backend(decision.kept, backend, device).to(torch.int64)
+    earlier = kept.new_zeros(slots.keys.shape[:3]) if slots.absorbed is None else slots.absorbed.to(torch.int64)
+    counted = kept.new_zeros(kept.shape)
+    if decision.merge is None:
+        return torch.where(kept >= 0, earlier.gather(2, kept.clamp(min=0)), counted).to(torch.int32)
+    into = from_backend(decision.merge.into, backend, device).to(torch.int64)
+    # One place more, for the fills.
+    is_kept = kept.new_zeros((*into.shape[:2], into.shape[2] + 1)).scatter(2, kept.where(kept >= 0, into.shape[2]), 1)
+    tokens = torch.where(into >= 0, earlier + 1 - is_kept[:, :, :-1], 0)
+    return counted.scatter_add(2, into.clamp(min=0), tokens).to(torch.int32)

@@ -20,7 +20,7 @@ from .probes import HeldProbe
 from .queries import Queries
 from .record import EvictionRecord, redundancy
 from .settings import Settings
-from .slots import OfSlots, Slots
+from .slots import FILLS, OfSlots, Slots
 from .source import Source
 
 __all__ = ["EvictingLayer"]
@@ -50,12 +50,16 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    mass : torch.Tensor, shape (batch, kv_heads, stored), float32, or None
+        How many tokens each slot counts as, in attention and in the next eviction. None as long as nothing was merged.
+    absorbed : torch.Tensor, shape (batch, kv_heads, stored), int32, or None
+        How many dropped tokens went into each slot. None as long as nothing was merged.
     probes : tuple of HeldProbe
         What `EvictingCache.probe` has asked; until the next eviction, and as long as no token comes or goes.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
     slots : Slots
-        Everything per token in one value: keys, values, positions, places, valid and state.
+        Everything per token in one value: keys, values, positions, places, valid, mass, absorbed and state.
     budget : int or None
         Tokens per row that the last eviction aimed at, or found; the most of any row where rows differ.
     budgets_found : torch.Tensor, shape (batch,), int64, or None
@@ -75,6 +79,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     positions = OfSlots["torch.Tensor | None"]()
     places = OfSlots["torch.Tensor | None"]()
     valid = OfSlots["torch.Tensor | None"]()
+    mass = OfSlots["torch.Tensor | None"]()
+    absorbed = OfSlots["torch.Tensor | None"]()
     state = OfSlots[Mapping[str, torch.Tensor]]()
     is_initialized = False
 
@@ -138,8 +144,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.probes = ()
         if slots.positions is not None:
             arrays["positions"] = torch.arange(start, end, device=keys.device).expand(keys.shape[:3])
-        if slots.valid is not None and arrays.get("valid") is None:
-            arrays["valid"] = keys.new_ones(keys.shape[:3], dtype=torch.bool)
+        for name in ("valid", "mass", "absorbed"):
+            held = getattr(slots, name)
+            if held is not None and arrays.get(name) is None:
+                arrays[name] = held.new_full(keys.shape[:3], FILLS[name])
         self.slots = slots.append(arrays)
 
     def note_padding(self, padding: torch.Tensor | None, num_new: int) -> None:
@@ -289,8 +297,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"got a budget of {budget}"
             )
         positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
-        kept, state = decider.kept(decisions)
-        self._gather(kept, state, is_ragged=are_ragged(decisions))
+        kept, others = decider.kept(decisions)
+        self._gather(kept, others, is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
         self.budgets_found = None
@@ -368,15 +376,18 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return [self.num_seen] * self.slots.keys.shape[0]
         return [int(x) for x in (self.num_seen - self.num_hidden).tolist()]
 
-    def _gather(self, kept: torch.Tensor, state: Mapping[str, torch.Tensor], *, is_ragged: bool) -> None:
-        """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
+    def _gather(self, kept: torch.Tensor, others: Mapping[str, Any], *, is_ragged: bool) -> None:
+        """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one.
+
+        `others` are the arrays of the kept slots that the eviction made anew.
+        """
         before = self.slots
         if kept.shape[-1] == before.count and not is_ragged:
-            self.slots = before.having(state=state)
+            self.slots = before.having(**others)
             return
         rotation = rotary.check(self.rotation, before.places) if self.settings.rerotate else None
         positions, num_dropped = self.true_positions, before.count - kept.shape[-1]
-        after = before.having(positions=positions, state={}).take(kept, has_unused=is_ragged)
+        after = before.having(positions=positions, state={}).take(kept, has_unused=is_ragged).having(**others)
         if is_ragged and after.positions is not None:
             # Reads numbers back from the device, which equal heads and rows never do.
             num_dropped = int(((positions >= 0).sum(dim=-1) - (after.positions >= 0).sum(dim=-1)).max())
@@ -386,7 +397,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             after = after.having(keys=rotary.rotate(after.keys, rotation, after.places, to), places=to)
         self.num_dropped += num_dropped
         self.bytes_freed += before.nbytes - after.nbytes
-        self.slots = after.having(state=state)
+        self.slots = after
 
     def _queries_after(self, policy: Policy, budget: int) -> Queries | None:
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
