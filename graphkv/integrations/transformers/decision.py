@@ -14,12 +14,16 @@ from ...core.errors import ArgumentError
 from ...core.eviction import Eviction, evict, observe, wants
 from ...core.layer import Layer, Memory
 from ...core.policy import Assessment, Policy
+from ...core.precision import Precision
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
 from .slots import Slots, gathered, in_line, padding_first
 
-__all__ = ["Decider", "Part", "are_ragged", "parted"]
+__all__ = ["LEVELS", "Decider", "Part", "are_ragged", "parted", "precision_of"]
+
+# Not the name of anything that a policy remembers.
+LEVELS = "levels of the tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +252,19 @@ class Decider:
         return tensor if self.order is None else gathered(tensor, self.order)
 
     def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
+        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and what goes with them.
+
+        That is the sums, by their names, and the levels as `LEVELS` where some are demoted.
+        """
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
         state = self.of_tokens([each.state for each in decisions])
+        if any(each.levels is not None for each in decisions):
+            # A row at rest has no levels: what it demoted before stays so.
+            levels = [
+                each.backend.xp.zeros_like(each.kept) if each.levels is None else each.levels for each in decisions
+            ]
+            state[LEVELS] = _below(levels, self.backend, device, 0).to(torch.uint8)
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
             kept, state = in_line(kept, state)
@@ -285,8 +298,16 @@ def _check(policy: Policy, decision: Eviction) -> None:
     name = type(policy).__name__
     if decision.merge is not None:
         raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
-    if decision.choice.levels is not None:
-        raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
+    if decision.levels is not None and len(decision.choice.precisions) != 1:
+        raise ArgumentError(
+            f"policy must demote tokens to one precision in a model's cache; {name} has "
+            f"{len(decision.choice.precisions)}"
+        )
+
+
+def precision_of(decisions: Sequence[Eviction]) -> Precision | None:
+    """Return how demoted tokens are stored; None where none is demoted."""
+    return next((each.choice.precisions[0] for each in decisions if each.levels is not None), None)
 
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:

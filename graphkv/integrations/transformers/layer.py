@@ -14,13 +14,15 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError
 from ...core.eviction import Eviction
 from ...core.policy import Policy
+from ...core.precision import Precision
 from . import rotary, versions
-from .decision import Decider, are_ragged, parted
+from .decision import LEVELS, Decider, are_ragged, parted, precision_of
 from .queries import Queries
 from .record import EvictionRecord, redundancy
 from .settings import Settings
 from .slots import OfSlots, Slots
 from .source import Source
+from .tiers import TieredSlots, demoted, query_peaks
 
 __all__ = ["EvictingLayer"]
 
@@ -51,6 +53,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
+    query_peaks : torch.Tensor, shape (batch, kv_heads, D), or None
+        The largest absolute query of every channel so far, where keys may be demoted and have to be balanced with them.
     slots : Slots
         Everything per token in one value: keys, values, positions, places, valid and state.
     budget : int or None
@@ -87,6 +91,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_seen = 0
         self.num_new = 0
         self.rotation: rotary.Rotation | None = None
+        self.query_peaks: torch.Tensor | None = None
         self.row_budgets: torch.Tensor | None = None
         self.shared_by: Policy | None = None
         self.budget: int | None = None
@@ -193,9 +198,17 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if self.record_past:
             wanted += query.shape[2]
         held = Queries.of(query, scaling, self.slots.valid, self.num_seen)
+        self._note_peaks(held)
         if self.held is not None:
             held = self.held.append(held, self.num_seen - query.shape[2])
         self.held = (held.padding_first() if self.has_holes else held).last(wanted)
+
+    def _note_peaks(self, new: Queries) -> None:
+        """Keep the largest queries of every channel, until they have balanced the keys that are demoted."""
+        policy = self.settings.policy
+        if isinstance(self.slots, TieredSlots) or not (policy is None or policy.needs().demotes):
+            return
+        self.query_peaks = query_peaks(new.queries, new.asked, self.slots.keys.shape[1], self.query_peaks)
 
     def note_places(self, module: torch.nn.Module, num_new: int) -> None:
         """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
@@ -271,7 +284,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"got a budget of {budget}"
             )
         positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
-        self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
+        kept, state = decider.kept(decisions)
+        self._gather(kept, state, precision_of(decisions), is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
         self.budget, self.num_new, self.due_at = budget, 0, None
@@ -344,11 +358,18 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return [self.num_seen] * self.slots.keys.shape[0]
         return [int(x) for x in (self.num_seen - self.num_hidden).tolist()]
 
-    def _gather(self, kept: torch.Tensor, state: Mapping[str, torch.Tensor], *, is_ragged: bool) -> None:
+    def _gather(
+        self, kept: torch.Tensor, state: Mapping[str, torch.Tensor], precision: Precision | None, *, is_ragged: bool
+    ) -> None:
         """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
-        before = self.slots
+        before, levels = self.slots, state.get(LEVELS)
+        state = {name: sums for name, sums in state.items() if name != LEVELS}
         if kept.shape[-1] == before.count and not is_ragged:
-            self.slots = before.having(state=state)
+            after = before
+            if levels is not None:
+                after = demoted(before, before, kept, levels, precision, self.query_peaks)
+            self.bytes_freed += before.nbytes - after.nbytes
+            self.slots = after.having(state=state)
             return
         rotation = rotary.check(self.rotation, before.places) if self.settings.rerotate else None
         positions, num_dropped = self.true_positions, before.count - kept.shape[-1]
@@ -360,6 +381,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             # Contiguous up to the last token seen: new tokens go on at their true positions.
             to = rotary.contiguous(before.places, before.valid, after.count, after.valid)
             after = after.having(keys=rotary.rotate(after.keys, rotation, after.places, to), places=to)
+        after = demoted(after, before, kept, levels, precision, self.query_peaks)
         self.num_dropped += num_dropped
         self.bytes_freed += before.nbytes - after.nbytes
         self.slots = after.having(state=state)
@@ -425,7 +447,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def _is_whole(self) -> bool:
         """Whether nothing was dropped and nothing summed up: as if there had been no eviction."""
-        remembers = self.slots.state or self.layer_state
+        remembers = self.slots.state or self.layer_state or isinstance(self.slots, TieredSlots)
         return self.num_seen == self.num_stored and not self.num_dropped and not remembers
 
     @property
@@ -508,6 +530,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.slots = self.slots.rows(change)
         self.layer_state = {name: change(x) for name, x in self.layer_state.items()}
         self.held = None if self.held is None else self.held.rows(change)
+        self.query_peaks = None if self.query_peaks is None else change(self.query_peaks)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
         # It is about other rows.

@@ -29,6 +29,7 @@ from .queries import Queries
 from .settings import Settings
 from .slots import Slots
 from .source import Source
+from .tiers import TieredSlots
 
 __all__ = ["load_cache", "save_cache"]
 
@@ -55,6 +56,7 @@ FIELDS = {each.name: each.metadata for each in fields(Slots) if each.name != "st
 TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIELDS.items()} | {
     "queries": ("batch", "query_heads", "num_queries", "head_size"),
     "asked": ("batch", "num_queries"),
+    "query_peaks": ("batch", "kv_heads", "head_size"),
     "num_hidden": ("batch",),
 }
 DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | dict.fromkeys(("asked", "num_hidden"), torch.int64)
@@ -216,7 +218,14 @@ def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
         return
-    found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | {"num_hidden": layer.num_hidden}
+    found = (
+        vars(layer.slots)
+        | ({} if layer.held is None else layer.held._asdict())
+        | {
+            "num_hidden": layer.num_hidden,
+            "query_peaks": layer.query_peaks,
+        }
+    )
     for name in TENSORS:
         if found.get(name) is not None:
             yield name, found[name]
@@ -245,6 +254,11 @@ def _layer_header(layer: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any]:
+    if isinstance(layer.slots, TieredSlots):
+        raise ArgumentError(
+            "a cache with tokens in fewer bits cannot be saved; save it before the policy demotes any, or evict by "
+            f"another policy than {settings.policy}"
+        )
     shared_by = to_plain(layer.shared_by)
     if not is_known(shared_by) and layer.shared_by != settings.policy:
         raise ArgumentError(
@@ -484,7 +498,7 @@ def _fill_attention(
         stored = {each.name: found[each.name] for each in fields(Slots) if each.name in found}
         layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
         layer.layer_state = {key: tensor.to(device) for key, tensor in layer_state.items()}
-        layer.num_hidden = found.get("num_hidden")
+        layer.num_hidden, layer.query_peaks = found.get("num_hidden"), found.get("query_peaks")
         if "queries" in found:
             layer.held = Queries(queries=found["queries"], asked=found.get("asked"))
     size = found["keys"].shape[-1] if found else 0
