@@ -6,10 +6,12 @@ One line here makes a policy public; `graphkv.adapters.catalog` has an entry for
 from typing import TYPE_CHECKING
 
 from .adakv import AdaKV as AdaKV
+from .anyquery import AnyQuery as AnyQuery
 from .attendre import LFA as LFA
 from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
+from .chunkkv import ChunkKV as ChunkKV
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
@@ -18,6 +20,7 @@ from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
+from .lossless import Lossless as Lossless
 from .mikv import MiKV as MiKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
@@ -27,6 +30,7 @@ from .random import Random as Random
 from .rkv import RKV as RKV
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
+from .shared import Shared as Shared
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA

@@ -226,7 +226,9 @@ def test_a_padded_row_is_what_it_is_alone(model, ids, name, side):
             mine = valid[head] & (ours.true_positions[1, head] >= 0)
             its = theirs.true_positions[0, head] >= 0
             offset = 5 if side == "left" else 0
-            assert ours.true_positions[1, head][mine].tolist() == (theirs.true_positions[0, head][its] + offset).tolist()
+            assert (
+                ours.true_positions[1, head][mine].tolist() == (theirs.true_positions[0, head][its] + offset).tolist()
+            )
             torch.testing.assert_close(ours.keys[1, head][mine], theirs.keys[0, head][its], atol=1e-4, rtol=1e-3)
 
 
