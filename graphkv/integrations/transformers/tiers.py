@@ -85,7 +85,7 @@ def unpacked(packed: torch.Tensor, size: int, precision: Precision) -> torch.Ten
         words = words[..., 0]
     else:
         words = (words.to(torch.int32) << _steps(num_bytes, 8, words, torch.int32)).sum(dim=-1, dtype=torch.int32)
-    codes = (words[..., None] >> _steps(per_word, precision.bits, words)) & (2**precision.bits - 1)
+    codes: torch.Tensor = (words[..., None] >> _steps(per_word, precision.bits, words)) & (2**precision.bits - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :size]
 
 
