@@ -14,12 +14,16 @@ from ...core.errors import ArgumentError
 from ...core.eviction import Eviction, evict, evict_layers, observe, wants
 from ...core.layer import Layer, Memory, Probe
 from ...core.policy import Assessment, Policy, Requirements, Wrapper
+from ...core.precision import Precision
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
 from .slots import FILLS, Slots, gathered, in_line, padding_first
 
-__all__ = ["Decider", "Part", "are_ragged", "evict_together", "parted"]
+__all__ = ["LEVELS", "Decider", "Part", "are_ragged", "evict_together", "parted", "precision_of"]
+
+# Not the name of anything that a policy remembers.
+LEVELS = "levels of the tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,13 +287,20 @@ class Decider:
     def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and their arrays that are new.
 
-        These are the state and, after a merge, keys, values, mass and absorbed, see `Slots`.
+        These are the state; after a merge, keys, values, mass and absorbed, see `Slots`; and, where some are demoted, the
+        levels as `LEVELS`.
         """
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
         others: dict[str, Any] = {"state": self.of_tokens([each.state for each in decisions])}
         if any(each.merge is not None for each in decisions):
             others |= self._merged(decisions)
+        if any(each.levels is not None for each in decisions):
+            # A row at rest has no levels: what it demoted before stays so.
+            levels = [
+                each.backend.xp.zeros_like(each.kept) if each.levels is None else each.levels for each in decisions
+            ]
+            others[LEVELS] = _below(levels, self.backend, device, 0).to(torch.uint8)
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
             kept, others = in_line(kept, others)
@@ -360,8 +371,18 @@ def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Ev
 def _check(policy: Policy, decision: Eviction) -> None:
     """Refuse what a cache cannot store."""
     name = type(policy).__name__
-    if decision.choice.levels is not None:
-        raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
+    if decision.merge is not None and decision.levels is not None:
+        raise ArgumentError(f"policy must either merge tokens or demote them in a model's cache; {name} does both")
+    if decision.levels is not None and len(decision.choice.precisions) != 1:
+        raise ArgumentError(
+            f"policy must demote tokens to one precision in a model's cache; {name} has "
+            f"{len(decision.choice.precisions)}"
+        )
+
+
+def precision_of(decisions: Sequence[Eviction]) -> Precision | None:
+    """Return how demoted tokens are stored; None where none is demoted."""
+    return next((each.choice.precisions[0] for each in decisions if each.levels is not None), None)
 
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:

@@ -94,7 +94,7 @@ class Slots:
 
     def append(self, new: Mapping[str, Any]) -> Slots:
         """Add slots at the end, given by their arrays; arrays that they lack do not grow."""
-        arrays, count = {**self.__dict__}, self.keys.shape[2]
+        arrays, count = {**self.__dict__}, self.count
         for name, array in new.items():
             if array is not None:
                 arrays[name] = _joined(arrays[name], array, count, FILLS[name])
