@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any
@@ -189,6 +189,11 @@ class PerLayer(Wrapper):
     def at(self, layer: int, num_layers: int, /) -> Policy:
         """Return the layer's policy."""
         return self.policies[layer * len(self.policies) // num_layers].at(layer, num_layers)
+
+    def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
+        """Return the same wrappers over another base, in every layer."""
+        policies = tuple(policy.with_base(change) for policy in self.policies)
+        return replace(self, base=self.base.with_base(change), policies=policies)
 
     def needs(self) -> Requirements:
         """Return the needs of all policies together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -246,6 +246,20 @@ class Policy(Value, ABC):
         """Return the policy of one layer. Default: this one for all."""
         return self
 
+    def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
+        """Return the same wrappers over what `change` makes of the innermost base. Default: a policy without wrappers.
+
+        Parameters
+        ----------
+        change : callable
+            Called with the base, returns a policy.
+
+        Returns
+        -------
+        Policy
+        """
+        return change(self)
+
     def needs(self) -> Requirements:
         """Return what the policy needs, its base included."""
         return self.requirements
@@ -315,6 +329,10 @@ class Wrapper(Policy):
         """Return this wrapper over the base's policy of the layer."""
         base = self.base.at(layer, num_layers)
         return self if base is self.base else replace(self, base=base)
+
+    def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
+        """Return this wrapper over another base."""
+        return replace(self, base=self.base.with_base(change))
 
     def needs(self) -> Requirements:
         """Return the needs of the base and of this wrapper."""

@@ -16,6 +16,7 @@ from ...core.layer import Layer, Memory
 from ...core.policy import Assessment, Policy
 from . import rotary
 from .handover import from_backend, to_backend
+from .pinned import check_room, with_pinned
 from .queries import Queries
 from .slots import Slots, gathered, in_line, padding_first
 
@@ -38,6 +39,8 @@ class Part:
         Queries that are those of tokens and not of padding; None if all may count.
     budget : int or None
         Instead of the policy's own.
+    num_pinned : int
+        Tokens of the prompt that must not go, in the row and head with most of them.
     is_at_rest : bool
         Whether nothing new has come in this row, so that all of it stays.
     """
@@ -48,6 +51,7 @@ class Part:
     num_summed: int | None = None
     num_queries: int | None = None
     budget: int | None = None
+    num_pinned: int = 0
     is_at_rest: bool = False
 
     def of(self, slots: Slots, order: torch.Tensor | None) -> Slots:
@@ -67,10 +71,12 @@ def parted(
     budgets: Sequence[int] | None,
     has_holes: bool,
     num_new: int | None,
+    pinned: Sequence[int],
 ) -> tuple[list[Part], torch.Tensor | None]:
     """Compute what is decided together, and an order of the slots that puts padding first where rows have holes.
 
-    All rows together, unless they have budgets of their own; or holes: then each row is what it would be alone.
+    All rows together, unless they have budgets or prompts of their own; or holes: then each row is what it would be
+    alone.
 
     Parameters
     ----------
@@ -85,16 +91,23 @@ def parted(
         Whether padding has followed a token in any row.
     num_new : int or None
         A row without a token among that many newest slots is at rest. None: no row is.
+    pinned : sequence of int
+        Tokens of the prompt that each row must keep.
 
     Returns
     -------
     tuple of list of Part and torch.Tensor (batch, kv_heads, stored) or None
     """
     has_holes = has_holes and slots.valid is not None
-    if not has_holes and budgets is None:
-        return [Part(rows=slice(None), num_seen=max(seen, default=0))], None
+    if not has_holes and budgets is None and len(set(pinned)) < 2:
+        return [Part(rows=slice(None), num_seen=max(seen, default=0), num_pinned=max(pinned, default=0))], None
     parts = [
-        Part(rows=slice(row, row + 1), num_seen=count, budget=None if budgets is None else budgets[row])
+        Part(
+            rows=slice(row, row + 1),
+            num_seen=count,
+            budget=None if budgets is None else budgets[row],
+            num_pinned=pinned[row],
+        )
         for row, count in enumerate(seen)
     ]
     if slots.valid is None or not has_holes:
@@ -162,15 +175,19 @@ class Decider:
     def _evict(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> Eviction:
         slots = part.of(self.slots, self.order)
         unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
+        facts = self._facts(policy, part, slots)
+        if part.num_pinned and slots.pinned is not None:
+            policy = with_pinned(policy, to_backend(slots.pinned, self.backend), part.num_pinned)
         decision = evict(
             policy,
             to_backend(slots.keys, self.backend),
-            **self._facts(policy, part, slots),
+            **facts,
             budget=part.budget,
             tokens_seen=part.num_seen,
             unrotated_keys=None if unrotated is None else to_backend(unrotated, self.backend),
         )
         _check(policy, decision)
+        check_room(part.num_pinned, decision.budget, self.layer)
         return decision
 
     def observe(self, policy: Policy) -> tuple[Memory, ...]:

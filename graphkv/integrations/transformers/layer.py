@@ -44,12 +44,14 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         The positions that the stored keys are rotated by, which may be the caller's own; None where nothing is rotated.
     queries : torch.Tensor, shape (batch, query_heads, Q, D), or None
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
+    pinned : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
+        True for the tokens of the prompt, in a cache with ``protect_prompt=True``.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
     slots : Slots
-        Everything per token in one value: keys, values, positions, places, valid and state.
+        Everything per token in one value: keys, values, positions, places, valid, pinned and state.
     budget : int or None
         Tokens per row that the last eviction aimed at; the most of any row where rows differ.
     num_evictions, num_dropped, bytes_freed : int
@@ -67,6 +69,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     positions = OfSlots["torch.Tensor | None"]()
     places = OfSlots["torch.Tensor | None"]()
     valid = OfSlots["torch.Tensor | None"]()
+    pinned = OfSlots["torch.Tensor | None"]()
     state = OfSlots[Mapping[str, torch.Tensor]]()
     is_initialized = False
 
@@ -111,13 +114,17 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         super().lazy_initialization(key_states, value_states)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, num_pinned: int = 0, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens and return all that is stored."""
+        """Append new tokens, the first `num_pinned` of them a prompt's, and return all that is stored."""
         self.awaits_queries = True
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._append({"keys": key_states, "values": value_states})
+        arrays: dict[str, Any] = {"keys": key_states, "values": value_states}
+        if self.settings.protect_prompt:
+            number = torch.arange(key_states.shape[2], device=key_states.device)
+            arrays["pinned"] = (number < num_pinned).expand(key_states.shape[:3])
+        self._append(arrays)
         return self.slots.keys, self.slots.values
 
     def _append(self, arrays: dict[str, Any]) -> None:
@@ -302,6 +309,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             budgets=budgets,
             has_holes=self.has_holes,
             num_new=self.num_new or None if may_rest else None,
+            pinned=_most_pinned(slots),
         )
         return Decider(
             slots=slots,
@@ -497,3 +505,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
         # It is about other rows.
         self.record = None
+
+
+def _most_pinned(slots: Slots) -> list[int]:
+    """Count the tokens of the prompt that each row can see, in the head that has most."""
+    if slots.pinned is None:
+        return [0] * slots.keys.shape[0]
+    pinned = slots.pinned if slots.valid is None else slots.pinned & slots.valid
+    found: list[int] = pinned.sum(dim=-1).amax(dim=-1).tolist()
+    return found

@@ -213,6 +213,9 @@ def describe(
         return "\n".join(lines)
     freed, seconds = sum(each.bytes_freed for each in stats), sum(each.seconds for each in stats)
     lines.append(f"{nbytes / 1e6:.2f} MB stored, {freed / 1e6:.2f} MB freed, {seconds * 1e3:.1f} ms in evictions.")
+    pinned = [int(layer.pinned.sum(dim=-1).max()) for layer in layers if layer.pinned is not None]
+    if pinned:
+        lines.append(f"{max(pinned)} tokens of the prompt are protected: no eviction drops them.")
     recorded = [each for each in stats if each.num_suppressed is not None]
     if recorded:
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)

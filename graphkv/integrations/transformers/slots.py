@@ -47,6 +47,8 @@ class Slots:
         The positions that the first P stored keys are rotated by, which may be the caller's own.
     valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         False for padding and unused slots. None if there are none.
+    pinned : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
+        True for the tokens of the prompt, in a cache that protects them.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         A policy's running sums of the first S stored tokens.
     """
@@ -58,6 +60,7 @@ class Slots:
         default=None, metadata=per_token("axes", dtype=torch.int64, fill=rotary.UNKNOWN)
     )
     valid: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=True))
+    pinned: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=False))
     state: dict[str, torch.Tensor] = field(default_factory=dict, metadata=per_token())
 
     @classmethod
