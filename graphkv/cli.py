@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .core import ArgumentError, BackendUnavailableError, GraphKVError
+from . import __version__
+from .__main__ import PACKAGES
+from .core import GraphKVError, GraphKVWarning
 from .core.backend import BUILT_IN, ENTRY_POINTS
+from .core.extras import needs
+from .naming.listing import list_policies, policy_names
+from .naming.policies import parse_budget
 
-__all__ = ["app", "parse_budget", "run"]
+__all__ = ["app", "run"]
 
 INTERRUPTED = 130
 # Those of this package, and those that installed packages offer.
 BACKENDS = sorted({*BUILT_IN, *(offer.name for offer in entry_points(group=ENTRY_POINTS))})
 OWN = "package.module:NAME is a policy of your own"
+METHODS = (
+    f"A method such as snapkv; +graphkv puts the paper's graph on top, +degree ours; {OWN}; graphkv policies lists all."
+)
+TASKS = (
+    "needle, needle-number, needle-word, needle-uuid, multi-key, multi-value, multi-query, variable-tracking, code, "
+    "common-words, frequent-words, continuation"
+)
 
-Backend = Annotated[str, typer.Option(help=f"Who decides what is kept: {', '.join(BACKENDS)}.")]
+
+def _starting(names: list[str]) -> Any:
+    """Return a completion: the names with a beginning."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+Backend = Annotated[
+    str,
+    typer.Option(
+        help=f"Array library that decides what is kept: {', '.join(BACKENDS)}.", autocompletion=_starting(BACKENDS)
+    ),
+]
 Budget = Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the model runs: cpu, or another device of PyTorch such as cuda. Tested on the CPU only."),
+]
 Document = Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")]
-Lengths = Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a prompt before the question. Repeatable.")]
+Dtype = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
+Lengths = Annotated[
+    list[int] | None, typer.Option(min=1, help="Tokens of a prompt before the question. Repeatable. Default: 1024.")
+]
 Model = Annotated[
     str | None, typer.Option(help="Local directory or hub id. Default: SmolLM2-135M-Instruct, from PyPI.")
-]
-Policies = Annotated[
-    list[str] | None,
-    typer.Option(help=f"A method such as snapkv; +graphkv puts the graph on top, +degree ours; {OWN}. Repeatable."),
 ]
 PromptText = Annotated[
     Path | None, typer.Option(help="File or folder of text for the prompts. Default: Python's language reference.")
@@ -42,24 +68,38 @@ Question = Annotated[
 RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of the random policy.")]
 Tasks = Annotated[
     list[str] | None,
-    typer.Option(help="What to ask, such as needle; tasks joined by + share their prompts. Repeatable."),
+    typer.Option(
+        help=f"What to ask: {TASKS}. Tasks joined by + share their prompts. Repeatable. Default: needle+continuation.",
+        autocompletion=_starting(TASKS.split(", ")),
+    ),
 ]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+# -h as well, here and in every command.
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]}
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graphkv {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def graphkv() -> None:
+def graphkv(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """KV-cache eviction that knows about near-duplicates."""
 
 
-@contextmanager
-def _extra(command: str, extra: str) -> Iterator[None]:
-    """Name the extra that a command needs where an import fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise BackendUnavailableError(f"graphkv {command} needs: pip install 'graphkv[{extra}]' ({error})") from error
+def _packages(command: str) -> AbstractContextManager[None]:
+    """Name the extra that a command needs where a package of it is missing, before any work begins."""
+    extra, packages = PACKAGES[command]
+    return needs(f"graphkv {command}", extra, *packages)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -70,26 +110,55 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 @app.command()
+def policies() -> None:
+    """List the names of all policies: the paper, what each needs, and what it ranks tokens by."""
+    rows = [("name", "arXiv", "needs", "ranks tokens by"), *list_policies()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for *cells, what in rows:
+        typer.echo("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), what]))
+
+
+@app.command()
 def demo(
     model: Model = None,
     text: Document = None,
     question: Question = None,
     answer: Annotated[
-        str | None, typer.Option(help="Expected answer. Default: the fact, or what the full cache answers.")
+        str | None,
+        typer.Option(help="Expected answer, whose NLL is shown. Default: the fact, or what the full cache answers."),
     ] = None,
-    budget: Budget = "512",
-    policy: Policies = None,
+    must_contain: Annotated[
+        str | None,
+        typer.Option(help="What every right answer contains, in upper or lower case. Default: the expected answer."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens to keep per layer: a number, or a percentage like 25%. "
+            "Default: 512; 144 for the demo's own documents."
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{METHODS} Repeatable. Default: full, random; snapkv and knorm alone, with +graphkv, with +degree.",
+            autocompletion=policy_names,
+        ),
+    ] = None,
     backend: Backend = "torch",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    seed: RandomSeed = 0,
-    output: Annotated[Path, typer.Option(help="Folder for report.json and kept.png.")] = Path("graphkv-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the demo's own documents and of the random policy.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for report.json and the pictures.")] = Path("graphkv-demo"),
 ) -> None:
     """Evict a real model's KV cache by several policies, and compare their answers.
 
-    The prompt is read once. Every policy evicts its own copy of that cache and answers from what is left.
+    Without --text and --question there are two documents: a log that repeats itself, and ordinary running text. Each is
+    read once; every policy evicts its own copy of that cache and answers from what is left.
     """
-    tokens = parse_budget(budget)
-    with _extra("demo", "demo"):
+    tokens = None if budget is None else parse_budget(budget)
+    with _packages("demo"):
         from .demo.app import main  # noqa: PLC0415 - torch and transformers take seconds to import
 
     main(
@@ -97,9 +166,12 @@ def demo(
         text=text,
         question=question,
         answer=answer,
+        must_contain=must_contain,
         budget=tokens,
         policies=policy or [],
         backend=backend,
+        device=device,
+        dtype=dtype,
         max_new_tokens=max_new_tokens,
         seed=seed,
         output=output,
@@ -114,9 +186,11 @@ def inspect(
     budget: Budget = "512",
     policy: Annotated[
         str,
-        typer.Option(help=f"A method such as snapkv; +graphkv puts the graph on top, +degree ours; {OWN}."),
+        typer.Option(help=METHODS, autocompletion=policy_names),
     ] = "snapkv+graphkv",
     backend: Backend = "torch",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: RandomSeed = 0,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Layer to look at first. Default: where most was suppressed.")
@@ -128,7 +202,7 @@ def inspect(
 ) -> None:
     """Evict one prompt by one policy, and show token by token what was kept, dropped or suppressed, and by whom."""
     tokens = parse_budget(budget)
-    with _extra("inspect", "demo"):
+    with _packages("inspect"):
         from .demo.inspect import main  # noqa: PLC0415 - torch and transformers take seconds to import
 
     main(
@@ -138,6 +212,8 @@ def inspect(
         budget=tokens,
         policy=policy,
         backend=backend,
+        device=device,
+        dtype=dtype,
         seed=seed,
         layer=layer,
         head=head,
@@ -147,37 +223,64 @@ def inspect(
 
 @app.command(name="eval")
 def evaluate(
-    suite: Annotated[str | None, typer.Option(help="Settings that come with graphkv: quick or standard.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings of your own.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Settings that come with graphkv: quick or standard. Default: none.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings of your own. Default: none.")] = None,
     model: Model = None,
     task: Tasks = None,
     length: Lengths = None,
-    policy: Policies = None,
-    budget: Annotated[list[int] | None, typer.Option(min=1, help="Tokens to keep per KV head. Repeatable.")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{METHODS} Repeatable. Default: full, snapkv, snapkv+graphkv, snapkv+degree.",
+            autocompletion=policy_names,
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens to keep per KV head: a number, or a percentage like 25%. Repeatable. Default: 256."),
+    ] = None,
     sinks: Annotated[
         list[int] | None,
         typer.Option(min=0, help="First tokens to keep before all others. Repeatable. Default: 4."),
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="aware: the question is in the cache when it is evicted; agnostic: it is not. Repeatable."),
+        typer.Option(
+            help="aware: the question is in the cache when it is evicted; agnostic: it is not. Repeatable. "
+            "Default: both."
+        ),
     ] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts per task and length.")] = None,
-    split: Annotated[str | None, typer.Option(help="held-out, to report; or tuning, to choose settings by.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="First prompt of the split.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts per task and length. Default: 8.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="held-out, to report; or tuning, to choose settings by. Default: held-out.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="First prompt of the split. Default: 0.")] = None,
     generate: Annotated[
-        bool | None, typer.Option("--generate/--no-generate", help="Let the model answer, and score the text.")
+        bool | None,
+        typer.Option(
+            "--generate/--no-generate", help="Let the model answer, and score the text. Default: only with --data."
+        ),
     ] = None,
     text: PromptText = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="File of rows with context, question and answers, one JSON object per line, to ask instead."),
+        typer.Option(
+            help="File of rows with context, question and answers, one JSON object per line, to ask instead. "
+            "Default: none."
+        ),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric of rows that name none, such as f1 or rouge_l.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric of rows that name none, such as f1 or rouge_l. Default: none.")
+    ] = None,
     closeness: Annotated[
-        bool | None, typer.Option("--closeness/--no-closeness", help="Compare attention with the full cache's.")
+        bool | None,
+        typer.Option("--closeness/--no-closeness", help="Compare attention with the full cache's. Default: no."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time. Default: 16.")] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes, each with a model. Default: one per core for the default model, else 1."),
@@ -191,7 +294,7 @@ def evaluate(
 
     Every prompt is read once and serves all policies and budgets. A run that was interrupted goes on where it stopped.
     """
-    with _extra("eval", "eval"):
+    with _packages("eval"):
         from .evaluation.runs.command import main  # noqa: PLC0415 - torch and transformers take seconds to import
         from .evaluation.runs.config import load_config  # noqa: PLC0415
 
@@ -212,6 +315,9 @@ def evaluate(
         data=data,
         metric=metric,
         batch=batch,
+        # The default is left to a file of settings.
+        device=None if device == "cpu" else device,
+        dtype=None if dtype == "float32" else dtype,
     )
     main(load_config(suite, config, given), output=output, workers=workers, threads=threads)
 
@@ -229,7 +335,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report, in the run.")] = None,
 ) -> None:
     """Write what a run found as Markdown and as one HTML page with plots."""
-    with _extra("report", "eval"):
+    with _packages("report"):
         from .evaluation.report.command import main  # noqa: PLC0415 - matplotlib and scipy take seconds to import
 
     main(run, output=output, metrics=metric or [], effect=effect)
@@ -240,8 +346,12 @@ def tune(
     base: Annotated[
         str, typer.Option(help=f"Policy under the graph, such as snapkv or h2o(num_recent=32); {OWN}.")
     ] = "snapkv",
-    budget: Annotated[int, typer.Option(min=1, help="Tokens to keep per KV head in the average layer.")] = 256,
+    budget: Annotated[
+        str, typer.Option(help="Tokens to keep per KV head in the average layer: a number, or a percentage like 25%.")
+    ] = "256",
     model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     task: Tasks = None,
     length: Lengths = None,
     mode: Annotated[
@@ -269,7 +379,7 @@ def tune(
 
     Candidates are chosen on the tuning split; the best one is measured on the held-out split.
     """
-    with _extra("tune", "tune"):
+    with _packages("tune"):
         from .evaluation.runs.config import load_config  # noqa: PLC0415 - torch and transformers take seconds to import
         from .evaluation.tuning.command import main  # noqa: PLC0415
 
@@ -285,6 +395,8 @@ def tune(
         split="tuning",
         generate=metric == "score",
         text=text,
+        device=device,
+        dtype=dtype,
     )
     main(
         load_config(None, None, given),
@@ -299,30 +411,15 @@ def tune(
     )
 
 
-def parse_budget(text: str) -> int | float:
-    """Read ``512`` as tokens and ``25%`` as a share.
-
-    >>> parse_budget("512"), parse_budget("25%"), parse_budget("12.5 %")
-    (512, 0.25, 0.125)
-    """
-    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if match is None or (not match[2] and "." in match[1]):
-        raise ArgumentError(f"--budget must be a number of tokens or a percentage like 25%; got {text!r}")
-    if match[2]:
-        share = float(match[1]) / 100
-        if not 0 < share <= 1:
-            raise ArgumentError(f"--budget must lie above 0% and be at most 100%; got {text!r}")
-        return share
-    if int(match[1]) < 1:
-        raise ArgumentError(f"--budget must be at least 1 token; got {text!r}")
-    return int(match[1])
-
-
 def run(arguments: list[str]) -> int:
     """Run a command and return its exit code."""
+    # It warns of a cache folder that it may not write, and works all the same.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
-        # Outside standalone mode Typer returns the exit code of --help and of Ctrl-C instead of exiting.
-        code = app(arguments, prog_name="graphkv", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            _show_warnings_in_one_line()
+            # Outside standalone mode Typer returns the exit code of --help and of Ctrl-C instead of exiting.
+            code = app(arguments or ["--help"], prog_name="graphkv", standalone_mode=False) or 0
     except GraphKVError as error:
         return _refuse(str(error))
     except typer.Abort:
@@ -335,6 +432,19 @@ def run(arguments: list[str]) -> int:
     if code == INTERRUPTED:
         print("graphkv: interrupted", file=sys.stderr)
     return int(code)
+
+
+def _show_warnings_in_one_line() -> None:
+    """Show our warnings as errors are shown: whoever runs a command did not write the line that warns."""
+    show = warnings.showwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, GraphKVWarning):
+            print("graphkv: warning: " + " ".join(str(message).split()), file=sys.stderr)
+        else:
+            show(message, category, *where, **options)
+
+    warnings.showwarning = one_line
 
 
 def _refuse(message: str) -> int:

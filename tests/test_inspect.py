@@ -275,7 +275,7 @@ def test_inspect_prints_the_report_and_writes_picture_and_page(tiny, text, tmp_p
     data = content(out / "inspect.html")
     shown = "".join(data["words"])
     assert all(paragraph in shown for paragraph in text.read_text(encoding="utf-8").strip().split("\n\n"))
-    assert "What is the magic number of the library?" in shown
+    assert "Where does the author of this chapter live?" in shown
     # A byte each: the second byte of a character shows nothing of its own.
     assert data["tokens"] == len(shown.encode()) == len(data["words"])
     assert data["words"][shown.index("ï") + 1] == ""

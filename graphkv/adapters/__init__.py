@@ -18,6 +18,7 @@ from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
+from .mikv import MiKV as MiKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
 from .per_layer import PerLayer as PerLayer

@@ -272,6 +272,16 @@ ENTRIES = (
         checked="the output of attention without the token",
     ),
     Entry(
+        policy=adapters.MiKV,
+        name="mikv",
+        paper="2402.18096",
+        importance="that of its base; what it would drop is kept in 2, 3, 4 or 8 bits",
+        protects=BASE,
+        checked="loops of the rounding and of the tiers, sizes in bytes",
+        # At the base's bytes and without demoted tokens: tests count those of the base.
+        needed=lambda base: {"high": 1.0},
+    ),
+    Entry(
         policy=adapters.LayerBudgets,
         importance="that of its base, with a given budget for each layer",
         protects=BASE,

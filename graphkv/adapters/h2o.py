@@ -41,7 +41,7 @@ class H2O(SinkPolicy):
         Newest tokens that are always kept; 0 is allowed. Default: half the budget, rounded down.
     group_reduction : str
         ``"mean"``, ``"max"`` or ``"sum"`` over the query heads of a KV head, of their accumulated attention.
-    age_normalised : bool
+    age_normalized : bool
         Divide by the number of queries that could see the token, so that old tokens have no head start.
     block_size : int
         Queries whose attention is in memory at a time. It changes nothing but rounding.
@@ -67,7 +67,7 @@ class H2O(SinkPolicy):
     non-causal attention. All of them sum scores over the batch or assume a batch of 1. A widely used benchmark code
     evicts the prompt only, keeps a short window instead of half the budget, and let queries see the future until 2026;
     `num_recent` expresses the window. Another library divides by age and keeps no recents: ``num_recent=0,
-    age_normalised=True``.
+    age_normalized=True``.
 
     References
     ----------
@@ -97,7 +97,7 @@ class H2O(SinkPolicy):
 
     num_recent: int | None = None
     group_reduction: str = "mean"
-    age_normalised: bool = False
+    age_normalized: bool = False
     block_size: int = 64
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class H2O(SinkPolicy):
         if self.num_recent is not None:
             checks.count("num_recent", self.num_recent)
         checks.choice("group_reduction", self.group_reduction, ("mean", "max", "sum"))
-        checks.flag("age_normalised", self.age_normalised)
+        checks.flag("age_normalized", self.age_normalized)
         checks.count("block_size", self.block_size, minimum=1)
 
     @classmethod
@@ -152,7 +152,7 @@ class H2O(SinkPolicy):
         """Reduce the accumulated attention over the query heads."""
         sums, xp = running.sums_of(memory), layer.xp
         received = attention.group_heads(xp.matrix_transpose(sums["attention"]), self.group_reduction, xp=xp)
-        if not self.age_normalised:
+        if not self.age_normalized:
             return received
         seen_by = sums["queries"]
         return received / xp.where(seen_by > 0, seen_by, xp.ones_like(seen_by))

@@ -39,6 +39,7 @@ from .layer import Cost, Layer, LayerShape, Memory
 from .merging import Merge
 from .pagerank import pagerank
 from .policy import Assessment, Policy, Requirements, Wrapper
+from .precision import Precision
 from .propagation import propagate
 from .protection import Protection
 from .selection import Choice, select
@@ -69,6 +70,7 @@ __all__ = [
     "Merge",
     "PageRank",
     "Policy",
+    "Precision",
     "Protection",
     "Requirements",
     "Signal",

@@ -12,6 +12,7 @@ from .errors import ArgumentError, ArgumentTypeError, BackendError
 from .libraries import library_of
 
 __all__ = [
+    "budget",
     "choice",
     "count",
     "finite_weight",
@@ -77,13 +78,25 @@ def finite_weight(name: str, value: Any, /) -> float:
     return number
 
 
-def ratio_or_count(name: str, value: Any, /, *, zero: bool = True) -> int | float:
+def budget(value: Any, /) -> int | float:
+    """Return a budget: tokens as an integer of at least 0, or a share of the tokens as a float above 0, at most 1."""
+    if isinstance(value, Real) and not isinstance(value, bool) and not is_whole(value):
+        number = float(value)
+        if not 0 < number <= 1:
+            raise ArgumentError(
+                f"budget must be a number of tokens as an integer, or a share above 0 and at most 1; got {number}"
+            )
+        return number
+    try:
+        return count("budget", value)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"budget must be an integer or a float share; got {_show(value)}") from None
+
+
+def ratio_or_count(name: str, value: Any, /) -> int | float:
     """Return a count as an integer, or a share as a float in [0, 1]."""
     if isinstance(value, Real) and not isinstance(value, bool) and not is_whole(value):
-        number = fraction(name, value)
-        if number == 0 and not zero:
-            raise ArgumentError(f"{name} as a share must lie in (0, 1]; got {number}")
-        return number
+        return fraction(name, value)
     try:
         return count(name, value)
     except ArgumentTypeError:
@@ -169,7 +182,8 @@ def grouped_rows(
 def instance(name: str, value: Any, kind: type, /) -> None:
     """Require a value of one of the library's own types."""
     if not isinstance(value, kind):
-        raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+        got = f"the class {value.__name__}: call it" if isinstance(value, type) else type(value).__name__
+        raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {got}")
 
 
 def graph_fields(graph: Any, /) -> None:

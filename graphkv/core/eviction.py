@@ -70,6 +70,11 @@ class Eviction:
         """Number of kept tokens per head, where heads or rows keep different numbers, see `Choice`."""
         return self.choice.counts
 
+    @property
+    def levels(self) -> Array | None:
+        """How far each kept token is demoted, where some are kept in fewer bits, see `Choice`."""
+        return self.choice.levels
+
     def apply(self, x: Array, /) -> Array:
         """Gather the kept tokens of any per-token array.
 
@@ -351,7 +356,7 @@ def _budget(policy: Policy, layer: Layer, budget: int | float | None, tokens_see
     own = checks.count("the layer's budget", policy.layer_budget(seen, layer.layer, layer.num_layers))
     if budget is None:
         return own
-    tokens = budgets.tokens_of(checks.ratio_or_count("budget", budget, zero=False), seen)
+    tokens = budgets.tokens_of(checks.budget(budget), seen)
     # With room for everything nothing is evicted, whatever the policy's budgets are.
     if policy.needs().settled and tokens != own and tokens < num_tokens:
         raise ArgumentError(f"budget must be {own}, as {name_of(policy)} has settled, or left out; got {budget}")

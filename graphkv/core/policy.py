@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from . import budgets, checks
+from .errors import ArgumentError
 from .layer import Cost, Layer, LayerShape, Memory
 from .merging import Merge
 from .protection import Protection
@@ -67,6 +68,8 @@ class Requirements:
         differently where some of the heads are in another process.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
+    demotes : bool
+        Keeps some tokens in fewer bits, see `Choice.levels`.
     """
 
     values: bool = False
@@ -77,6 +80,7 @@ class Requirements:
     wants: bool = False
     couples_heads: bool = False
     settled: bool = False
+    demotes: bool = False
 
     def joined(self, base: Requirements, /) -> Requirements:
         """Return these needs together with those of a base policy."""
@@ -91,6 +95,7 @@ class Requirements:
             wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
             settled=self.settled or base.settled,
+            demotes=self.demotes or base.demotes,
         )
 
 
@@ -114,7 +119,7 @@ class Policy(Value, ABC):
     budget: int | float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", checks.ratio_or_count("budget", self.budget, zero=False))
+        object.__setattr__(self, "budget", checks.budget(self.budget))
 
     def observe(self, layer: Layer, memory: Memory | None, /) -> Memory | None:
         """Remember the attention of the new positions.
@@ -283,6 +288,9 @@ class Wrapper(Policy):
 
     def __post_init__(self) -> None:
         checks.instance("base", self.base, Policy)
+        if self.base.needs().demotes and type(self).choose is not Wrapper.choose:
+            name = type(self).__name__
+            raise ArgumentError(f"base must not demote tokens below {name}, which chooses anew; got {self.base}")
         object.__setattr__(self, "budget", self.base.budget)
 
     def observe(self, layer: Layer, memory: Memory | None, /) -> Memory | None:

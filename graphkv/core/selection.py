@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from . import checks, primitives
 from .backend import Backend, SelectStep, resolve
+from .precision import Precision
 from .types import Array, Namespace
 
 __all__ = ["Choice", "select", "select_per_head"]
@@ -24,11 +25,14 @@ class Choice:
         Number of kept tokens per row, where they differ.
     levels : array, shape (batch, kv_heads, b), integer, or None
         How far each kept token is demoted: 0 as it is, 1 and more in fewer bits. None: all as they are.
+    precisions : tuple of Precision
+        How tokens of level 1, 2 and so on are stored.
     """
 
     kept: Array
     counts: Array | None = None
     levels: Array | None = None
+    precisions: tuple[Precision, ...] = ()
 
 
 def select(

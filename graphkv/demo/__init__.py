@@ -1,1 +1,1 @@
-"""``graphkv demo``: one real model, one prompt, several policies."""
+"""``graphkv demo``: one real model, two prompts, several policies; and ``graphkv inspect``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from ..core.backend import load
 from ..core.errors import ArgumentError
@@ -13,8 +12,8 @@ from ..integrations.transformers import EvictingCache, observing
 from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
 from ..workbench.forward import read
-from ..workbench.model import DEFAULT_MODEL, load_model
-from ..workbench.progress import show_steps
+from ..workbench.model import DEFAULT_MODEL, check_device, load_model
+from ..workbench.progress import show_steps, table_console
 from ..workbench.text import read_text
 from .findings import find
 from .page import write_page
@@ -32,6 +31,8 @@ def main(
     budget: int | float,
     policy: str,
     backend: str,
+    device: str,
+    dtype: str,
     seed: int,
     layer: int | None,
     head: int | None,
@@ -44,11 +45,12 @@ def main(
     decider = load(backend)
     if question is not None and not question.strip():
         raise ArgumentError("--question must not be empty")
+    check_device(device, dtype)
     check_folder(output)
     document = None if text is None else read_text(text)
 
     with show_steps() as say:
-        language_model, tokenizer = load_model(model, say)
+        language_model, tokenizer = load_model(model, say, device=device, dtype=dtype)
         config = language_model.config
         sizes = {"--layer": (layer, config.num_hidden_layers), "--head": (head, _num_heads(config))}
         for name, (index, size) in sizes.items():
@@ -58,10 +60,14 @@ def main(
         say(f"Reading {prompt.token_ids.shape[1]} tokens")
         cache = EvictingCache(chosen, record=True, backend=decider)
         with observing(language_model), torch.inference_mode():
-            read(language_model, prompt.token_ids, cache)
-        say("Drawing")
+            read(language_model, prompt.token_ids.to(language_model.device), cache)
         title = f"{policy} on {model or DEFAULT_MODEL}"
         findings = find(cache, prompt.words, title=title, layer=layer, head=head, fact=prompt.fact)
+    # First what needs no disk.
+    console = table_console()
+    console.print(cache.report(), "", sep="\n", highlight=False, markup=False, soft_wrap=True)
+    with show_steps() as say:
+        say("Drawing")
         write_files(
             output,
             {
@@ -69,8 +75,7 @@ def main(
                 "inspect.html": lambda path: write_page(path, findings),
             },
         )
-    console = Console()
-    for line in (cache.report(), "", f"Picture:  {output / 'inspect.png'}", f"Page:     {output / 'inspect.html'}"):
+    for line in (f"Picture:  {output / 'inspect.png'}", f"Page:     {output / 'inspect.html'}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

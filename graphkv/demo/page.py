@@ -114,7 +114,7 @@ def _lead(findings: Findings) -> str:
 def _numbers(findings: Findings) -> list[tuple[str, str]]:
     kept = (findings.fates >= Fate.KEPT).sum(axis=-1)
     stats = findings.stats
-    found = [
+    return [
         ("tokens", f"{findings.fates.shape[-1]:,}"),
         ("kept per head", _span(kept)),
         ("suppressed", f"{int((findings.fates == Fate.SUPPRESSED).sum()):,}"),
@@ -122,11 +122,6 @@ def _numbers(findings: Findings) -> list[tuple[str, str]]:
         ("MB freed", f"{sum(each.bytes_freed for each in stats) / 1e6:.1f}"),
         ("ms in evictions", f"{sum(each.seconds for each in stats) * 1e3:,.0f}"),
     ]
-    redundancy = findings.redundancy
-    if not np.isnan(redundancy).all():
-        before, after = np.nanmean(redundancy, axis=0)
-        found.append(("mean cosine of keys", f"{before:.3f} → {after:.3f}"))
-    return found
 
 
 def _sentence(findings: Findings, layer: int) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..integrations.transformers import Fate
+from ..naming.names import FULL
 from .findings import Findings
-from .prompt import ChatPrompt
-from .result import Result
+from .result import Part
 
 __all__ = ["draw", "draw_findings"]
 
@@ -29,43 +30,40 @@ DPI = 150
 BINS = 360
 
 
-def draw(path: Path, results: list[Result], prompt: ChatPrompt) -> None:
-    """Draw one panel per policy, tokens from left to right and layers from top to bottom.
+def draw(path: Path, part: Part) -> None:
+    """Draw one panel per policy that evicts, tokens from left to right and layers from top to bottom.
 
     Parameters
     ----------
     path : pathlib.Path
         Where the PNG goes.
-    results : list of Result
-    prompt : ChatPrompt
+    part : Part
     """
+    results = [result for result in part.results if result.policy != FULL] or part.results
     num_tokens = results[0].kept.shape[-1]
-    figure = Figure(figsize=(11, 0.9 + 1.55 * len(results)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(11, 1.7 + 1.55 * len(results)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
     for panel, result in zip(panels, results, strict=True):
         image = _draw_share(panel, _binned(result.kept), result.kept.shape, cmap=KEPT, vmin=0, vmax=1)
-        share = _binned(result.suppressed)
-        if share.any():
-            # One layer of solid color whose opacity is the share of suppressed tokens.
-            opacity = np.clip(0.35 + 0.65 * share / share.max(), 0, 1) * (share > 0)
-            color = ListedColormap([SUPPRESSED])
-            _draw_share(panel, np.ones_like(share), result.kept.shape, cmap=color, alpha=opacity)
         least, most = min(result.tokens_kept_per_layer), max(result.tokens_kept_per_layer)
         count = f"{least}" if least == most else f"{least} to {most}"
-        dropped = int(result.suppressed.sum())
-        more = f", {dropped} choices suppressed by the graph" if dropped else ""
-        panel.set_title(f"{result.policy}: {count} of {num_tokens} tokens per layer{more}", loc="left", fontsize=9)
-        _mark(panel, prompt.fact)
+        right = {None: "", True: ", answers right", False: ", answers wrong"}[result.answer_is_correct]
+        nll = "" if result.expected_answer_nll is None else f"; NLL {result.expected_answer_nll:.2f}"
+        panel.set_title(
+            f"{result.policy}: {count} of {num_tokens:,} tokens per layer{right}{nll}", loc="left", fontsize=9
+        )
+        _mark(panel, part.prompt.fact)
     panels[-1].set_xlabel("position in the prompt (tokens)", fontsize=8)
     _add_bar(figure, image, list(panels), min(1.0, 2 / len(results)), "share of KV heads that kept the token")
-    legend: list[Any] = []
-    if any(result.suppressed.any() for result in results):
-        legend.append(Patch(color=SUPPRESSED, label="suppressed: the base alone would have kept it"))
-    if prompt.fact is not None:
-        legend.append(Line2D([], [], color=FACT, label="the fact"))
-    if legend:
-        figure.legend(handles=legend, loc="outside upper right", ncols=len(legend), fontsize=8, frameon=False)
+    legend: list[Any] = [Patch(facecolor=KEPT(1.0), label="kept"), Patch(facecolor=KEPT(0.0), label="dropped")]
+    if part.prompt.fact is not None:
+        legend.append(Line2D([], [], color=FACT, label="begin and end of the fact that is asked for"))
+    figure.legend(handles=legend, loc="outside lower left", ncols=len(legend), fontsize=8, frameon=False)
+    question = textwrap.shorten(part.prompt.question, 90, placeholder=" ...")
+    figure.suptitle(
+        f"Which tokens each policy kept of {part.title}, layer by layer\n{question}", x=0.01, ha="left", fontsize=10
+    )
     figure.savefig(path, format="png")
 
 

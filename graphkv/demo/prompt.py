@@ -9,16 +9,10 @@ from typing import Any
 import torch
 
 from ..core.errors import ArgumentError
-from ..workbench.text import Text, language_reference
+from ..workbench.text import Text
+from .stories import Story, reference
 
-__all__ = ["ChatPrompt", "make_prompt"]
-
-FACT = "The magic number of the library is 4817264."
-NUMBER = "4817264"
-QUESTION = "What is the magic number of the library? Answer with one sentence."
-# Chapters of CPython's language reference that are running text rather than grammar.
-CHAPTERS = ("execmodel", "naming", "compound", "with")
-DEFAULT_TOKENS = 2000
+__all__ = ["ChatPrompt", "make_prompt", "prompt_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +25,7 @@ class ChatPrompt:
         The whole prompt, up to where the answer begins.
     words : list of str
         The text of each token; together the whole prompt. Empty for all but the first token of one character.
+    question : str
     expected : str or None
         The expected answer; None if only the full cache can tell.
     must_contain : str or None
@@ -43,6 +38,7 @@ class ChatPrompt:
 
     token_ids: torch.Tensor
     words: list[str]
+    question: str
     expected: str | None
     must_contain: str | None
     document: tuple[int, int]
@@ -50,36 +46,68 @@ class ChatPrompt:
 
 
 def make_prompt(
-    tokenizer: Any, text: Text | None, question: str | None, answer: str | None, max_tokens: int
+    tokenizer: Any,
+    text: Text | None,
+    question: str | None,
+    answer: str | None,
+    max_tokens: int,
+    *,
+    must_contain: str | None = None,
+    seed: int = 0,
 ) -> ChatPrompt:
     """Put document and question into the model's chat template.
 
-    Without a question, a fact is placed in the middle of the document, between two paragraphs, and asked for.
+    Without a question, a sentence is placed in the document, between two paragraphs, and asked about.
 
     Parameters
     ----------
     tokenizer : transformers tokenizer
     text : Text or None
-        The document. None: CPython's language reference.
+        The document. None: the running text of `reference`.
     question, answer : str or None
     max_tokens : int
         Room in the model's context, without that of the answer.
+    must_contain : str, optional
+        What every right answer contains. Default: `answer`.
+    seed : int
+        Of the word that is asked for.
 
     Raises
     ------
     ArgumentError
         If the prompt is too long for the model, or the model has no chat template.
     """
+    story = reference(seed)
+    if question is None:
+        paragraphs = story.text.paragraphs
+        if text is not None:
+            middle = _middle(text.paragraphs)
+            paragraphs = [*text.paragraphs[:middle], story.fact, *text.paragraphs[middle:]]
+        return _put(tokenizer, paragraphs, story.question, story.fact, story.must_contain, max_tokens, fact=story.fact)
+    paragraphs = reference(seed, with_fact=False).text.paragraphs if text is None else text.paragraphs
+    return _put(tokenizer, paragraphs, question, answer, must_contain or answer, max_tokens)
+
+
+def prompt_of(tokenizer: Any, story: Story, max_tokens: int) -> ChatPrompt:
+    """Put one of the demo's own documents, with its question, into the model's chat template; see `make_prompt`."""
+    paragraphs = story.text.paragraphs
+    return _put(tokenizer, paragraphs, story.question, story.fact, story.must_contain, max_tokens, fact=story.fact)
+
+
+def _put(
+    tokenizer: Any,
+    paragraphs: list[str],
+    question: str,
+    expected: str | None,
+    must_contain: str | None,
+    max_tokens: int,
+    fact: str | None = None,
+) -> ChatPrompt:
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("--model must have a chat template; this one has none")
-    paragraphs = _default_document(tokenizer) if text is None else text.paragraphs
-    fact = FACT if question is None else None
-    if fact is not None:
-        middle = _middle(paragraphs)
-        paragraphs = [*paragraphs[:middle], fact, *paragraphs[middle:]]
     document = "\n\n".join(paragraphs)
     whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{document}\n\n{question or QUESTION}"}],
+        [{"role": "user", "content": f"{document}\n\n{question}"}],
         add_generation_prompt=True,
         tokenize=False,
     )
@@ -93,23 +121,12 @@ def make_prompt(
     return ChatPrompt(
         token_ids=torch.asarray([ids]),
         words=_words(whole, offsets),
-        expected=fact or answer,
-        must_contain=NUMBER if fact else answer,
+        question=question,
+        expected=expected,
+        must_contain=must_contain,
         document=_span(offsets, begin, begin + len(document)),
         fact=None if fact is None else _span(offsets, whole.index(fact), whole.index(fact) + len(fact)),
     )
-
-
-def _default_document(tokenizer: Any) -> list[str]:
-    """Take paragraphs of the language reference until there are enough."""
-    paragraphs: list[str] = []
-    room = DEFAULT_TOKENS
-    for paragraph in language_reference(*CHAPTERS).paragraphs:
-        room -= len(tokenizer(paragraph, add_special_tokens=False)["input_ids"]) + 1
-        if room < 0:
-            break
-        paragraphs.append(paragraph)
-    return paragraphs
 
 
 def _middle(paragraphs: list[str]) -> int:

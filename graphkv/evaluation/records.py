@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +20,7 @@ __all__ = ["SCHEMA", "Record", "Run", "read_header", "read_records"]
 # 2: caches are measured; a budget is what was asked for. In 1, no record says how large its cache was.
 SCHEMA = 2
 RECORDS = "records.jsonl"
+PACKED = RECORDS + ".gz"
 HEADER = "run.json"
 
 
@@ -131,34 +134,40 @@ def record_key(prompt: str, question: int, mode: str, policy: str, budget: int |
     return "|".join(str(part) for part in (prompt, question, mode, policy, budget, sinks))
 
 
-def read_records(folder: Path, /) -> list[Record]:
+def read_records(folder: Path | str, /) -> list[Record]:
     """Read the records of a run, in the order in which they were written.
 
     Parameters
     ----------
-    folder : pathlib.Path
-        Folder of the run. A last line that was cut off in the middle is left out.
+    folder : pathlib.Path or str
+        Folder of the run, whose records may be packed by gzip. A last line that was cut off in the middle is left out.
 
     Raises
     ------
     ArgumentError
         If there is no run, or a line is not a valid record.
     """
+    folder = Path(folder)
     path = folder / RECORDS
+    if not path.exists() and (folder / PACKED).exists():
+        path = folder / PACKED
+    elif not path.exists():
+        raise ArgumentError(f"{folder} must be the folder of a run of graphkv eval; it has no {RECORDS}")
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
+        content = gzip.decompress(path.read_bytes()) if path.name == PACKED else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"{path} cannot be read: {reason}") from error
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def read_header(folder: Path, /) -> dict[str, Any]:
+def read_header(folder: Path | str, /) -> dict[str, Any]:
     """Read the provenance of a run: its configuration, hashes and sessions.
 
     Parameters
     ----------
-    folder : pathlib.Path
+    folder : pathlib.Path or str
         Folder of the run.
 
     Raises
@@ -166,7 +175,7 @@ def read_header(folder: Path, /) -> dict[str, Any]:
     ArgumentError
         If there is no run, or its ``run.json`` is damaged.
     """
-    path = folder / HEADER
+    path = Path(folder) / HEADER
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -219,6 +228,8 @@ class Run:
         sessions: list[dict[str, Any]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if (folder / PACKED).exists() and not self.path.exists():
+                raise ArgumentError(f"--output {folder} holds {PACKED}; unpack it to continue the run")
             if header.exists():
                 sessions = self._continue(header, identity)
             elif self.path.exists():
@@ -237,7 +248,7 @@ class Run:
             raise ArgumentError(f"{header} is damaged and the run cannot be continued: {error}") from error
         for name, old, new in _differences(known, identity):
             raise ArgumentError(
-                f"--output {self.folder} holds a run with another {name}: {_short(old)} there, {_short(new)} now; "
+                f"--output {self.folder} holds another run: {name} is {_short(old)} there, {_short(new)} now; "
                 "choose another folder or the same settings"
             )
         if self.path.exists():

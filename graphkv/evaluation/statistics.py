@@ -25,6 +25,7 @@ __all__ = [
     "Comparison",
     "Interval",
     "compare",
+    "gain_of",
     "interval",
     "prompts_needed",
     "summarize",
@@ -185,6 +186,14 @@ def compare(records: Iterable[Record], metric: str, pairs: Mapping[str, str] | N
                 )
             )
     return result
+
+
+def gain_of(found: Comparison) -> Interval:
+    """Return a difference turned such that positive is better."""
+    difference = found.difference
+    if METRICS[found.metric]:
+        return difference
+    return Interval(mean=-difference.mean, low=-difference.high, high=-difference.low, count=difference.count)
 
 
 def interval(values: Sequence[float], /, *, level: float = 0.95, seed: int = 0) -> Interval:

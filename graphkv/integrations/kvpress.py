@@ -15,20 +15,22 @@ from fractions import Fraction
 from math import floor
 from typing import Any
 
-import torch
-from kvpress import BasePress, PyramidKVPress, ScorerPress
-from kvpress.utils import compute_n_kept
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache, QuantizedCache
-
 from ..adapters.given import Given
 from ..core import checks
 from ..core.errors import ArgumentError
 from ..core.eviction import Eviction, evict
+from ..core.extras import needs
 from ..core.graphkv import GraphKV
 from ..core.policy import Policy
 from ..core.signals import Decay, Signal
+
+with needs("graphkv.integrations.kvpress", "kvpress"):
+    import torch
+    from kvpress import BasePress, PyramidKVPress, ScorerPress
+    from kvpress.utils import compute_n_kept
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.overrides import TorchFunctionMode
+    from transformers import DynamicCache, QuantizedCache
 
 __all__ = ["GraphKVPress", "PolicyPress"]
 
@@ -159,6 +161,10 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         if decision.merge is not None:
             raise ArgumentError(
                 f"policy must drop tokens, not merge them, in kvpress; {type(self.policy).__name__} merges"
+            )
+        if decision.levels is not None:
+            raise ArgumentError(
+                f"policy must keep tokens as they are in kvpress; {type(self.policy).__name__} demotes them"
             )
         if decision.counts is None:
             return decision.apply(keys), decision.apply(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..adapters import LayerShares, PerLayer, catalog
+from ..core import checks
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.graphkv import GraphKV
 from ..core.policy import Policy, Wrapper
@@ -21,7 +23,18 @@ from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from .names import FULL, is_own, is_preset, is_press, parse
 from .presets import Preset, load_preset
 
-__all__ = ["BASES", "WRAPPERS", "base_of", "call", "make_policy", "make_preset", "own_module", "with_budget"]
+__all__ = [
+    "BASES",
+    "WRAPPERS",
+    "base_of",
+    "call",
+    "make_policy",
+    "make_preset",
+    "own_module",
+    "parse_budget",
+    "policy_of",
+    "with_budget",
+]
 
 BASES: dict[str, Callable[..., Policy]] = dict(catalog.BASES)
 # ``+graphkv`` is ``GraphKV(base)``, with the options of the paper's signal.
@@ -91,6 +104,63 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
             f"+{', +'.join(WRAPPERS)}, or a preset.toml; got {name!r}"
         )
     return _wrap(_make_base(kind, options, name, budget, sinks, seed), wrappers, name)
+
+
+def policy_of(policy: Policy | str, budget: int | float | str | None = None, /) -> Policy:
+    """Return a policy that is given as such, or by its name on the command line and a budget.
+
+    Parameters
+    ----------
+    policy : Policy or str
+    budget : int, float or str, optional
+        With a name: tokens, a share, or a percentage.
+
+    Raises
+    ------
+    ArgumentError
+        If the name is unknown or evicts nothing, or a name has no budget, or a Policy two.
+    ArgumentTypeError
+        If `policy` is neither.
+
+    Examples
+    --------
+    >>> policy_of("knorm", "25%")
+    KNorm(budget=0.25, num_sinks=0)
+    """
+    if not isinstance(policy, str):
+        checks.instance("policy", policy, Policy)
+        if budget is not None:
+            raise ArgumentError(f"budget must be left out where policy has one of its own; got {budget!r}")
+        return policy
+    if budget is None:
+        raise ArgumentError(f"budget must be given with the name of a policy, {policy!r}")
+    try:
+        made = make_policy(policy, parse_budget(budget) if isinstance(budget, str) else budget)
+    except ArgumentError as error:
+        # Not an option of a command here.
+        raise ArgumentError(str(error).replace("--", "")) from error
+    if made is None:
+        raise ArgumentError(f"policy must evict something; got {policy!r}")
+    return made
+
+
+def parse_budget(text: str, /) -> int | float:
+    """Read ``512`` as tokens and ``25%`` as a share.
+
+    >>> parse_budget("512"), parse_budget("25%"), parse_budget("12.5 %")
+    (512, 0.25, 0.125)
+    """
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if match is None or (not match[2] and "." in match[1]):
+        raise ArgumentError(f"--budget must be a number of tokens or a percentage like 25%; got {text!r}")
+    if match[2]:
+        share = float(match[1]) / 100
+        if not 0 < share <= 1:
+            raise ArgumentError(f"--budget must lie above 0% and be at most 100%; got {text!r}")
+        return share
+    if int(match[1]) < 1:
+        raise ArgumentError(f"--budget must be at least 1 token; got {text!r}")
+    return int(match[1])
 
 
 def _make_base(

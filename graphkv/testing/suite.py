@@ -15,9 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 import graphkv
@@ -26,6 +23,7 @@ from ..core import primitives
 from ..core.attention import received_attention
 from ..core.backend import Backend, load
 from ..core.eviction import Eviction, evict
+from ..core.extras import needs
 from ..core.fusion import degree, fuse
 from ..core.graph import build_graph
 from ..core.graphkv import GraphKV
@@ -34,9 +32,16 @@ from ..core.propagation import propagate
 from ..core.selection import select
 from ..core.signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from ..core.types import Array, Graph
-from . import asserts, oracle, strategies
+from . import asserts, oracle
 from .examples import *  # noqa: F403 - properties of this module too, and the first to run
-from .strategies import Edges, Layer
+
+with needs("graphkv.testing.suite", "testing"):
+    from hypothesis import assume, example, given, settings
+    from hypothesis import strategies as st
+    from hypothesis.extra.numpy import arrays
+
+    from . import strategies
+    from .strategies import Edges, Layer
 
 # A library may compile at its first call.
 unhurried = settings(deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +13,20 @@ __all__ = ["check_folder", "write_files"]
 
 
 def check_folder(output: Path, /) -> None:
-    """Refuse a file where a folder is to be, before the first slow step."""
+    """Refuse a folder that cannot be written, before the first slow step. Nothing is made yet.
+
+    Raises
+    ------
+    ArgumentError
+        If there is a file in its place, or the folder, or the one to make it in, may not be written to.
+    """
     if output.exists() and not output.is_dir():
         raise ArgumentError(f"--output must be a folder; {output} is a file")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ArgumentError(f"--output {output} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArgumentError(f"--output {output} cannot be written: {there} may not be written to")
 
 
 def write_files(output: Path, contents: Mapping[str, Content], /) -> None:

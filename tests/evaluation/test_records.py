@@ -48,9 +48,9 @@ def test_a_torn_last_line_is_cut_off(tmp_path, cut):
 @pytest.mark.parametrize(
     ("identity", "message"),
     [
-        ({**IDENTITY, "config": {"budgets": [1, 3]}}, r"another budgets: \[1, 2\] there, \[1, 3\] now"),
-        ({**IDENTITY, "model": {"sha256": "bb"}}, 'another sha256: "aa" there, "bb" now'),
-        ({**IDENTITY, "threads": 2}, "another threads: null there, 2 now"),
+        ({**IDENTITY, "config": {"budgets": [1, 3]}}, r"budgets is \[1, 2\] there, \[1, 3\] now"),
+        ({**IDENTITY, "model": {"sha256": "bb"}}, 'sha256 is "aa" there, "bb" now'),
+        ({**IDENTITY, "threads": 2}, "threads is null there, 2 now"),
     ],
 )
 def test_a_run_with_other_settings_is_refused(tmp_path, identity, message):
@@ -104,7 +104,7 @@ def test_a_run_of_schema_1_is_not_continued(tmp_path):
     header = tmp_path / "run.json"
     header.write_text(header.read_text().replace('"schema": 2', '"schema": 1'))
 
-    with pytest.raises(ArgumentError, match="another schema: 1 there, 2 now"):
+    with pytest.raises(ArgumentError, match="schema is 1 there, 2 now"):
         Run(tmp_path, IDENTITY, SESSION)
 
 

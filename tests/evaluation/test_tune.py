@@ -212,7 +212,7 @@ def test_an_interrupted_search_goes_on_and_ends_alike(tuned, tiny, tmp_path, mon
 
 def test_another_search_does_not_continue_this_one(tuned, tiny, capsys):
     assert tune(tiny, tuned, "--seed", 1) == 2
-    assert "holds a run with another seed" in capsys.readouterr().err
+    assert "holds another run: seed is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """A block of evicting() evicts, or says why it could not; and says nothing where all is well."""
 
+import gc
+import logging
 import threading
+import weakref
 
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from graphkv import ArgumentError, GraphKVWarning, KNorm
-from graphkv.integrations.transformers import evicting, observing
-from graphkv.integrations.transformers.versions import cache_argument
+from graphkv import ArgumentError, Degree, GraphKV, GraphKVWarning, KNorm, PyramidKV, SnapKV, StreamingLLM
+from graphkv.integrations.transformers import EvictingCache, evicting, observing
+from graphkv.integrations.transformers.versions import cache_argument, with_cache
 from tests.integrations.releases import cache_of
 from tests.integrations.tiny import SIZES, tiny, tiny_gemma3, tiny_llama
 
@@ -293,3 +296,132 @@ def test_attention_past_the_interface_in_one_layer_is_refused(model, ids):
         model.model.layers[1].self_attn.config = LlamaConfig(**SIZES, attn_implementation="sdpa")
         with pytest.raises(ArgumentError, match="layer 1 does not hand its"):
             model(ids)
+
+
+def test_the_handle_of_a_block_has_the_last_cache_and_its_report(model, ids):
+    with torch.no_grad(), evicting(model, POLICY) as run:
+        assert run.cache is None
+        assert run.report() == "Nothing was evicted: no call of the model in the block has filled a cache."
+        model(ids)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert [layer.num_stored for layer in run.cache.layers] == [13] * 3
+    # After the block too.
+    assert run.cache.num_seen == N + 3
+    assert run.report() == run.cache.report()
+    assert "3 evictions ran" in run.report()
+
+
+def test_the_handle_keeps_a_cache_of_the_callers_own_object(model, ids):
+    cache = EvictingCache(POLICY)
+    with torch.no_grad(), evicting(model, POLICY) as run:
+        model(ids, **with_cache(model, cache))
+    assert run.cache is cache
+
+
+def test_the_cache_of_a_call_makes_room_before_the_next_one_begins(model, ids):
+    with torch.no_grad(), evicting(model, POLICY) as run:
+        model(ids)
+        before = weakref.ref(run.cache)
+        alive = []
+        model.model.register_forward_pre_hook(lambda *_: alive.append((gc.collect(), before())[1]))
+        model(ids)
+    assert alive == [None]
+
+
+def test_the_handle_says_why_nothing_was_evicted(model, ids):
+    with torch.no_grad(), pytest.warns(GraphKVWarning), evicting(model, POLICY) as run:
+        model(ids, use_cache=False)
+    assert run.report() == "Nothing was evicted: use_cache is False."
+
+
+def test_a_block_can_be_entered_once(model):
+    block = evicting(model, POLICY)
+    with block:
+        pass
+    with pytest.raises(ArgumentError, match="can be entered once"), block:
+        pass
+
+
+def test_a_forgotten_with_warns_at_its_line(model):
+    with pytest.warns(GraphKVWarning, match="evicting.. does nothing by itself; write `with") as found:
+        evicting(model, POLICY)
+    assert [each.filename for each in found] == [__file__]
+
+
+def test_a_block_that_is_refused_is_not_called_forgotten(model):
+    for wrong in (lambda: evicting(model, POLICY, every=0), lambda: evicting(torch.nn.Linear(2, 2), POLICY)):
+        with pytest.raises((ArgumentError, TypeError)):
+            wrong()
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", ["snapkv+degree", "snapkv(window=8)"])
+def test_policies_by_their_name_on_the_command_line(model, ids, name):
+    window = 32 if "degree" in name else 8
+    snapkv = SnapKV(budget=36, window=window)
+    for budget, tokens in ((36, 36), (0.9, 36), ("90%", 36), ("36", 36)):
+        with torch.no_grad(), evicting(model, name, budget=budget) as run:
+            model(ids)
+        assert run.cache.layers[0].num_stored == tokens
+        policy = run.cache.policy
+        assert (policy.base if "degree" in name else policy).window == window
+    with evicting(model, name, budget=36) as run:
+        model(ids)
+    assert run.cache.policy == (GraphKV(snapkv, Degree()) if "degree" in name else snapkv)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        ("snapkv", {}, "budget must be given with the name of a policy, 'snapkv'"),
+        ("full", {"budget": 5}, "policy must evict something; got 'full'"),
+        ("best", {"budget": 5}, "^policy must be one of full, snapkv"),
+        ("snapkv", {"budget": "many"}, "^budget must be a number of tokens or a percentage like 25%; got 'many'"),
+        (POLICY, {"budget": 5}, "budget must be left out where policy has one of its own; got 5"),
+    ],
+)
+def test_other_names_and_budgets_are_refused(model, policy, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        evicting(model, policy, **options)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            SnapKV(budget=10, window=32),
+            "^32 newest tokens are kept before all others and leave nothing of the budget of 10,",
+        ),
+        (SnapKV(budget=0.2, window=8), "^8 newest tokens .* the budget of 8,"),
+        (GraphKV(KNorm(budget=10, num_sinks=20)), "^20 sinks are kept .* the budget of 10,"),
+        (StreamingLLM(budget=4), "^4 sinks are kept"),
+        (SnapKV(budget=12, window=8, num_sinks=4), "^4 sinks and 8 newest tokens"),
+    ],
+)
+def test_a_budget_that_leaves_no_choice_warns_and_says_why(model, ids, policy, message):
+    with torch.no_grad(), pytest.warns(GraphKVWarning, match=message) as found, evicting(model, policy, every=8):
+        model(ids)
+    assert [each.filename for each in found] == [__file__]
+    with torch.no_grad(), observing(model):
+        cache = EvictingCache(num_queries=32)
+        model(ids, **with_cache(model, cache))
+        with pytest.warns(GraphKVWarning, match=message):
+            cache.evict(policy)
+
+
+def test_a_budget_with_a_choice_in_some_layer_or_nothing_to_drop_says_nothing(model, ids):
+    for policy in (SnapKV(budget=9, window=8), SnapKV(budget=N, window=N), PyramidKV(budget=10, window=8)):
+        with torch.no_grad(), evicting(model, policy):
+            model(ids)
+
+
+def test_evictions_are_logged_at_debug_level(model, ids, caplog):
+    with torch.no_grad(), evicting(model, POLICY):
+        model(ids)
+        assert caplog.messages == []
+        with caplog.at_level(logging.DEBUG, logger="graphkv"):
+            model(ids)
+    assert len(caplog.messages) == 3
+    assert caplog.messages[2].startswith(
+        "layer 2: KNorm kept 10 of 40 stored tokens under a budget of 10, 40 seen; 0.00 MB freed in"
+    )

@@ -20,8 +20,10 @@ from graphkv import (
     Eviction,
     Graph,
     GraphKV,
+    GraphKVWarning,
     KeyDiff,
     KNorm,
+    PyramidKV,
     SnapKV,
     Wrapper,
     propagate,
@@ -333,7 +335,8 @@ def test_every_token_has_a_fate(model, prompts, policy):
 
 
 def test_only_kept_tokens_are_protected(model, prompts):
-    cache = read(model, prompts, SnapKV(budget=4, window=6), record=True)
+    with pytest.warns(GraphKVWarning, match="6 newest tokens .* nothing of the budget of 4"):
+        cache = read(model, prompts, SnapKV(budget=4, window=6), record=True)
 
     for layer in cache.layers:
         assert (fates(layer) == Fate.PROTECTED).sum(axis=-1).tolist() == [[4, 4]] * 2
@@ -454,3 +457,13 @@ def test_a_reordered_batch_forgets_its_record(model, prompts):
     cache.reorder_cache(torch.tensor([1, 0]))
 
     assert all(stats.suppressions is None for stats in cache.stats())
+
+
+def test_equal_layers_share_a_line_of_the_report(model, prompts):
+    cache = read(model, prompts, SnapKV(budget=24, window=6))
+    row = cache.report().splitlines()[-1]
+    assert row.split()[:6] == ["0", "to", "2", str(N), "24", "24"]
+    times = [stats.seconds * 1e3 for stats in cache.stats()]
+    assert float(row.split()[-1]) == pytest.approx(sum(times) / 3, abs=0.11)
+    uneven = read(model, prompts, PyramidKV(budget=24, window=6))
+    assert [line.split()[0] for line in uneven.report().splitlines()[-3:]] == ["0", "1", "2"]

@@ -115,10 +115,12 @@ def test_other_caches_are_refused_by_name_and_left_as_they_were(model, ids, make
     assert not isinstance(cache, EvictingCache)
 
 
-@pytest.mark.parametrize("name", ["static", "offloaded"])
-def test_other_caches_of_generate_are_refused(model, ids, name):
-    with evicting(model, POLICY), pytest.raises(ArgumentError, match="must be None, an empty DynamicCache"):
-        generate(model, ids, cache_implementation=name)
+@pytest.mark.parametrize("name", ["static", "offloaded", "offloaded_static", "quantized"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_other_caches_of_generate_are_refused(model, ids, name, mask):
+    options = {"attention_mask": torch.ones_like(ids)} if mask else {}
+    with evicting(model, POLICY), pytest.raises(ArgumentError, match=f"cache_implementation must be left.*'{name}'"):
+        model.generate(ids, **options, max_new_tokens=2, cache_implementation=name)
 
 
 def test_a_cache_that_would_not_do_what_the_block_asks_for_is_refused(model, ids):

@@ -306,7 +306,13 @@ def test_multi_head_models_run_as_well(prompts):
 @pytest.mark.parametrize(
     ("enter", "error", "message"),
     [
-        (lambda: evicting(tiny_llama(), "snapkv"), ArgumentTypeError, "policy must be a Policy; got str"),
+        (lambda: evicting(tiny_llama(), 3), ArgumentTypeError, "policy must be a Policy; got int"),
+        (
+            lambda: evicting(tiny_llama(), SnapKV),
+            ArgumentTypeError,
+            "policy must be a Policy; got the class SnapKV: call",
+        ),
+        (lambda: evicting(SnapKV(budget=9), tiny_llama()), ArgumentTypeError, "model must come first .*; got SnapKV"),
         (lambda: evicting(torch.nn.Linear(2, 2), SnapKV(budget=9)), ArgumentTypeError, "model must be a transformers"),
         (lambda: evicting(tiny_llama(), SnapKV(budget=9), every=0), ArgumentError, "every must be at least 1; got 0"),
         (lambda: evicting(tiny_llama(), SnapKV(budget=9), backend="tpu"), BackendError, "backend must be one of"),

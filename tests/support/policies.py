@@ -17,7 +17,7 @@ def every_policy(budget):
     """Name to policy: every base, every wrapper, and the graph on top of each base; some with other signals."""
     bases = every_base(budget) | {
         "h2o-half": H2O(budget=budget),
-        "h2o-max-age": H2O(budget=budget, num_recent=2, group_reduction="max", age_normalised=True),
+        "h2o-max-age": H2O(budget=budget, num_recent=2, group_reduction="max", age_normalized=True),
         "snapkv-max": SnapKV(budget=budget, window=4, kernel_size=3, pooling="max", group_reduction="max", num_sinks=2),
     }
     wrappers = {f"{name}-snapkv": entry.make(bases["snapkv"]) for name, entry in WRAPPERS.items()}

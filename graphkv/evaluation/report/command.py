@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...workbench.files import write_files
+from ...workbench.files import check_folder, write_files
 from ..records import read_header, read_records
 from .page import make_page
 from .sections import make_report
@@ -27,7 +27,8 @@ def main(folder: Path, *, output: Path | None, metrics: Sequence[str] = (), effe
     effect : float
         Difference to compute the number of prompts needed for.
     """
-    markdown, pictures = make_report(read_records(folder), read_header(folder), metrics=metrics, effect=effect)
     output = output or folder / "report"
+    check_folder(output)
+    markdown, pictures = make_report(read_records(folder), read_header(folder), metrics=metrics, effect=effect)
     write_files(output, {**pictures, "report.md": markdown, "report.html": make_page(markdown, pictures)})
     print(f"Markdown: {output / 'report.md'}\nPage:     {output / 'report.html'}")

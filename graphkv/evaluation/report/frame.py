@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from ...workbench.text import listed
 from .. import statistics
 from ..records import Record
+from ..statistics import gain_of
 from .document import Document
 from .results import RunResults
-from .wording import capital, code, gain_of
+from .wording import capital, code
 
 __all__ = ["write_front", "write_method"]
 

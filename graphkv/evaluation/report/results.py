@@ -129,7 +129,8 @@ class RunResults:
     def budgets(self) -> tuple[int, ...]:
         """All budgets, those without any record included."""
         found = {record.budget for record in self.records if record.budget is not None}
-        return tuple(sorted(found | set(self.config.get("budgets", ()))))
+        # A percentage is another number of tokens at each length: those of the records are all there are.
+        return tuple(sorted(found | {each for each in self.config.get("budgets", ()) if isinstance(each, int)}))
 
     @cached_property
     def families(self) -> dict[str, PolicyFamily]:

@@ -12,7 +12,7 @@ from ...core.errors import ArgumentError
 from ...naming.names import FULL
 from .. import statistics
 from ..records import Record
-from ..statistics import METRICS
+from ..statistics import METRICS, gain_of
 from . import plots
 from .document import Document
 from .frame import write_front, write_method
@@ -24,7 +24,6 @@ from .wording import (
     capital,
     code,
     direction,
-    gain_of,
     gain_words,
     length_words,
     mean_words,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import isfinite
 
-from ..statistics import METRICS, Comparison, Interval
+from ..statistics import METRICS, Interval
 
 __all__ = [
     "LABELS",
@@ -14,7 +14,6 @@ __all__ = [
     "capital",
     "code",
     "direction",
-    "gain_of",
     "gain_words",
     "length_words",
     "mean_words",
@@ -48,14 +47,6 @@ def mean_words(found: Interval | None) -> str:
     if not isfinite(found.low):
         return f"{found.mean:.3f} (1 prompt)"
     return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-def gain_of(found: Comparison) -> Interval:
-    """Return a difference turned such that positive is better."""
-    difference = found.difference
-    if METRICS[found.metric]:
-        return difference
-    return Interval(mean=-difference.mean, low=-difference.high, high=-difference.low, count=difference.count)
 
 
 def gain_words(gain: Interval) -> str:

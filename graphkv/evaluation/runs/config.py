@@ -11,12 +11,12 @@ from ...core import checks
 from ...core.errors import ArgumentError
 from ...core.files import read_toml
 from ...naming.names import FULL, is_press
-from ...naming.policies import make_policy
+from ...naming.policies import make_policy, parse_budget
 from ..prompts.haystack import SPLITS, seeds_of
 from ..prompts.riddles import task_names
 from .presses import check_press
 
-__all__ = ["Config", "load_config", "suite_names"]
+__all__ = ["Config", "budget_of", "load_config", "suite_names"]
 
 MODES = ("aware", "agnostic")
 
@@ -31,8 +31,9 @@ class Config:
         Tasks that are joined by ``+`` share their prompts. Ignored where `data` is given.
     lengths : tuple of int
         Tokens of a prompt before the question.
-    budgets : tuple of int
-        Tokens to keep per KV head. A budget that holds the whole prompt is left out.
+    budgets : tuple of int or str
+        Tokens to keep per KV head, or percentages of a prompt's length such as ``"25%"``. A budget that holds the whole
+        prompt is left out.
     policies : tuple of str
         Names that `make_policy` knows, or ``kvpress:`` and a press of it. The full cache is always measured as well.
     modes : tuple of str
@@ -59,11 +60,15 @@ class Config:
         For rows that name none.
     batch : int
         Most caches that answer as one batch.
+    device : str
+        Where the model runs, as PyTorch calls it.
+    dtype : str
+        Of the model's weights.
     """
 
     tasks: tuple[str, ...] = ("needle+continuation",)
     lengths: tuple[int, ...] = (1024,)
-    budgets: tuple[int, ...] = (256,)
+    budgets: tuple[int | str, ...] = (256,)
     policies: tuple[str, ...] = ("snapkv", "snapkv+graphkv", "snapkv+degree")
     modes: tuple[str, ...] = MODES
     sinks: tuple[int, ...] = (4,)
@@ -77,10 +82,13 @@ class Config:
     data: str | None = None
     metric: str | None = None
     batch: int = 16
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, kind in (("tasks", str), ("lengths", int), ("budgets", int), ("policies", str), ("modes", str)):
+        for name, kind in (("tasks", str), ("lengths", int), ("policies", str), ("modes", str)):
             self._check_list(name, kind)
+        self._check_budgets()
         self._check_list("sinks", int, minimum=0)
         checks.count("prompts", self.prompts, minimum=1)
         checks.count("batch", self.batch, minimum=1)
@@ -96,29 +104,54 @@ class Config:
             if is_press(policy):
                 check_press(policy)
             else:
-                make_policy(policy, self.budgets[0], sinks=self.sinks[0])
-        for name in ("model", "text", "data", "metric"):
+                make_policy(policy, budget_of(self.budgets[0]), sinks=self.sinks[0])
+        for name in ("model", "text", "data", "metric", "device", "dtype"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if (value is not None or name in ("device", "dtype")) and not isinstance(value, str):
                 raise ArgumentError(f"{name} must be a string; got {value!r}")
         # The full cache is what all others are compared with, so it is always there and comes first.
         policies = tuple(dict.fromkeys(name for name in self.policies if name != FULL))
         object.__setattr__(self, "policies", (FULL, *policies))
 
-    def _check_list(self, name: str, kind: type, minimum: int = 1) -> None:
+    def _check_budgets(self) -> None:
+        """Turn texts that are numbers into numbers; percentages stay texts."""
+        if not isinstance(self.budgets, (tuple, list)):
+            raise ArgumentError(f"budgets must be a list of at least one entry; got {self.budgets!r}")
+        found = tuple(
+            int(budget_of(budget)) if isinstance(budget, str) and "%" not in budget else budget
+            for budget in self.budgets
+        )
+        object.__setattr__(self, "budgets", found)
+        self._check_list("budgets", (int, str))
+        shares = [budget for budget in found if isinstance(budget, str)]
+        for budget in shares:
+            budget_of(budget)
+        if shares and self.data is not None:
+            raise ArgumentError(
+                f"--budget must be a number of tokens with --data, whose rows differ in length; got {shares[0]!r}"
+            )
+
+    def _check_list(self, name: str, kind: type | tuple[type, ...], minimum: int = 1) -> None:
         values = getattr(self, name)
         if not isinstance(values, (tuple, list)) or not values:
             raise ArgumentError(f"{name} must be a list of at least one entry; got {values!r}")
         for value in values:
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ArgumentError(f"{name} must hold entries of type {kind.__name__}; got {value!r}")
+                kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+                raise ArgumentError(f"{name} must hold entries of type {kinds}; got {value!r}")
             if isinstance(value, int) and value < minimum:
                 raise ArgumentError(f"{name} must hold numbers of at least {minimum}; got {value}")
         object.__setattr__(self, name, tuple(dict.fromkeys(values)))
 
     def as_json(self) -> dict[str, Any]:
-        """Return all settings."""
-        return asdict(self)
+        """Return all settings; of device and dtype what is no default, so that older runs can be continued."""
+        defaults = {entry.name: entry.default for entry in fields(self) if entry.name in ("device", "dtype")}
+        return {name: value for name, value in asdict(self).items() if defaults.get(name, ...) != value}
+
+
+def budget_of(budget: int | str, /) -> int | float:
+    """Return an entry of the budgets as tokens or as a share."""
+    return parse_budget(budget) if isinstance(budget, str) else budget
 
 
 def suite_names() -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ...workbench.files import check_folder
+from ...workbench.model import check_device
 from ...workbench.progress import count_through
 from ..prompts.haystack import prompt_text
 from ..prompts.prompts import Prompt
@@ -44,8 +46,10 @@ def run_grid(
         Complete.
     """
     cores = os.cpu_count() or 1
-    workers = workers or (cores if config.model is None else 1)
+    workers = workers or (cores if config.model is None and config.device == "cpu" else 1)
     threads = threads or max(1, cores // workers)
+    check_device(config.device, config.dtype)
+    check_folder(output)
     rows = None if config.data is None else read_rows(Path(config.data), config.metric)
     text = prompt_text(None if config.text is None else Path(config.text))
     model, tokenizer = load(config, threads)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +36,7 @@ def load(config: Config, threads: int) -> tuple[Any, Any]:
     """Load model and tokenizer, without messages of their libraries."""
     silence_transformers()
     torch.set_num_threads(threads)
-    return load_model(config.model, lambda step: None)
+    return load_model(config.model, lambda step: None, device=config.device, dtype=config.dtype)
 
 
 class Workers:
@@ -51,6 +54,7 @@ class Workers:
     def __init__(self, model: Any, tokenizer: Any, config: Config, workers: int, threads: int) -> None:
         self.here = (model, tokenizer, config)
         self.pool: ProcessPoolExecutor | None = None
+        self.futures: list[Future[list[Record]]] = []
         if workers > 1:
             self.here = (None, None, config)
             # Not forked: a process with running threads cannot be copied safely.
@@ -63,8 +67,20 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=error is None, cancel_futures=True)
+        if self.pool is None:
+            return
+        # Only this attribute knows them, and shutdown() forgets it.
+        processes = list((self.pool._processes or {}).values())
+        self.pool.shutdown(wait=error is None, cancel_futures=True)
+        if error is None:
+            return
+        # They would finish the prompts at hand first, which can take minutes; a later run begins these again. But no
+        # worker may end before the pool has forgotten the other prompts: it would find that it cannot answer them.
+        deadline = monotonic() + 5
+        while any(not (each.done() or each.running()) for each in self.futures) and monotonic() < deadline:
+            sleep(0.01)
+        for process in processes:
+            process.terminate()
 
     def answer(self, prompts: list[Prompt], run: Run) -> Iterator[Prompt]:
         """Append the records that are missing to a run; yield every prompt that is done."""
@@ -75,10 +91,26 @@ class Workers:
                 evaluate(model, tokenizer, prompt, config, done) for prompt, done in zip(prompts, known, strict=True)
             )
         else:
-            answered = self.pool.map(_answer, prompts, known)
+            with _deaf_to_interrupts():
+                self.futures = [self.pool.submit(_answer, *each) for each in zip(prompts, known, strict=True)]
+            answered = (future.result() for future in self.futures)
         for prompt, records in zip(prompts, answered, strict=True):
             run.append(records)
             yield prompt
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Begin processes that no Ctrl-C reaches, because this one ends them: else each prints a traceback of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What a signal does is handed on to new processes only where it is ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(config: Config, threads: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
+from ...core.budgets import tokens_of
 from ...core.errors import ArgumentError
 from ...naming.names import FULL, is_press
 from ...workbench.text import Text
@@ -12,7 +13,7 @@ from ..prompts.haystack import seeds_of
 from ..prompts.prompts import Prompt, PromptMaker
 from ..prompts.rows import Row, Rows, data_prompts
 from ..records import record_key
-from .config import Config
+from .config import Config, budget_of
 from .presses import fewest_tokens
 
 __all__ = ["cells", "data_set_prompts", "missing", "written_prompts"]
@@ -55,7 +56,9 @@ def _positions(model: Any) -> int:
 
 def cells(prompt: Prompt, config: Config, /) -> list[tuple[int, int]]:
     """List the pairs of budget and sinks for a prompt; a budget that holds all of it evicts nothing."""
-    budgets = [budget for budget in config.budgets if budget < len(prompt.ids)]
+    length = prompt.length or len(prompt.ids)
+    found = dict.fromkeys(tokens_of(budget_of(budget), length) for budget in config.budgets)
+    budgets = [budget for budget in found if 0 < budget < len(prompt.ids)]
     return [(budget, sinks) for budget in budgets for sinks in config.sinks]
 
 

@@ -11,14 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ...core import checks
+from ...core.budgets import tokens_of
 from ...core.errors import ArgumentError
 from ...naming.names import base_name, is_preset, is_press
 from ...naming.policies import make_preset
 from ...naming.presets import Preset, write_preset
-from ...workbench.progress import show_steps, table_console
+from ...workbench.files import check_folder
+from ...workbench.model import check_device
+from ...workbench.progress import print_table, show_steps, table_console
 from ..prompts.haystack import prompt_text
 from ..records import Record, Run, read_records
-from ..runs.config import Config
+from ..runs.config import Config, budget_of
 from ..runs.grid import run_grid
 from ..runs.prompt_run import PromptRun
 from ..runs.provenance import identity_of, session_now
@@ -65,12 +68,15 @@ def main(
     output : pathlib.Path
         Folder for ``preset.toml`` and the two runs, ``tuning`` and ``held-out``.
     """
+    config = _with_tokens(config)
     (budget,), base = config.budgets, config.policies[-1]
     checks.choice("metric", metric, GOALS)
-    if budget >= min(config.lengths):
+    if not isinstance(budget, int) or budget >= min(config.lengths):
         raise ArgumentError(f"--budget must be below every --length, {min(config.lengths)}; got {budget}")
     if base_name(base) != base or is_preset(base) or is_press(base):
         raise ArgumentError(f"--base must be a policy without a graph, such as snapkv; got {base!r}")
+    check_device(config.device, config.dtype)
+    check_folder(output)
     threads = threads or os.cpu_count() or 1
     console = Console(stderr=True)
     how = {"evaluations": evaluations, "graph_groups": graph_groups, "group_size": group_size, "seed": seed}
@@ -94,15 +100,26 @@ def main(
     run_grid(held_out_config, output=output / "held-out", console=console, workers=1, threads=threads)
     records, tables = read_records(output / "held-out"), table_console()
     print_tables(records, tables)
-    tables.print(_comparison(records, metric, str(path), base))
+    print_table(tables, _comparison(records, metric, str(path), base))
     print(f"Preset:  {path}")
+
+
+def _with_tokens(config: Config) -> Config:
+    """Return the settings with a budget in tokens: a percentage is of the one length that there is."""
+    (budget,) = config.budgets
+    if isinstance(budget, int):
+        return config
+    if len(config.lengths) > 1:
+        raise ArgumentError(f"--budget must be a number of tokens with more than one --length; got {budget!r}")
+    return replace(config, budgets=(tokens_of(budget_of(budget), config.lengths[0]),))
 
 
 def _search(
     config: Config, base: str, metric: str, how: dict[str, int], threads: int, output: Path, console: Console
 ) -> tuple[float, Preset, str]:
     """Search on the tuning split; return the least loss, its preset and the name of the model."""
-    (budget,), (sinks,) = config.budgets, config.sinks
+    (sinks,) = config.sinks
+    budget = int(budget_of(config.budgets[0]))
     model, tokenizer = load(config, threads)
     text = prompt_text(None if config.text is None else Path(config.text))
     prompts = written_prompts(model, tokenizer, text, config)

@@ -18,6 +18,7 @@ from ...integrations.transformers import observing
 from ...naming.policies import make_preset
 from ...naming.presets import Preset
 from ..records import Record, Run, read_records
+from ..runs.config import budget_of
 from ..runs.prompt_run import PromptRun
 from ..runs.reading import ReadCache
 from ..statistics import METRICS
@@ -55,7 +56,7 @@ class Candidates:
         policies : mapping of str to Policy
             By the names in the records.
         """
-        (budget,), (sinks,) = self.run.config.budgets, self.run.config.sinks
+        budget, (sinks,) = int(budget_of(self.run.config.budgets[0])), self.run.config.sinks
         caches, records = self._read
         return [*records, *(record for read in caches for record in self.run.answer(read, policies, budget, sinks))]
 
@@ -94,7 +95,7 @@ class Objective:
         complete = all({record.prompt for record in self.found.get(name, ())} == wanted for name in names)
         if not complete:
             config = self.prompts[0].run.config
-            (budget,), (sinks,) = config.budgets, config.sinks
+            budget, (sinks,) = int(budget_of(config.budgets[0])), config.sinks
             policies = {
                 name: make_preset(preset, budget, sinks=sinks) for name, preset in zip(names, presets, strict=True)
             }

@@ -12,15 +12,19 @@ Three facts carry the package:
 All state lives in the cache, so requests that share a model never touch each other.
 """
 
-from .cache import EvictingCache
-from .layer import EvictingLayer
-from .models import evicting, observing
-from .record import EvictionRecord
-from .report import Fate, LayerStats, Suppressions, fates, scored
+from ...core.extras import needs
+
+with needs("graphkv.integrations.transformers", "transformers", "torch", "transformers"):
+    from .cache import EvictingCache
+    from .layer import EvictingLayer
+    from .models import EvictingRun, evicting, observing
+    from .record import EvictionRecord
+    from .report import Fate, LayerStats, Suppressions, fates, scored
 
 __all__ = [
     "EvictingCache",
     "EvictingLayer",
+    "EvictingRun",
     "EvictionRecord",
     "Fate",
     "LayerStats",

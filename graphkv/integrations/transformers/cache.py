@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -14,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ...core import checks
 from ...core.backend import Backend, load
-from ...core.errors import ArgumentError, GraphKVWarning
+from ...core.errors import ArgumentError
 from ...core.layer import Memory
 from ...core.policy import Policy
 from . import sharing, versions
@@ -26,6 +25,7 @@ from .report import LayerStats, describe, layer_stats
 from .settings import Settings
 from .source import FULL, WINDOWED
 from .storage import load_cache, save_cache
+from .warning import warn
 
 __all__ = ["EvictingCache", "not_compiled"]
 
@@ -83,7 +83,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     Warns
     -----
     GraphKVWarning
-        If more tokens than the budget have come since the only eviction.
+        If more tokens than the budget have come since the only eviction; and if sinks, recents and window took up the
+        whole budget of every layer, so that no score mattered.
     """
 
     layers: list[Any]
@@ -281,8 +282,10 @@ class EvictingCache(Cache):  # type: ignore[misc]
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
-        if self.settings.every is None and is_last:
-            self._warn_of_growth()
+        if is_last:
+            self._warn_of_protection(policy)
+            if self.settings.every is None:
+                self._warn_of_growth()
 
     def evict_first(self, layer: EvictingLayer) -> None:
         """Evict a layer over a prompt that nothing of will be taken back; called by the attention function."""
@@ -312,12 +315,27 @@ class EvictingCache(Cache):  # type: ignore[misc]
         num_new, budget = sum(layer.num_new for layer in evicted), sum(layer.budget or 0 for layer in evicted)
         if num_new > budget and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"{num_new // len(evicted)} tokens have come since the only eviction, more than the policy's budget of "
-                f"{budget // len(evicted)}; pass every=... to evict them too",
-                GraphKVWarning,
-                stacklevel=2,
+                f"{budget // len(evicted)}; pass every=... to evict them too"
             )
+
+    def _warn_of_protection(self, policy: Policy) -> None:
+        """Warn after the first eviction if all that was kept was protected: the policy has had no choice."""
+        dropped = [layer for layer in self.attention_layers if layer.num_dropped]
+        budgets = [layer.budget or 0 for layer in dropped]
+        is_first = all(layer.num_evictions == 1 and not layer.num_new for layer in dropped)
+        if not (dropped and is_first) or any(policy.protection(each).count < max(each, 1) for each in budgets):
+            return
+        budget = max(budgets)
+        protection = policy.protection(budget)
+        parts = {"sinks": protection.first, "newest tokens": protection.newest}
+        kept = " and ".join(f"{count} {name}" for name, count in parts.items() if count)
+        warn(
+            f"{kept} are kept before all others and "
+            f"leave nothing of the budget of {budget}, so no token was chosen by its score; the policy needs a larger "
+            "budget, or fewer sinks, recents or a smaller window"
+        )
 
     def evict(self, policy: Policy | None = None, /, *, backend: Backend | str | None = None) -> None:
         """Shrink every layer to what a policy keeps, now.
@@ -349,6 +367,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         twin = self.copy()
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
         self.layers = twin.layers
+        self._warn_of_protection(policy)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -707,7 +726,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
 
     def report(self) -> str:
-        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and a line per layer.
+        """Describe `stats` in plain text: whether anything was dropped, why not if not, totals and layer by layer.
 
         Returns
         -------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,8 @@ from .slots import OfSlots, Slots
 from .source import Source
 
 __all__ = ["EvictingLayer"]
+
+LOGGER = logging.getLogger(__name__)
 
 
 class EvictingLayer(DynamicLayer):  # type: ignore[misc]
@@ -274,7 +277,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
-        positions = self.true_positions
+        positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
         self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
@@ -282,7 +285,19 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_evictions += 1
         if self.settings.record:
             self.record = EvictionRecord.of(decider, policy, decisions, positions, self.redundancy)
-        self.seconds += perf_counter() - started
+        seconds = perf_counter() - started
+        self.seconds += seconds
+        LOGGER.debug(
+            "layer %d: %s kept %d of %d stored tokens under a budget of %d, %d seen; %.2f MB freed in %.1f ms",
+            self.index,
+            type(policy).__name__,
+            self.num_stored,
+            num_before,
+            budget,
+            self.num_seen,
+            (self.bytes_freed - freed_before) / 1e6,
+            seconds * 1e3,
+        )
         return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:

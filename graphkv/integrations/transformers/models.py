@@ -5,46 +5,50 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ...core import checks
 from ...core.backend import Backend
-from ...core.errors import ArgumentError, ArgumentTypeError, GraphKVWarning
+from ...core.errors import ArgumentError, ArgumentTypeError
 from ...core.policy import Policy
+from ...naming.policies import policy_of
 from . import versions
 from .attention import IMPLEMENTATIONS, PREFIX, WITHOUT_CACHE
 from .cache import EvictingCache, not_compiled
 from .settings import Settings
 from .source import FULL, WINDOWED
+from .warning import warn
 
-__all__ = ["evicting", "observing"]
+__all__ = ["EvictingRun", "evicting", "observing"]
 
 # Options of `generate` that let it guess tokens, and take back those that were wrong.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+# What `cache_implementation` may be: caches that grow token by token. Releases before 5.13 put "hybrid" into the
+# configurations of some models, and make an ordinary cache of it.
+GROWING = (None, "dynamic", "dynamic_full", "hybrid")
 # Kinds of layers that cache nothing, or what eviction leaves untouched.
 UNTOUCHED = ("dummy", "linear_attention", "conv", "moe", "mlp")
 
 
-@contextmanager
 def evicting(
     model: PreTrainedModel,
-    policy: Policy,
+    policy: Policy | str,
     *,
+    budget: int | float | str | None = None,
     every: int | None = None,
     protect_prompt: bool = False,
     rerotate: bool = False,
     record: bool = False,
     backend: Backend | str | None = None,
-) -> Iterator[None]:
+) -> EvictingRun:
     """Evict the cache of every prompt that the model reads inside the block.
 
     ``model.generate(**inputs)`` and ``model(**inputs)`` run unchanged. Each layer attends to the full prompt, then
@@ -58,53 +62,114 @@ def evicting(
         attention; of a model with pictures or sound, the decoder inside is evicted and the rest runs as ever. A PEFT
         model is treated as the model that it wraps. Where full and sliding-window layers are mixed, the full ones are
         evicted; layers of linear attention keep their state.
-    policy : Policy
-        For example ``GraphKV(SnapKV(budget=512))``.
+    policy : Policy or str
+        For example ``GraphKV(SnapKV(budget=512))``; or its name on the command line, ``"snapkv+graphkv"``, together
+        with `budget`.
+    budget : int, float or str, optional
+        Of a policy that is given by name: tokens, a share, or a percentage such as ``"25%"``.
     every, protect_prompt, rerotate, record, backend
         As for `EvictingCache`, which every call without a cache of its own gets. An empty ``DynamicCache`` that is
         passed to the model becomes one.
 
+    Returns
+    -------
+    EvictingRun
+        What the block is entered with, and what ``as`` gives: the last cache, and its report.
+
     Raises
     ------
     ArgumentError
-        If the model cannot be evicted, a cache of another kind or with another policy is passed to it, or the history
-        that `generate` is given does not begin with what the cache has seen.
+        If the model cannot be evicted, the name of a policy is unknown, a cache of another kind or with another policy
+        is passed to the model, or the history that `generate` is given does not begin with what the cache has seen.
     ArgumentTypeError
         If `policy` is not a Policy or `model` not a transformers model.
 
     Warns
     -----
     GraphKVWarning
-        At the end of the block, if the model ran and no cache was filled, or none could be evicted.
+        At the end of the block, if the model ran and no cache was filled, or none could be evicted. Without ``with``,
+        because nothing happens then. Where sinks, recents and window take up the whole budget.
 
     Examples
     --------
     ::
 
-        with evicting(model, GraphKV(SnapKV(budget=512))):
+        with evicting(model, GraphKV(SnapKV(budget=512))) as run:
             output = model.generate(**inputs, max_new_tokens=64)
+        print(run.report())
     """
-    checks.instance("policy", policy, Policy)
-    decoder = _Decoder(model)
+    if isinstance(model, Policy):
+        raise ArgumentTypeError(f"model must come first and the policy second; got {type(model).__name__} as model")
+    made = policy_of(policy, budget)
+    blank = EvictingCache(
+        made, every=every, protect_prompt=protect_prompt, rerotate=rerotate, record=record, backend=backend
+    )
+    return EvictingRun(model, blank)
 
-    def new_cache() -> EvictingCache:
-        return EvictingCache(
-            policy,
-            every=every,
-            protect_prompt=protect_prompt,
-            rerotate=rerotate,
-            record=record,
-            backend=backend,
-            config=decoder.config,
-        )
 
-    # Fail early on bad arguments, not inside a forward pass.
-    watch = _Watch(new_cache().settings, decoder.modules[-1])
-    with decoder.attending(watch.saw_no_cache), ExitStack() as stack:
-        for module in decoder.modules:
-            stack.enter_context(_Hooks(module, decoder.config, watch, new_cache).installed())
-        yield
-    watch.warn()
+class EvictingRun:
+    """A block of `evicting`, which it is entered with, and what came of it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    blank : EvictingCache
+        An empty cache: every call without a cache of its own gets one like it.
+    """
+
+    _is_forgotten = False
+
+    def __init__(self, model: PreTrainedModel, blank: EvictingCache, /) -> None:
+        # Fail early on a bad model, not inside a forward pass.
+        self._decoder = _Decoder(model)
+        self._blank = blank
+        self._watch = _Watch(blank.settings, self._decoder.modules[-1])
+        self._stack = ExitStack()
+        self._is_forgotten = True
+
+    @property
+    def cache(self) -> EvictingCache | None:
+        """The cache that the last call of the model has filled, kept until the next call begins; None before one."""
+        return self._watch.cache
+
+    def report(self) -> str:
+        """Describe in plain text what the last call evicted, see `EvictingCache.report`, or why it evicted nothing."""
+        if self.cache is not None:
+            return self.cache.report()
+        why = "; ".join(self._watch.reasons) or "no call of the model in the block has filled a cache"
+        return f"Nothing was evicted: {why}."
+
+    def __enter__(self) -> EvictingRun:
+        if not self._is_forgotten:
+            raise ArgumentError("a block of evicting() can be entered once; call evicting() again for another")
+        self._is_forgotten = False
+        decoder = self._decoder
+        # Another block may have begun since.
+        decoder.check()
+        with ExitStack() as stack:
+            stack.enter_context(decoder.attending(self._watch.saw_no_cache))
+            for module in decoder.modules:
+                stack.enter_context(_Hooks(module, decoder.config, self._watch, self._new_cache).installed())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        if kind is None:
+            self._watch.warn()
+
+    def __del__(self) -> None:
+        if self._is_forgotten:
+            warn("evicting() does nothing by itself; write `with evicting(...):` around the calls of the model")
+
+    def _new_cache(self) -> EvictingCache:
+        # The one before makes room first.
+        self._watch.cache = None
+        cache = self._blank.copy()
+        cache.prepare(self._decoder.config)
+        return cache
 
 
 @contextmanager
@@ -180,9 +245,12 @@ class _Decoder:
             if type(config) is type(self.config):
                 configs[id(config)] = config
         self.configs = list(configs.values())
-        self._check(name, type(inmost))
+        self.name = name
+        self.check()
 
-    def _check(self, name: str, inmost: Any) -> None:
+    def check(self) -> None:
+        """Refuse a decoder that cannot be evicted."""
+        name, inmost = self.name, type(self.modules[-1])
         implementation = str(self.config._attn_implementation)
         if implementation.startswith(PREFIX):
             raise ArgumentError(
@@ -190,7 +258,8 @@ class _Decoder:
             )
         if implementation not in IMPLEMENTATIONS:
             raise ArgumentError(
-                f"model must be loaded with attn_implementation 'sdpa' or 'eager'; {name} has {implementation!r}"
+                f"model must be loaded with attn_implementation 'sdpa' or 'eager'; {name} has {implementation!r}: "
+                'load it with from_pretrained(..., attn_implementation="sdpa")'
             )
         kinds = versions.layer_kinds(self.config)
         unknown = sorted(set(kinds) - set(FULL + WINDOWED + UNTOUCHED))
@@ -253,6 +322,7 @@ class _Watch:
         # Other models may share the configuration.
         self.modules = {id(module) for module in inmost.modules()}
         self.passes_by_thread: dict[int, list[_Pass]] = {}
+        self.cache: EvictingCache | None = None
 
     @property
     def passes(self) -> list[_Pass]:
@@ -267,6 +337,7 @@ class _Watch:
     def saw_pass(self, module: torch.nn.Module, cache: EvictingCache) -> None:
         """Note a forward pass that has gone well."""
         if cache.num_seen > cache.seen_before:
+            self.cache = cache
             for each in self.passes:
                 each.was_filled = True
             if not any(layer.evicts and layer.num_seen for layer in cache.attention_layers):
@@ -282,11 +353,7 @@ class _Watch:
     def warn(self) -> None:
         """Warn if the block did not do what was asked."""
         if self.reasons:
-            warnings.warn(
-                f"evicting() could not evict with {type(self.settings.policy).__name__}: {'; '.join(self.reasons)}",
-                GraphKVWarning,
-                stacklevel=4,
-            )
+            warn(f"evicting() could not evict with {type(self.settings.policy).__name__}: {'; '.join(self.reasons)}")
 
 
 class _Hooks:
@@ -441,6 +508,7 @@ class _Hooks:
                 if not goes_on:
                     cache.check_history(ids)
             elif self.new_cache is not None and not self.is_over:
+                self.check_implementation(args, kwargs)
                 if cache is not None:
                     cache, _ = self.supplied(self.new_cache, cache, args, kwargs)
                 elif _uses_cache(self.module, args, kwargs):
@@ -462,6 +530,15 @@ class _Hooks:
             return result
 
         return checked
+
+    def check_implementation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a cache of another kind before `generate` makes it, and masks for it."""
+        implementation = _option("cache_implementation", self.module, args, kwargs)
+        if implementation not in GROWING:
+            raise ArgumentError(
+                f"cache_implementation must be left out inside evicting(), which brings its own cache; got "
+                f"{implementation!r}"
+            )
 
     def left_too_early(self) -> ArgumentError:
         """Return the error for a block that another thread has left while this one generates."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -192,7 +193,7 @@ def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
 def describe(
     policy: Policy | None, layers: Sequence[EvictingLayer], stats: Sequence[LayerStats], *, num_seen: int, nbytes: int
 ) -> str:
-    """Describe a cache in plain text: totals, what was or was not evicted, and a line per layer.
+    """Describe a cache in plain text: totals, what was or was not evicted, and a line per layer, or for equal ones.
 
     Parameters
     ----------
@@ -221,7 +222,7 @@ def describe(
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)
         lines.append(f"{count} tokens were suppressed: the importance alone would have kept them.")
     table = [(*COLUMNS, *(RECORDED_COLUMNS if recorded else ()))]
-    table += [_row(each, with_record=bool(recorded)) for each in stats]
+    table += _grouped([_row(each, with_record=bool(recorded)) for each in stats])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines.append("")
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
@@ -252,6 +253,18 @@ def _verdict(policy: Policy | None, layers: Sequence[EvictingLayer], seen: int) 
         return "Nothing was evicted yet: the eviction waits for crop() or the next forward call."
     num_new = ran[0].num_new
     return said + (f" {num_new} tokens have come since." if num_new else "")
+
+
+def _grouped(rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Put successive layers into one row that differ in nothing but their time; it then shows their mean time."""
+    time = COLUMNS.index("ms")
+    for _, group in groupby(rows, key=lambda row: (*row[1:time], *row[time + 1 :])):
+        first, *others = group
+        if not others:
+            yield first
+            continue
+        mean = sum(float(row[time]) for row in (first, *others)) / (1 + len(others))
+        yield (f"{first[0]} to {others[-1][0]}", *first[1:time], f"{mean:.1f}", *first[time + 1 :])
 
 
 def _row(layer: LayerStats, *, with_record: bool) -> tuple[str, ...]:
