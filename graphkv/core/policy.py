@@ -251,6 +251,13 @@ class Policy(Value, ABC):
         """Return the policy of one layer. Default: this one for all."""
         return self
 
+    def renewed(self, number: int, /) -> Policy:
+        """Return the base for a cache's eviction `number`, counted from 0. Default: this one for all.
+
+        For bases that draw: the draws of one eviction must not be those of the next.
+        """
+        return self
+
     def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
         """Return the same wrappers over what `change` makes of the innermost base. Default: a policy without wrappers.
 
@@ -340,7 +347,8 @@ class Wrapper(Policy):
 
     def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
         """Return this wrapper over another base."""
-        return replace(self, base=self.base.with_base(change))
+        base = self.base.with_base(change)
+        return self if base is self.base else replace(self, base=base)
 
     def needs(self) -> Requirements:
         """Return the needs of the base and of this wrapper."""

@@ -241,6 +241,24 @@ def test_recents_are_protected_as_far_as_there_is_room(model, ids, policy):
     assert all(head == expected for rows in kept(cache) for head in rows[0])
 
 
+def test_random_forgets_what_the_model_writes_whatever_its_age(model, ids):
+    """The baseline of reasoning: the prompt, and at every step one of 8 written tokens and the new one at random."""
+    cache, ages = EvictingCache(Random(budget=20), every=1, protect_prompt=True), []
+    with observing(model), torch.inference_mode():
+        for step, part in enumerate(ids[:80].split([PROMPT, *[1] * (80 - PROMPT)])):
+            model(part[None], **with_cache(model, cache))
+            if step >= 30:
+                end = PROMPT + step
+                ages += [end - 1 - p for rows in kept(cache) for head in rows[0] for p in head if p >= PROMPT]
+
+    assert all(set(range(PROMPT)) <= head for rows in kept(cache) for head in rows[0])
+    # A token survives each step with 8 / 9: 8 of them are there, of any age up to some tens.
+    counts = [ages.count(age) / (6 * 39) for age in range(24)]
+    for first in (0, 8, 16):
+        expected = sum((8 / 9) ** (age + 1) for age in range(first, first + 8))
+        assert sum(counts[first : first + 8]) == pytest.approx(expected, rel=0.35), first
+
+
 def test_bad_arguments_are_named(model):
     with pytest.raises(ArgumentError, match="every must be given with protect_prompt=True"):
         EvictingCache(SNAPKV, protect_prompt=True)

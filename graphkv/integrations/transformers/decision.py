@@ -154,6 +154,8 @@ class Decider:
         See `parted`.
     layer, num_layers : int
     backend : Backend
+    number : int
+        Evictions of the layer before this one.
     """
 
     slots: Slots
@@ -165,6 +167,7 @@ class Decider:
     layer: int
     num_layers: int
     backend: Backend
+    number: int
 
     def evict(self, policy: Policy) -> tuple[Eviction, ...]:
         """Let the policy choose what each part keeps."""
@@ -176,6 +179,7 @@ class Decider:
         slots = part.of(self.slots, self.order)
         unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
         facts = self._facts(policy, part, slots)
+        policy = policy.with_base(lambda base: base.renewed(self.number))
         if part.num_pinned and slots.pinned is not None:
             policy = with_pinned(policy, to_backend(slots.pinned, self.backend), part.num_pinned)
         decision = evict(

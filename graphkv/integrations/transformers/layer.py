@@ -336,6 +336,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             layer=self.index,
             num_layers=self.num_layers,
             backend=backend or self.settings.backend or load("torch"),
+            number=self.num_evictions,
         )
 
     def _visible(self) -> Slots:
