@@ -9,7 +9,17 @@ from math import cos, floor, pi, sqrt
 from . import checks
 from .errors import ArgumentError
 
-__all__ = ["adjust", "allocate", "cascade", "count_of", "cut_again", "sensitivities", "share_of", "tokens_of"]
+__all__ = [
+    "adjust",
+    "allocate",
+    "as_written",
+    "cascade",
+    "count_of",
+    "cut_again",
+    "sensitivities",
+    "share_of",
+    "tokens_of",
+]
 
 
 def tokens_of(budget: int | float, num_tokens: int, /) -> int:
@@ -22,7 +32,7 @@ def tokens_of(budget: int | float, num_tokens: int, /) -> int:
     """
     if checks.is_whole(budget):
         return int(budget)
-    numerator, denominator = _as_written(budget)
+    numerator, denominator = as_written(budget)
     return (2 * numerator * num_tokens + denominator) // (2 * denominator)
 
 
@@ -43,7 +53,7 @@ def share_of(share: float, total: int, /) -> int:
     >>> share_of(0.29, 100), share_of(1e-3, 999)
     (29, 0)
     """
-    numerator, denominator = _as_written(share)
+    numerator, denominator = as_written(share)
     return numerator * total // denominator
 
 
@@ -238,7 +248,7 @@ def sensitivities(similarities: Sequence[float], power: float = 1.1, /) -> list[
     return [(1 - (value - low) / (high - low)) ** power for value in given]
 
 
-def _as_written(number: float, /) -> tuple[int, int]:
+def as_written(number: float, /) -> tuple[int, int]:
     """Return a float >= 0, as the decimal number that was written, as a fraction in plain integers.
 
     A `fractions.Fraction` would do the same, but torch.compile cannot trace it.

@@ -8,7 +8,7 @@ from .errors import ArgumentError
 from .layer import Layer, Memory
 from .policy import Policy, Wrapper
 
-__all__ = ["check_needs", "check_state", "has_rows", "name_of"]
+__all__ = ["check_needs", "check_state", "chooses", "has_rows", "name_of"]
 
 
 def check_state(policy: Policy, state: Memory | None, layer: Layer, /) -> None:
@@ -49,6 +49,8 @@ def check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
         raise ArgumentError(f"values must be given for {name_of(policy)}; got None")
     if scores and needs.unrotated_keys and layer.unrotated_keys is None:
         raise ArgumentError(f"unrotated_keys must be given for {name_of(policy)}; got None")
+    if scores and needs.probes and not layer.probes:
+        raise ArgumentError(f"probes must be given for {name_of(policy)}; got None")
     if needs.queries == "none" or not (scores or needs.state):
         return
     has_rows = layer.attention is not None and not needs.logits
@@ -62,6 +64,13 @@ def check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
         last = "the last position" if wanted == 1 else f"the last {wanted} positions"
         what = f"all {wanted} new positions" if needs.state else last
         raise ArgumentError(f"{argument} must hold {what} for {name_of(policy)}; got {given if given else 'none'}")
+
+
+def chooses(policy: Policy, /) -> bool:
+    """Return whether a policy, or one under its wrappers, fills the budget otherwise than by `select`."""
+    while isinstance(policy, Wrapper) and type(policy).choose is Wrapper.choose:
+        policy = policy.base
+    return type(policy).choose is not Policy.choose
 
 
 def name_of(policy: Policy, /) -> str:

@@ -61,11 +61,21 @@ class Requirements:
         Names of the arrays of its `Memory`. Empty for a policy that remembers nothing.
     unrotated_keys : bool
         Needs the keys before the rotary embedding.
+    probes : bool
+        Needs tokens that were read after the text only to ask it, see `Probe`.
     wants : bool
         Shares the layers' budgets out by `Policy.wants`, so that all layers must be read before one is evicted.
     couples_heads : bool
         What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
         differently where some of the heads are in another process.
+    head_counts : bool
+        The KV heads of a layer keep numbers of tokens of their own.
+    couples_layers : bool
+        What a layer keeps depends on other layers, see `Policy.voters`, so that `evict_layers` must decide.
+    automatic : bool
+        May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
+    merges : bool
+        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
     demotes : bool
@@ -77,10 +87,20 @@ class Requirements:
     logits: bool = False
     state: tuple[str, ...] = ()
     unrotated_keys: bool = False
+    probes: bool = False
     wants: bool = False
     couples_heads: bool = False
+    head_counts: bool = False
+    couples_layers: bool = False
+    automatic: bool = False
+    merges: bool = False
     settled: bool = False
     demotes: bool = False
+
+    @property
+    def all_layers(self) -> bool:
+        """Whether all layers must be read before one is evicted."""
+        return self.wants or self.couples_layers
 
     def joined(self, base: Requirements, /) -> Requirements:
         """Return these needs together with those of a base policy."""
@@ -92,8 +112,13 @@ class Requirements:
             logits=self.logits or base.logits,
             state=tuple(sorted({*self.state, *base.state})),
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
+            probes=self.probes or base.probes,
             wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
+            head_counts=self.head_counts or base.head_counts,
+            couples_layers=self.couples_layers or base.couples_layers,
+            automatic=self.automatic or base.automatic,
+            merges=self.merges or base.merges,
             settled=self.settled or base.settled,
             demotes=self.demotes or base.demotes,
         )
@@ -186,7 +211,7 @@ class Policy(Value, ABC):
             What the last stage returned.
         layer : Layer
         budget : int
-            Tokens to keep per row; less than N.
+            Tokens to keep per row; less than N, or N for a policy whose budgets are automatic.
 
         Returns
         -------
@@ -195,8 +220,24 @@ class Policy(Value, ABC):
         kept = select(found.scores, budget, protected=found.protected, valid=layer.valid, backend=layer.backend)
         return Choice(kept=kept)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
-        """Return which dropped tokens go into which kept ones. Default: None, they are gone."""
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
+        """Return which dropped tokens go into which kept ones.
+
+        Parameters
+        ----------
+        choice : Choice
+            What the last stage returned.
+        found : Assessment
+            What it was chosen by: scores, and who is protected. Nothing goes into protected tokens, unless the method's
+            paper says so.
+        layer : Layer
+        memory : Memory or None
+
+        Returns
+        -------
+        Merge or None
+            Default: None, they are gone.
+        """
         return None
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
@@ -225,6 +266,38 @@ class Policy(Value, ABC):
             Default: `layer_budget` of every layer.
         """
         return [self.layer_budget(num_tokens, layer, len(wants)) for layer in range(len(wants))]
+
+    def voters(self, layer: int, num_layers: int, /) -> tuple[int, ...]:
+        """Return the layers whose scores decide what a layer keeps, ascending.
+
+        Layers with the same voters keep the same tokens. A policy for which they are not the layer itself says
+        `Requirements.couples_layers`.
+
+        Parameters
+        ----------
+        layer, num_layers : int
+            Which layer of how many, of those that are evicted.
+
+        Returns
+        -------
+        tuple of int
+            Default: the layer itself.
+        """
+        return (layer,)
+
+    def join(self, found: Sequence[Assessment], /) -> Assessment:
+        """Return what layers are to choose by together. Default: what was found about the first one.
+
+        Parameters
+        ----------
+        found : sequence of Assessment
+            Of every voter, after re-scoring.
+
+        Returns
+        -------
+        Assessment
+        """
+        return found[0]
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the budget of one layer in tokens.
@@ -320,9 +393,9 @@ class Wrapper(Policy):
         """Return the base's choice."""
         return self.base.choose(found, layer, budget)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
         """Return the base's merge."""
-        return self.base.merge(choice, layer, memory)
+        return self.base.merge(choice, found, layer, memory)
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
         """Return what the base wants."""
@@ -331,6 +404,14 @@ class Wrapper(Policy):
     def share_out(self, wants: Sequence[float], num_tokens: int, /) -> list[int]:
         """Return the base's budgets."""
         return self.base.share_out(wants, num_tokens)
+
+    def voters(self, layer: int, num_layers: int, /) -> tuple[int, ...]:
+        """Return the base's voters."""
+        return self.base.voters(layer, num_layers)
+
+    def join(self, found: Sequence[Assessment], /) -> Assessment:
+        """Return what the base makes of all."""
+        return self.base.join(found)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the base's budget of the layer."""

@@ -64,6 +64,7 @@ def run(library, policy, layer, rows=slice(None), tokens=slice(None)):
         library.make(keys[rows, :, tokens]),
         values=library.make(values[rows, :, tokens]),
         queries=library.make(queries[rows, :, tokens]),
+        probes=library.make(queries[rows]),
         valid=library.make(valid[rows, tokens]),
         layer=1,
         num_layers=4,
@@ -100,6 +101,8 @@ def test_what_holds_for_every_policy(library, name, layer, budget):
     assert done.budget == budget
     if heads is None:
         assert kept.shape[-1] == min(budget, num_tokens)
+    elif policy.needs().automatic:
+        assert (heads <= min(budget, num_tokens)).all()
     else:
         assert (heads.sum(-1) == budget * kept.shape[1]).all()
     protected = None if done.protected is None else library.host(done.protected)

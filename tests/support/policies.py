@@ -20,7 +20,7 @@ def every_policy(budget):
         "h2o-max-age": H2O(budget=budget, num_recent=2, group_reduction="max", age_normalized=True),
         "snapkv-max": SnapKV(budget=budget, window=4, kernel_size=3, pooling="max", group_reduction="max", num_sinks=2),
     }
-    wrappers = {f"{name}-snapkv": entry.make(bases["snapkv"]) for name, entry in WRAPPERS.items()}
+    wrappers = {f"{name}-snapkv": entry.make(bases["snapkv"], **entry.small) for name, entry in WRAPPERS.items()}
     wrappers |= {
         "caote-h2o": CAOTE(bases["h2o"]),
         "adakv-graphkv-snapkv": AdaKV(GraphKV(bases["snapkv"], Decay(neighbors=1))),

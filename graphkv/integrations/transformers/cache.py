@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,12 +16,15 @@ from ...core import checks
 from ...core.backend import Backend, load
 from ...core.errors import ArgumentError
 from ...core.layer import Memory
+from ...core.needs import name_of
 from ...core.policy import Policy
 from . import sharing, versions
+from .decision import evict_together
 from .handout import Handout, latest
 from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer
+from .probing import probe
 from .report import LayerStats, describe, layer_stats
 from .settings import Settings
 from .source import FULL, WINDOWED
@@ -103,6 +107,11 @@ class EvictingCache(Cache):  # type: ignore[misc]
     ) -> None:
         if policy is not None:
             checks.instance("policy", policy, Policy)
+            if policy.needs().probes:
+                raise ArgumentError(
+                    f"policy must do without probes to evict by itself; {name_of(policy)} needs some. Read the text "
+                    "into an EvictingCache without a policy, then call probe() and evict(policy)"
+                )
         if checks.flag("protect_prompt", protect_prompt) and policy is not None and every is None:
             raise ArgumentError("every must be given with protect_prompt=True, or nothing is ever evicted; got None")
         self.settings = Settings(
@@ -278,7 +287,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None or layer.record_past:
             return
         is_last = layer.source is not None and layer.source.is_last
-        if not policy.needs().wants:
+        if not policy.needs().all_layers:
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
@@ -368,6 +377,57 @@ class EvictingCache(Cache):  # type: ignore[misc]
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
         self.layers = twin.layers
         self._warn_of_protection(policy)
+
+    def probe(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        /,
+        *,
+        about: tuple[int, int] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> None:
+        """Let the model read tokens that only ask: their queries and keys are kept for `evict`, the tokens forgotten.
+
+        Policies like `KVzip` score by what these queries attend to. All else of the cache stays as it was, bit for bit.
+        Several probes add up. They are kept until the next eviction, as long as no token comes or goes; `save` leaves
+        them out.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The one that has filled the cache, as `observing` or `evicting` has it.
+        ids : torch.Tensor, shape (batch, P), integer
+            One prompt per row of the cache.
+        about : tuple of int, optional
+            The tokens seen, from the first to before the last, that it asks for. Default: all.
+        attention_mask : torch.Tensor, shape (batch, P) or (batch, tokens seen + P), optional
+            0 for padding. Default: none in `ids`, and before them what the cache knows to be padding.
+        **inputs
+            More arguments of the model's forward call, such as `position_ids`, where it needs them for the next tokens
+            of the text too.
+
+        Raises
+        ------
+        ArgumentError
+            If the cache is empty or a forward pass broke off, `ids` are empty, of another batch or go beyond the
+            model's context, `about` is not among the tokens seen, or the model is not in a block of `observing`. The
+            cache then is as it was, also after any error of the model.
+        ArgumentTypeError
+            If `ids` are not integers.
+
+        Examples
+        --------
+        ::
+
+            with observing(model):
+                cache = EvictingCache()
+                model(text, cache=cache)  # past_key_values=cache before transformers 5.24
+                cache.probe(model, instruction)
+                cache.evict(KVzip(budget=512))
+        """
+        probe(self, model, ids, about=about, attention_mask=attention_mask, inputs=inputs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.
@@ -750,7 +810,7 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
-    """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
+    """Evict some layers, or all together where what one keeps depends on what the policy finds in the others."""
     if policy.needs().wants and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.wants(policy, backend=backend) for layer in layers]
@@ -758,5 +818,13 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
         shares = [policy.share_out(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
-    for layer in layers:
-        layer.evict(policy, backend=backend)
+    if not policy.needs().couples_layers:
+        for layer in layers:
+            layer.evict(policy, backend=backend)
+        return
+    started, layers = perf_counter(), [layer for layer in layers if layer.evicts]
+    deciders = [layer.decider(policy, backend) for layer in layers]
+    decided = evict_together(policy, deciders)
+    seconds = (perf_counter() - started) / max(1, len(layers))
+    for layer, decider, decisions in zip(layers, deciders, decided, strict=True):
+        layer.shrink(policy, decider, decisions, seconds=seconds)

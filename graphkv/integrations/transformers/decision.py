@@ -11,16 +11,16 @@ from torch.nn.functional import pad
 
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
-from ...core.eviction import Eviction, evict, observe, wants
-from ...core.layer import Layer, Memory
-from ...core.policy import Assessment, Policy
+from ...core.eviction import Eviction, evict, evict_layers, observe, wants
+from ...core.layer import Layer, Memory, Probe
+from ...core.policy import Assessment, Policy, Requirements, Wrapper
 from . import rotary
 from .handover import from_backend, to_backend
 from .pinned import check_room, with_pinned
 from .queries import Queries
 from .slots import Slots, gathered, in_line, padding_first
 
-__all__ = ["Decider", "Part", "are_ragged", "parted"]
+__all__ = ["Decider", "Part", "are_ragged", "evict_together", "parted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,15 @@ def _without_padding(
     )
 
 
+@dataclass(frozen=True)
+class AtRest(Wrapper):
+    """A policy over a row that all of stays, even where the policy would find a budget itself."""
+
+    def needs(self) -> Requirements:
+        """Return the needs of the base, which does not look for a budget now."""
+        return replace(super().needs(), automatic=False)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decider:
     """One layer as a policy sees it.
@@ -149,6 +158,8 @@ class Decider:
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What the policy remembers of the layer as a whole.
     queries : Queries or None
+    probes : sequence of Probe
+        Of torch tensors; what each is about has the order of the slots.
     rotation : Rotation or None
     parts, order
         See `parted`.
@@ -161,6 +172,7 @@ class Decider:
     slots: Slots
     layer_state: Mapping[str, torch.Tensor]
     queries: Queries | None
+    probes: Sequence[Probe]
     rotation: rotary.Rotation | None
     parts: Sequence[Part]
     order: torch.Tensor | None
@@ -171,28 +183,38 @@ class Decider:
 
     def evict(self, policy: Policy) -> tuple[Eviction, ...]:
         """Let the policy choose what each part keeps."""
+        decisions = tuple(
+            evict(self.policy_of(policy, part), keys, **facts)
+            for part, (keys, facts) in zip(self.parts, self.given(policy), strict=True)
+        )
+        for part, decision in zip(self.parts, decisions, strict=True):
+            _check(policy, decision)
+            check_room(part.num_pinned, decision.budget, self.layer)
+        return decisions
+
+    def policy_of(self, policy: Policy, part: Part) -> Policy:
+        """Return the policy that decides this part of this eviction."""
+        policy = policy.with_base(lambda base: base.renewed(self.number))
+        marks = part.of(self.slots, self.order).pinned if part.num_pinned else None
+        if marks is not None:
+            policy = with_pinned(policy, to_backend(marks, self.backend), part.num_pinned)
+        return AtRest(policy) if part.is_at_rest else policy
+
+    def given(self, policy: Policy) -> list[tuple[Any, dict[str, Any]]]:
+        """Collect the keys and the other arguments of `evict` for each part."""
         needs_unrotated = policy.needs().unrotated_keys
         rotation = rotary.check(self.rotation, self.slots.places) if needs_unrotated else None
-        return tuple(self._evict(policy, part, rotation) for part in self.parts)
+        return [self._given(policy, part, rotation) for part in self.parts]
 
-    def _evict(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> Eviction:
+    def _given(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> tuple[Any, dict[str, Any]]:
         slots = part.of(self.slots, self.order)
         unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
-        facts = self._facts(policy, part, slots)
-        policy = policy.with_base(lambda base: base.renewed(self.number))
-        if part.num_pinned and slots.pinned is not None:
-            policy = with_pinned(policy, to_backend(slots.pinned, self.backend), part.num_pinned)
-        decision = evict(
-            policy,
-            to_backend(slots.keys, self.backend),
-            **facts,
-            budget=part.budget,
-            tokens_seen=part.num_seen,
-            unrotated_keys=None if unrotated is None else to_backend(unrotated, self.backend),
-        )
-        _check(policy, decision)
-        check_room(part.num_pinned, decision.budget, self.layer)
-        return decision
+        return to_backend(slots.keys, self.backend), {
+            **self._facts(policy, part, slots),
+            "budget": part.budget,
+            "tokens_seen": part.num_seen,
+            "unrotated_keys": None if unrotated is None else to_backend(unrotated, self.backend),
+        }
 
     def observe(self, policy: Policy) -> tuple[Memory, ...]:
         """Return what the policy remembers of each part, without evicting anything."""
@@ -233,7 +255,9 @@ class Decider:
                 counts=decision.counts,
             )
             with layer.backend.guarded(layer.keys):
-                choice = policy.at(self.layer, self.num_layers).choose(as_found, layer, decision.budget)
+                choice = policy.at(self.layer, self.num_layers).choose(
+                    as_found, layer, min(decision.budget, layer.num_tokens)
+                )
             found.append(choice.kept)
         return tuple(found)
 
@@ -262,7 +286,20 @@ class Decider:
         tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
         layer = {name: to_backend(x[part.rows], self.backend) for name, x in self.layer_state.items()}
         state = Memory(tokens=tokens, layer=layer) if tokens or layer else None
+        if needs.probes:
+            given["probes"] = [self._probe(probe, part) for probe in self.probes]
         return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
+
+    def _probe(self, probe: Probe, part: Part) -> Probe:
+        """Return a probe of some rows, in arrays of the backend."""
+        arrays = {}
+        for name in ("queries", "keys", "valid", "about", "before"):
+            tensor = getattr(probe, name)
+            if tensor is not None and name in ("about", "before"):
+                tensor = self.in_order(tensor)
+                tensor = tensor if part.num_tokens is None else tensor[..., tensor.shape[-1] - part.num_tokens :]
+            arrays[name] = None if tensor is None else to_backend(tensor[part.rows], self.backend)
+        return replace(probe, **arrays)
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""
@@ -299,6 +336,28 @@ class Decider:
             ])
             for name in found[0]
         }  # fmt: skip
+
+
+def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Eviction, ...]]:
+    """Let the policy choose what several layers keep; for each layer a decision per part.
+
+    Raises
+    ------
+    ArgumentError
+        If the cache cannot store a decision, or layers that share what they keep have different rows.
+    """
+    given = [decider.given(policy) for decider in deciders]
+    if len({len(parts) for parts in given}) > 1:
+        raise ArgumentError(f"layers must be decided for the same rows; got {[len(parts) for parts in given]} of them")
+    if any(part.num_pinned for decider in deciders for part in decider.parts):
+        raise ArgumentError(f"policy must decide for each layer alone to protect a prompt; got {policy}")
+    by_part = [
+        evict_layers(deciders[0].policy_of(policy, part), [{"keys": keys, **facts} for keys, facts in layers])
+        for part, *layers in zip(deciders[0].parts, *given, strict=True)
+    ]
+    for decision in (each for decisions in by_part for each in decisions):
+        _check(policy, decision)
+    return list(zip(*by_part, strict=True))
 
 
 def _check(policy: Policy, decision: Eviction) -> None:

@@ -16,6 +16,7 @@ from ...core.eviction import Eviction
 from ...core.policy import Policy
 from . import rotary, versions
 from .decision import Decider, are_ragged, parted
+from .probes import HeldProbe
 from .queries import Queries
 from .record import EvictionRecord, redundancy
 from .settings import Settings
@@ -51,12 +52,16 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         True for the tokens of the prompt, in a cache with ``protect_prompt=True``.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    probes : tuple of HeldProbe
+        What `EvictingCache.probe` has asked; until the next eviction, and as long as no token comes or goes.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
     slots : Slots
         Everything per token in one value: keys, values, positions, places, valid, pinned and state.
     budget : int or None
-        Tokens per row that the last eviction aimed at; the most of any row where rows differ.
+        Tokens per row that the last eviction aimed at, or found; the most of any row where rows differ.
+    budgets_found : torch.Tensor, shape (batch,), int64, or None
+        Tokens that each row kept at the last eviction, the most of any head, if the policy finds its budgets itself.
     num_evictions, num_dropped, bytes_freed : int
         Evictions that ran; tokens that they dropped per row, in the head that lost most; bytes that they freed.
     seconds : float
@@ -87,12 +92,14 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.slots = Slots()
         self.layer_state: Mapping[str, torch.Tensor] = {}
         self.held: Queries | None = None
+        self.probes: tuple[HeldProbe, ...] = ()
         self.num_seen = 0
         self.num_new = 0
         self.rotation: rotary.Rotation | None = None
         self.row_budgets: torch.Tensor | None = None
         self.shared_by: Policy | None = None
         self.budget: int | None = None
+        self.budgets_found: torch.Tensor | None = None
         self.num_evictions = 0
         self.num_dropped = 0
         self.bytes_freed = 0
@@ -135,6 +142,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         keys, start, slots = arrays["keys"], self.num_seen, self.slots
         self.num_seen = end = start + keys.shape[2]
         self.num_new += end - start
+        self.probes = ()
         if slots.positions is not None:
             arrays["positions"] = torch.arange(start, end, device=keys.device).expand(keys.shape[:3])
         if slots.valid is not None and arrays.get("valid") is None:
@@ -188,6 +196,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _buffer_queries(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
         settings = self.settings
+        if settings.is_probing:
+            self.held = Queries.of(query, scaling, None, self.num_seen)
+            return
         if settings.policy is None:
             wanted = settings.num_queries
         elif self.num_evictions and settings.every is None:
@@ -208,7 +219,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
         policy = self.settings.policy
         may_rotate = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
-        if not (may_rotate and self.evicts):
+        if not (may_rotate and self.evicts) or self.settings.is_probing:
             return
         rows, heads = self.slots.keys.shape[:2]
         self.rotation, places = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
@@ -270,22 +281,35 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return ()
         decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
+        self.shrink(policy, decider, decisions, seconds=perf_counter() - started)
+        return decisions
+
+    def shrink(self, policy: Policy, decider: Decider, decisions: tuple[Eviction, ...], *, seconds: float) -> None:
+        """Keep what was decided in so many seconds; see `evict`."""
+        started = perf_counter()
         aimed_at = [each.budget for each, part in zip(decisions, decider.parts, strict=True) if not part.is_at_rest]
         budget = max(aimed_at, default=self.budget or 0)
-        if self.num_dropped and self.budget is not None and policy != self.settings.policy and budget > self.budget:
+        is_other = policy != self.settings.policy and not policy.needs().automatic
+        if self.num_dropped and self.budget is not None and is_other and budget > self.budget:
             raise ArgumentError(
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
         positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
-        self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
+        kept, state = decider.kept(decisions)
+        self._gather(kept, state, is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
+        self.budgets_found = None
+        if policy.needs().automatic:
+            self.budgets_found = (kept >= 0).sum(dim=-1).amax(dim=1)
+            budget = int(self.budgets_found.max())
+        self.probes = ()
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
             self.record = EvictionRecord.of(decider, policy, decisions, positions, self.redundancy)
-        seconds = perf_counter() - started
+        seconds += perf_counter() - started
         self.seconds += seconds
         LOGGER.debug(
             "layer %d: %s kept %d of %d stored tokens under a budget of %d, %d seen; %.2f MB freed in %.1f ms",
@@ -298,7 +322,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             (self.bytes_freed - freed_before) / 1e6,
             seconds * 1e3,
         )
-        return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Return how much of the common budget each row of this layer wants, see `Policy.wants`."""
@@ -330,6 +353,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             slots=slots,
             layer_state=self.layer_state,
             queries=self.held,
+            probes=[each.of(self.true_positions) for each in self.probes],
             rotation=self.rotation,
             parts=parts,
             order=order,
@@ -378,7 +402,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         settings = self.settings
         over = settings.policy is not None and settings.every is None
         protection = policy.protection(budget)
-        if self.held is None or over or policy.needs().state or not 0 < protection.count <= budget:
+        if self.held is None or over or policy.needs().state or not protection.count or protection.room > budget:
             return None
         return self.held.last(protection.newest) if protection.newest else None
 
@@ -401,7 +425,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Forget the newest tokens."""
         if not count:
             return
-        left = self.num_stored - count
+        left, self.probes = self.num_stored - count, ()
         if self.held is not None:
             self.held = self.held.without_newest(count, self.num_seen - count, has_holes=self.has_holes)
         if self.num_hidden is not None and self.slots.valid is not None:
@@ -517,8 +541,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.slots = self.slots.rows(change)
         self.layer_state = {name: change(x) for name, x in self.layer_state.items()}
         self.held = None if self.held is None else self.held.rows(change)
+        self.probes = tuple(each.rows(change) for each in self.probes)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
+        self.budgets_found = None if self.budgets_found is None else change(self.budgets_found)
         # It is about other rows.
         self.record = None
 
