@@ -50,6 +50,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         The positions that the stored keys are rotated by, which may be the caller's own; None where nothing is rotated.
     queries : torch.Tensor, shape (batch, query_heads, Q, D), or None
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
+    pinned : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
+        True for the tokens of the prompt, in a cache with ``protect_prompt=True``.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
     mass : torch.Tensor, shape (batch, kv_heads, stored), float32, or None
@@ -63,7 +65,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     query_peaks : torch.Tensor, shape (batch, kv_heads, D), or None
         The largest absolute query of every channel so far, where keys may be demoted and have to be balanced with them.
     slots : Slots
-        Everything per token in one value: keys, values, positions, places, valid, mass, absorbed and state.
+        Everything per token in one value: keys, values, positions, places, valid, pinned, mass, absorbed and
+        state.
     budget : int or None
         Tokens per row that the last eviction aimed at, or found; the most of any row where rows differ.
     budgets_found : torch.Tensor, shape (batch,), int64, or None
@@ -85,6 +88,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     valid = OfSlots["torch.Tensor | None"]()
     mass = OfSlots["torch.Tensor | None"]()
     absorbed = OfSlots["torch.Tensor | None"]()
+    pinned = OfSlots["torch.Tensor | None"]()
     state = OfSlots[Mapping[str, torch.Tensor]]()
     is_initialized = False
 
@@ -132,13 +136,17 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         super().lazy_initialization(key_states, value_states)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, num_pinned: int = 0, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new tokens and return all that is stored."""
+        """Append new tokens, the first `num_pinned` of them a prompt's, and return all that is stored."""
         self.awaits_queries = True
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._append({"keys": key_states, "values": value_states})
+        arrays: dict[str, Any] = {"keys": key_states, "values": value_states}
+        if self.settings.protect_prompt:
+            number = torch.arange(key_states.shape[2], device=key_states.device)
+            arrays["pinned"] = (number < num_pinned).expand(key_states.shape[:3])
+        self._append(arrays)
         return self.slots.keys, self.slots.values
 
     def _append(self, arrays: dict[str, Any]) -> None:
@@ -365,6 +373,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             budgets=budgets,
             has_holes=self.has_holes,
             num_new=self.num_new or None if may_rest else None,
+            pinned=_most_pinned(slots),
         )
         return Decider(
             slots=slots,
@@ -377,6 +386,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             layer=self.index,
             num_layers=self.num_layers,
             backend=backend or self.settings.backend or load("torch"),
+            number=self.num_evictions,
         )
 
     def _visible(self) -> Slots:
@@ -575,3 +585,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.budgets_found = None if self.budgets_found is None else change(self.budgets_found)
         # It is about other rows.
         self.record = None
+
+
+def _most_pinned(slots: Slots) -> list[int]:
+    """Count the tokens of the prompt that each row can see, in the head that has most."""
+    if slots.pinned is None:
+        return [0] * slots.keys.shape[0]
+    pinned = slots.pinned if slots.valid is None else slots.pinned & slots.valid
+    found: list[int] = pinned.sum(dim=-1).amax(dim=-1).tolist()
+    return found

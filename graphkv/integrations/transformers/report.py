@@ -296,6 +296,9 @@ def describe(
     if any(_is_tiered(layer) for layer in layers):
         demoted, kept = (sum(int(getattr(each, name).sum()) for each in stats) for name in ("num_demoted", "num_kept"))
         lines.append(f"{demoted} of {kept} tokens in all heads are kept in {_bits(layers)} bits.")
+    pinned = [int(layer.pinned.sum(dim=-1).max()) for layer in layers if layer.pinned is not None]
+    if pinned:
+        lines.append(f"{max(pinned)} tokens of the prompt are protected: no eviction drops them.")
     recorded = [each for each in stats if each.num_suppressed is not None]
     if recorded:
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)

@@ -42,6 +42,7 @@ HEADER = "graphkv_cache"
 CACHE: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
     "num_guessed": (int,),
+    "num_given": (int,),
     "seen_before": (int,),
     "_opened_by": (int,),
     "is_waiting": (bool,),
@@ -93,6 +94,7 @@ LINEAR_NOT_SAVED = {"is_conv_states_initialized", "is_recurrent_states_initializ
 
 SETTINGS: dict[str, tuple[type, ...]] = {
     "every": (int, NoneType),
+    "protect_prompt": (bool,),
     "rerotate": (bool,),
     "record": (bool,),
     "num_queries": (int,),
