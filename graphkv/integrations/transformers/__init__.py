@@ -20,6 +20,7 @@ with needs("graphkv.integrations.transformers", "transformers", "torch", "transf
     from .models import EvictingRun, evicting, observing
     from .record import EvictionRecord
     from .report import Fate, LayerStats, Suppressions, fates, scored
+    from .smaller import SmallerModel
 
 __all__ = [
     "EvictingCache",
@@ -28,6 +29,7 @@ __all__ = [
     "EvictionRecord",
     "Fate",
     "LayerStats",
+    "SmallerModel",
     "Suppressions",
     "evicting",
     "fates",
