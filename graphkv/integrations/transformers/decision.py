@@ -312,7 +312,7 @@ class Decider:
     def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and their arrays that are new.
 
-        These are the state; after a merge, keys, values, mass and absorbed, see `Slots`; and the levels (`LEVELS`) where
+        These are the state; after a merge, keys, values, mass and absorbed, see `Slots`; and `LEVELS` where
         some tokens are demoted.
         """
         device, valid = self.slots.keys.device, self.slots.valid
