@@ -1,5 +1,7 @@
 """What a model reads stays, whatever the policy says of it, while what it writes is evicted."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from graphkv import (
     AdaKV,
     ArgumentError,
     ArgumentTypeError,
+    Choice,
     Degree,
     GraphKV,
     KeyDiff,
@@ -25,6 +28,7 @@ from graphkv import (
     RoCo,
     SnapKV,
     StreamingLLM,
+    Wrapper,
 )
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
@@ -257,6 +261,24 @@ def test_random_forgets_what_the_model_writes_whatever_its_age(model, ids):
     for first in (0, 8, 16):
         expected = sum((8 / 9) ** (age + 1) for age in range(first, first + 8))
         assert sum(counts[first : first + 8]) == pytest.approx(expected, rel=0.35), first
+
+
+@dataclass(frozen=True)
+class NewestOnly(Wrapper):
+    """A policy of one's own whose choice asks nobody."""
+
+    def choose(self, found, layer, budget):
+        newest = torch.arange(layer.num_tokens - budget, layer.num_tokens)
+        return Choice(kept=newest.expand(*layer.valid.shape[:2], -1))
+
+
+def test_a_choice_that_drops_the_prompt_all_the_same_is_refused(model, ids):
+    message = "policy must keep the prompt with protect_prompt=True; NewestOnly dropped 4 tokens of it in layer 0"
+    with (
+        evicting(model, NewestOnly(KNorm(budget=20)), every=4, protect_prompt=True),
+        pytest.raises(ArgumentError, match=message),
+    ):
+        write(model, ids[None, :PROMPT], num_new=16)
 
 
 def test_bad_arguments_are_named(model):

@@ -194,7 +194,23 @@ class Decider:
         for part, decision in zip(self.parts, decisions, strict=True):
             _check(policy, decision)
             check_room(part.num_pinned, decision.budget, self.layer)
+            self._check_pinned(policy, part, decision)
         return decisions
+
+    def _check_pinned(self, policy: Policy, part: Part, decision: Eviction) -> None:
+        """Refuse the choice of a policy that does not keep to what is protected."""
+        slots = part.of(self.slots, self.order) if part.num_pinned else Slots()
+        if slots.pinned is None:
+            return
+        marks = slots.pinned if slots.valid is None else slots.pinned & slots.valid
+        kept = from_backend(decision.kept, self.backend, marks.device).to(torch.int64)
+        found = marks.gather(2, kept.clamp(min=0)) & (kept >= 0)
+        lost = int((marks.sum(dim=-1) - found.sum(dim=-1)).max())
+        if lost:
+            raise ArgumentError(
+                f"policy must keep the prompt with protect_prompt=True; {type(policy).__name__} dropped {lost} tokens of "
+                f"it in layer {self.layer}"
+            )
 
     def policy_of(self, policy: Policy, part: Part) -> Policy:
         """Return the policy that decides this part of this eviction."""

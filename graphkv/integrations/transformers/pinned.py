@@ -24,24 +24,24 @@ class AlsoMarked(Protection):
     marks : array, shape (batch, kv_heads, N), bool
     number : int
         How many are marked in the row that has most; the sinks are among them.
-    room : int
+    spare : int
         How many other tokens can be protected.
     """
 
     others: Protection
     marks: Array
     number: int
-    room: int
+    spare: int
 
     @property
     def count(self) -> int:
         """Tokens that are protected in a row."""
-        return self.number + min(self.room, max(0, self.others.count - min(self.others.first, self.number)))
+        return self.number + min(self.spare, max(0, self.others.count - min(self.others.first, self.number)))
 
     @property
     def newest(self) -> int:
         """How many of them are the newest tokens."""
-        return min(self.others.newest, self.room)
+        return min(self.others.newest, self.spare)
 
     def mask(self, layer: Layer, memory: Memory | None = None, /) -> Array:
         """Return who is protected."""
@@ -50,7 +50,7 @@ class AlsoMarked(Protection):
             return marks
         others = others & layer.valid & ~marks
         so_far = xp.cumulative_sum(xp.astype(others, xp.int64), axis=-1)
-        return marks | (others & (so_far > so_far[..., -1:] - self.room))
+        return marks | (others & (so_far > so_far[..., -1:] - self.spare))
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Pinned(Wrapper):
 
     def protection(self, budget: int, /) -> Protection:
         """Protect what the base protects, and the marked tokens."""
-        room = max(0, budget - self.number)
-        return AlsoMarked(others=self.base.protection(budget), marks=self.marks, number=self.number, room=room)
+        others, spare = self.base.protection(budget), max(0, budget - self.number)
+        return AlsoMarked(others=others, marks=self.marks, number=self.number, spare=spare, block=others.block)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the base's budget; a layer with too little for the marks gets more, and the others less."""
