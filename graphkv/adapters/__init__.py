@@ -11,12 +11,14 @@ from .attendre import LFA as LFA
 from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
+from .d2o import D2O as D2O
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .kvmerger import KVMerger as KVMerger
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
 from .mikv import MiKV as MiKV
@@ -31,6 +33,7 @@ from .sagekv import SAGEKV as SAGEKV
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA
+from .weightedkv import WeightedKV as WeightedKV
 
 # Type checkers take the names from the imports, and would take a list that they cannot read for an empty one.
 if not TYPE_CHECKING:
