@@ -15,7 +15,20 @@ from graphkv import Random
 from graphkv.adapters.catalog import ENTRIES, Entry
 from graphkv.core import Cost, LayerShape, Policy, Requirements, Wrapper
 
-STAGES = ["observe", "score", "protection", "rescore", "choose", "merge", "wants", "share_out", "layer_budget", "at"]
+STAGES = [
+    "observe",
+    "score",
+    "protection",
+    "rescore",
+    "choose",
+    "merge",
+    "wants",
+    "share_out",
+    "voters",
+    "join",
+    "layer_budget",
+    "at",
+]
 PAGE = Path(__file__).parent / "policies.md"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
 # Costs nothing, so that a wrapper's cost is its own.

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from .absorb import Absorb as Absorb
 from .adakv import AdaKV as AdaKV
+from .anyquery import AnyQuery as AnyQuery
 from .attendre import LFA as LFA
 from .attendre import LRA as LRA
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
+from .chunkkv import ChunkKV as ChunkKV
+from .compactor import Compactor as Compactor
 from .d2o import D2O as D2O
 from .defensivekv import DefensiveKV as DefensiveKV
 from .expected_attention import ExpectedAttention as ExpectedAttention
@@ -21,6 +24,7 @@ from .knorm import KNorm as KNorm
 from .kvmerger import KVMerger as KVMerger
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
+from .lossless import Lossless as Lossless
 from .mikv import MiKV as MiKV
 from .per_layer import LayerBudgets as LayerBudgets
 from .per_layer import LayerShares as LayerShares
@@ -30,6 +34,7 @@ from .random import Random as Random
 from .rkv import RKV as RKV
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
+from .shared import Shared as Shared
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA

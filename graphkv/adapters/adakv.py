@@ -9,6 +9,7 @@ from ..core import budgets, checks, primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
 from ..core.layer import Cost, Layer, LayerShape
+from ..core.needs import chooses, name_of
 from ..core.policy import Assessment, Policy, Requirements, Wrapper
 from ..core.selection import Choice, select_per_head
 from ..core.types import Array
@@ -102,7 +103,7 @@ class AdaKV(Wrapper):
     Raises
     ------
     ArgumentError
-        If an option is out of range.
+        If an option is out of range, or the base has a choice of its own, as `Shared` and `Lossless` do.
     ArgumentTypeError
         If an option has the wrong type.
 
@@ -143,7 +144,7 @@ class AdaKV(Wrapper):
             [ 0, -1, -1, -1]]])
     """
 
-    requirements: ClassVar[Requirements] = Requirements(couples_heads=True)
+    requirements: ClassVar[Requirements] = Requirements(couples_heads=True, head_counts=True)
 
     floor: float = 0.2
     schedule: str = "exact"
@@ -152,6 +153,8 @@ class AdaKV(Wrapper):
         super().__post_init__()
         checks.fraction("floor", self.floor)
         checks.choice("schedule", self.schedule, ("exact", "code"))
+        if chooses(self.base):
+            raise ArgumentError(f"base must choose by its scores alone; {name_of(self.base)} has a choice of its own")
 
     @classmethod
     def official(cls, base: Policy, /) -> AdaKV:

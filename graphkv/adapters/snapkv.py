@@ -9,6 +9,7 @@ from ..core.layer import Layer
 from ..core.types import Array, Namespace
 from . import attention
 from .protection import WindowPolicy
+from .rocketkv import split
 
 __all__ = ["SnapKV", "votes"]
 
@@ -112,6 +113,41 @@ class SnapKV(WindowPolicy):
         SnapKV
         """
         return cls(budget=budget, window=32, kernel_size=7, pooling="max", group_reduction="mean", num_sinks=0)
+
+    @classmethod
+    def rocketkv(cls, budget: int, num_tokens: int, /, *, max_new_tokens: int = 0) -> SnapKV:
+        """Return the first stage of RocketKV (arXiv:2502.14051): a window of 32, maximum pooling over 63 tokens.
+
+        Its second stage, sparse attention at every step, is not here: this keeps `Split.first_stage` tokens, several
+        times as many as a step is to read, see `graphkv.adapters.rocketkv.split`.
+
+        Parameters
+        ----------
+        budget : int
+            Tokens that a step of decoding may read in RocketKV.
+        num_tokens : int
+            Tokens of the prompt.
+        max_new_tokens : int
+            Twice as many tokens stay at least.
+
+        Returns
+        -------
+        SnapKV
+            Attention is summed over the query heads of a KV head.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If a number is out of range, or not an integer.
+
+        Examples
+        --------
+        >>> from graphkv import SnapKV
+        >>> SnapKV.rocketkv(512, 32768).budget
+        3191
+        """
+        kept = split(num_tokens, budget, max_new_tokens=max_new_tokens).first_stage
+        return cls(budget=kept, window=32, kernel_size=63, pooling="max", group_reduction="sum", num_sinks=0)
 
     def score_past(self, layer: Layer, window: int, /) -> Array:
         """Count the window's votes."""

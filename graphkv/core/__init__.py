@@ -31,7 +31,7 @@ from .errors import (
     GraphKVError,
     GraphKVWarning,
 )
-from .eviction import Eviction, evict, observe, wants
+from .eviction import Eviction, evict, evict_layers, observe, wants
 from .fusion import degree, distance, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
@@ -79,6 +79,7 @@ __all__ = [
     "degree",
     "distance",
     "evict",
+    "evict_layers",
     "fuse",
     "observe",
     "pagerank",

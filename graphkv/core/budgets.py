@@ -9,7 +9,7 @@ from math import floor, sqrt
 from . import checks
 from .errors import ArgumentError
 
-__all__ = ["adjust", "allocate", "cascade", "count_of", "share_of", "tokens_of"]
+__all__ = ["adjust", "allocate", "as_written", "cascade", "count_of", "share_of", "tokens_of"]
 
 
 def tokens_of(budget: int | float, num_tokens: int, /) -> int:
@@ -22,7 +22,7 @@ def tokens_of(budget: int | float, num_tokens: int, /) -> int:
     """
     if checks.is_whole(budget):
         return int(budget)
-    numerator, denominator = _as_written(budget)
+    numerator, denominator = as_written(budget)
     return (2 * numerator * num_tokens + denominator) // (2 * denominator)
 
 
@@ -43,7 +43,7 @@ def share_of(share: float, total: int, /) -> int:
     >>> share_of(0.29, 100), share_of(1e-3, 999)
     (29, 0)
     """
-    numerator, denominator = _as_written(share)
+    numerator, denominator = as_written(share)
     return numerator * total // denominator
 
 
@@ -150,7 +150,7 @@ def adjust(shares: Sequence[float], total: int, most: int, /) -> list[int]:
     return [amount - less for amount, less in zip(result, taken, strict=True)]
 
 
-def _as_written(number: float, /) -> tuple[int, int]:
+def as_written(number: float, /) -> tuple[int, int]:
     """Return a float >= 0, as the decimal number that was written, as a fraction in plain integers.
 
     A `fractions.Fraction` would do the same, but torch.compile cannot trace it.

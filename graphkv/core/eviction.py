@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import budgets, checks, primitives
 from .backend import Backend, resolve
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from .layer import LayerFacts
 
-__all__ = ["Eviction", "evict", "observe", "wants"]
+__all__ = ["Eviction", "evict", "evict_layers", "observe", "wants"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -46,7 +47,7 @@ class Eviction:
     graph : Graph or None
         The edges that changed the scores.
     budget : int
-        The layer's budget in tokens.
+        The layer's budget in tokens; the most that a row may keep, where a policy finds its budgets itself.
     num_tokens : int
         N, the number of tokens before.
     """
@@ -198,7 +199,8 @@ def evict(
 ) -> Eviction:
     """Decide which tokens of one layer's cache stay.
 
-    With a budget of N tokens or more everything stays and nothing is scored.
+    With a budget of N tokens or more everything stays and nothing is scored, unless the policy finds its budgets
+    itself.
 
     Parameters
     ----------
@@ -257,9 +259,12 @@ def evict(
     >>> evict(StreamingLLM(budget=4, num_sinks=1), np.ones((1, 1, 9, 2))).kept
     array([[[0, 6, 7, 8]]])
     """
-    checks.instance("policy", policy, Policy)
-    facts = Layer(
+    case = _Case.of(
+        policy,
         keys,
+        budget=budget,
+        tokens_seen=tokens_seen,
+        state=state,
         values=values,
         queries=queries,
         attention=attention,
@@ -267,19 +272,102 @@ def evict(
         positions=positions,
         unrotated_keys=unrotated_keys,
         mass=mass,
-        num_new=_num_new(keys, state),
         layer=layer,
         num_layers=num_layers,
         backend=backend,
     )
-    num_tokens = _budget(policy, facts, budget, tokens_seen)
-    policy = policy.at(facts.layer, facts.num_layers)
-    check_state(policy, state, facts)
-    scores = facts.num_tokens > num_tokens
-    if scores or state is not None or has_rows(facts):
-        check_needs(policy, facts, scores=scores)
-    with facts.backend.guarded(keys):
-        return _evict(policy, facts, num_tokens, state)
+    voters = policy.voters(case.layer.layer, case.layer.num_layers)
+    if voters != (case.layer.layer,):
+        raise ArgumentError(
+            f"layer must be evicted together with others, by evict_layers: with {name_of(policy)} layer "
+            f"{case.layer.layer} keeps what the layers {list(voters)} choose"
+        )
+    case.check_needs()
+    with case.layer.backend.guarded(keys):
+        case = case.observed()
+        if not case.is_scored:
+            return case.whole()
+        found = case.found()
+        return case.evicted(found, case.choice(found))
+
+
+def evict_layers(
+    policy: Policy,
+    layers: Sequence[Mapping[str, Any]],
+    /,
+    *,
+    budget: int | float | None = None,
+    tokens_seen: int | None = None,
+    backend: Backend | str | None = None,
+) -> tuple[Eviction, ...]:
+    """Decide which tokens of several layers' caches stay, where layers share what they keep.
+
+    Other policies decide for each layer as `evict` does.
+
+    Parameters
+    ----------
+    policy : Policy
+        For example ``Shared(SnapKV(budget=512), over="layers")``.
+    layers : sequence of mapping of str to object
+        What `evict` takes for each layer, the first layer first: ``keys``, and ``values``, ``queries``, ``state`` and
+        so on by their names. Default of ``layer`` and ``num_layers``: the place among those given, and their number.
+    budget, tokens_seen, backend
+        As for `evict`, for all layers. A layer may have its own.
+
+    Returns
+    -------
+    tuple of Eviction
+        One per layer. Layers that share a choice have its scores, and the graph of the first that was scored.
+
+    Raises
+    ------
+    ArgumentError
+        As `evict`; and if layers that share a choice differ in budget, device or (batch, kv_heads, N).
+    ArgumentTypeError, BackendError
+        As `evict`.
+
+    Examples
+    --------
+    Token 0 is the first layer's favorite, token 2 the second's; token 1 is what they agree on:
+
+    >>> import numpy as np
+    >>> from graphkv import Shared, SnapKV, evict_layers
+    >>> rows = [np.asarray([[[[0.5, 0.4, 0.1, 0.0]]]]), np.asarray([[[[0.1, 0.4, 0.5, 0.0]]]])]
+    >>> policy = Shared(SnapKV(budget=2, window=1, kernel_size=1), over="layers")
+    >>> done = evict_layers(policy, [{"keys": np.ones((1, 1, 4, 2)), "attention": each} for each in rows])
+    >>> [layer.kept.tolist() for layer in done]
+    [[[[1, 3]]], [[[1, 3]]]]
+    """
+    checks.instance("policy", policy, Policy)
+    common = {"budget": budget, "tokens_seen": tokens_seen, "num_layers": len(layers), "backend": backend}
+    cases, voters = [], [policy.voters(place, len(layers)) for place in range(len(layers))]
+    for place, facts in enumerate(layers):
+        if "keys" not in facts:
+            raise ArgumentError(f"layers[{place}] must have keys; got {sorted(facts)}")
+        given = {**common, "layer": place, **facts}
+        cases.append(_Case.of(policy, given.pop("keys"), **given))
+    for place, case in enumerate(cases):
+        for voter in voters[place]:
+            case.check_same(cases[voter], place, voter)
+        case.check_needs(votes=any(place in each for each in voters))
+    found: dict[int, Assessment] = {}
+    chosen: dict[tuple[int, ...], tuple[Assessment, Choice]] = {}
+    for place, case in enumerate(cases):
+        with case.layer.backend.guarded(case.layer.keys):
+            cases[place] = case.observed()
+            if case.is_scored and any(place in group for group in voters):
+                found[place] = cases[place].found()
+    done = []
+    for group, case in zip(voters, cases, strict=True):
+        with case.layer.backend.guarded(case.layer.keys):
+            if not case.is_scored:
+                done.append(case.whole())
+                continue
+            if group not in chosen:
+                joined = policy.join([found[voter] for voter in group])
+                chosen[group] = joined, cases[group[0]].choice(joined)
+            done.append(case.evicted(*chosen[group]))
+    return tuple(done)
 
 
 def observe(
@@ -359,43 +447,116 @@ def wants(policy: Policy, keys: Array, /, *, state: Memory | None = None, **fact
         return policy.wants(layer, _observed(policy, layer, state))
 
 
-def _evict(policy: Policy, layer: Layer, budget: int, state: Memory | None, /) -> Eviction:
-    """Run the stages on what was checked."""
-    memory = _observed(policy, layer, state)
-    if layer.num_tokens <= budget:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Case:
+    """One layer to be evicted: its policy, its checked facts, its budget and what the last call left."""
+
+    policy: Policy
+    layer: Layer
+    budget: int
+    state: Memory | None
+    memory: Memory | None = None
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        keys: Array,
+        /,
+        *,
+        budget: int | float | None,
+        tokens_seen: int | None,
+        state: Memory | None = None,
+        **facts: Unpack[LayerFacts],
+    ) -> _Case:
+        """Check the arguments, but for what the policy needs."""
+        checks.instance("policy", policy, Policy)
+        layer = Layer(keys, num_new=_num_new(keys, state), **facts)
+        num_tokens = _budget(policy, layer, budget, tokens_seen)
+        policy = policy.at(layer.layer, layer.num_layers)
+        check_state(policy, state, layer)
+        return cls(policy=policy, layer=layer, budget=num_tokens, state=state)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether anything may go."""
+        return self.layer.num_tokens > (0 if self.policy.needs().automatic else self.budget)
+
+    @property
+    def most(self) -> int:
+        """The most tokens that a row may keep."""
+        return min(self.budget, self.layer.num_tokens)
+
+    def check_needs(self, *, votes: bool = True) -> None:
+        """Refuse a layer without what the policy needs of it."""
+        scores = self.is_scored and votes
+        if scores or self.state is not None or has_rows(self.layer):
+            check_needs(self.policy, self.layer, scores=scores)
+
+    def check_same(self, voter: _Case, place: int, its_place: int, /) -> None:
+        """Refuse to keep what a layer of another size chooses."""
+        for name, own, other in (
+            ("budget", self.budget, voter.budget),
+            ("(batch, kv_heads, N)", tuple(self.layer.valid.shape), tuple(voter.layer.valid.shape)),
+            ("backend", self.layer.backend.name, voter.layer.backend.name),
+            ("device", primitives.device_of(self.layer.keys), primitives.device_of(voter.layer.keys)),
+        ):
+            if own != other:
+                raise ArgumentError(
+                    f"layers must have one {name} where they share what they keep, with {name_of(self.policy)}; "
+                    f"layers[{its_place}] has {other}, layers[{place}] has {own}"
+                )
+
+    def observed(self) -> _Case:
+        """Let the policy remember the new positions."""
+        return replace(self, memory=_observed(self.policy, self.layer, self.state))
+
+    def whole(self) -> Eviction:
+        """Keep everything."""
         return Eviction(
-            choice=_everything(layer),
-            mass=layer.mass,
-            state=_detached(memory, layer),
-            budget=budget,
-            num_tokens=layer.num_tokens,
-            backend=layer.backend,
+            choice=_everything(self.layer),
+            mass=self.layer.mass,
+            state=_detached(self.memory, self.layer),
+            budget=self.budget,
+            num_tokens=self.layer.num_tokens,
+            backend=self.layer.backend,
         )
-    importance, protected = policy.score(layer, memory), policy.protection(budget).mask(layer, memory)
-    found = policy.rescore(Assessment(importance=importance, scores=importance, protected=protected), layer, budget)
-    choice = policy.choose(found, layer, budget)
-    merge = policy.merge(choice, found, layer, memory)
-    decision = Eviction(
-        choice=choice,
-        merge=merge,
-        importance=found.importance,
-        scores=found.scores,
-        protected=found.protected,
-        graph=found.graph,
-        budget=budget,
-        num_tokens=layer.num_tokens,
-        backend=layer.backend,
-    )
-    if merge is not None:
-        decision = replace(decision, mass=merge.mass)
-    elif layer.mass is not None:
-        decision = replace(decision, mass=decision.apply(layer.mass))
-    told = {} if merge is None else merge.memory
-    if memory is None and not told:
-        return decision
-    memory = memory or Memory()
-    kept = {name: decision.apply(x) for name, x in memory.tokens.items()}
-    return replace(decision, state=_detached(Memory(tokens=kept, layer={**memory.layer, **told}), layer))
+
+    def found(self) -> Assessment:
+        """Score, protect and score again."""
+        importance = self.policy.score(self.layer, self.memory)
+        protected = self.policy.protection(self.most).mask(self.layer, self.memory)
+        found = Assessment(importance=importance, scores=importance, protected=protected)
+        return self.policy.rescore(found, self.layer, self.most)
+
+    def choice(self, found: Assessment, /) -> Choice:
+        """Choose by what was found, in this layer or in several."""
+        return self.policy.choose(found, self.layer, self.most)
+
+    def evicted(self, found: Assessment, choice: Choice, /) -> Eviction:
+        """Do as was chosen."""
+        merge = self.policy.merge(choice, found, self.layer, self.memory)
+        decision = Eviction(
+            choice=choice,
+            merge=merge,
+            importance=found.importance,
+            scores=found.scores,
+            protected=found.protected,
+            graph=found.graph,
+            budget=self.budget,
+            num_tokens=self.layer.num_tokens,
+            backend=self.layer.backend,
+        )
+        if merge is not None:
+            decision = replace(decision, mass=merge.mass)
+        elif self.layer.mass is not None:
+            decision = replace(decision, mass=decision.apply(self.layer.mass))
+        told = {} if merge is None else merge.memory
+        if self.memory is None and not told:
+            return decision
+        memory = self.memory or Memory()
+        kept = {name: decision.apply(x) for name, x in memory.tokens.items()}
+        return replace(decision, state=_detached(Memory(tokens=kept, layer={**memory.layer, **told}), self.layer))
 
 
 def _everything(layer: Layer, /) -> Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from . import checks, primitives
 from .backend import Backend, resolve
@@ -147,6 +147,12 @@ class Layer:
     def num_tokens(self) -> int:
         """N, the number of cached tokens."""
         return int(self.keys.shape[-2])
+
+    def having(self, **facts: Any) -> Layer:
+        """Return a layer with some other facts, which are not checked: for stages that ask their base about one."""
+        twin: Layer = object.__new__(Layer)
+        twin.__dict__.update(self.__dict__, **facts)
+        return twin
 
 
 class LayerFacts(TypedDict, total=False):

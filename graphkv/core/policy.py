@@ -69,6 +69,12 @@ class Requirements:
     couples_heads : bool
         What a KV head keeps depends on the layer's other KV heads, or on its number among them. Such a policy decides
         differently where some of the heads are in another process.
+    head_counts : bool
+        The KV heads of a layer keep numbers of tokens of their own.
+    couples_layers : bool
+        What a layer keeps depends on other layers, see `Policy.voters`, so that `evict_layers` must decide.
+    automatic : bool
+        May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
     merges : bool
         Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
     settled : bool
@@ -84,9 +90,17 @@ class Requirements:
     unrotated_keys: bool = False
     wants: bool = False
     couples_heads: bool = False
+    head_counts: bool = False
+    couples_layers: bool = False
+    automatic: bool = False
     merges: bool = False
     settled: bool = False
     demotes: bool = False
+
+    @property
+    def all_layers(self) -> bool:
+        """Whether all layers must be read before one is evicted."""
+        return self.wants or self.couples_layers
 
     def joined(self, base: Requirements, /) -> Requirements:
         """Return these needs together with those of a base policy."""
@@ -100,6 +114,9 @@ class Requirements:
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
             wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
+            head_counts=self.head_counts or base.head_counts,
+            couples_layers=self.couples_layers or base.couples_layers,
+            automatic=self.automatic or base.automatic,
             merges=self.merges or base.merges,
             settled=self.settled or base.settled,
             demotes=self.demotes or base.demotes,
@@ -193,7 +210,7 @@ class Policy(Value, ABC):
             What the last stage returned.
         layer : Layer
         budget : int
-            Tokens to keep per row; less than N.
+            Tokens to keep per row; less than N, or N for a policy whose budgets are automatic.
 
         Returns
         -------
@@ -248,6 +265,38 @@ class Policy(Value, ABC):
             Default: `layer_budget` of every layer.
         """
         return [self.layer_budget(num_tokens, layer, len(wants)) for layer in range(len(wants))]
+
+    def voters(self, layer: int, num_layers: int, /) -> tuple[int, ...]:
+        """Return the layers whose scores decide what a layer keeps, ascending.
+
+        Layers with the same voters keep the same tokens. A policy for which they are not the layer itself says
+        `Requirements.couples_layers`.
+
+        Parameters
+        ----------
+        layer, num_layers : int
+            Which layer of how many, of those that are evicted.
+
+        Returns
+        -------
+        tuple of int
+            Default: the layer itself.
+        """
+        return (layer,)
+
+    def join(self, found: Sequence[Assessment], /) -> Assessment:
+        """Return what layers are to choose by together. Default: what was found about the first one.
+
+        Parameters
+        ----------
+        found : sequence of Assessment
+            Of every voter, after re-scoring.
+
+        Returns
+        -------
+        Assessment
+        """
+        return found[0]
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the budget of one layer in tokens.
@@ -333,6 +382,14 @@ class Wrapper(Policy):
     def share_out(self, wants: Sequence[float], num_tokens: int, /) -> list[int]:
         """Return the base's budgets."""
         return self.base.share_out(wants, num_tokens)
+
+    def voters(self, layer: int, num_layers: int, /) -> tuple[int, ...]:
+        """Return the base's voters."""
+        return self.base.voters(layer, num_layers)
+
+    def join(self, found: Sequence[Assessment], /) -> Assessment:
+        """Return what the base makes of all."""
+        return self.base.join(found)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the base's budget of the layer."""

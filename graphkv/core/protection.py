@@ -39,16 +39,25 @@ class Protection:
         Recents: the newest tokens of every row that are not padding.
     window : int
         The last positions of the layer, padding included, whose queries vote.
+    block : int
+        Tokens are kept in whole blocks of that many.
     """
 
     first: int = 0
     last: int = 0
     window: int = 0
+    block: int = 1
 
     @property
     def count(self) -> int:
         """Tokens that are protected in a row without padding. May be more than the budget, or than N."""
         return self.first + self.last + self.window
+
+    @property
+    def room(self) -> int:
+        """Tokens that a budget must have room for, so that every protected one is kept for sure."""
+        # The blocks at both ends may reach beyond what is protected.
+        return self.count + 2 * (self.block - 1)
 
     @property
     def newest(self) -> int:

@@ -9,7 +9,7 @@ from .backend import Backend, SelectStep, resolve
 from .precision import Precision
 from .types import Array, Namespace
 
-__all__ = ["Choice", "select", "select_per_head"]
+__all__ = ["Choice", "select", "select_in_tiers", "select_per_head", "tiers_of"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +104,7 @@ def portable_select(
     scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend
 ) -> Array:
     """Rank and sort: the specification of `select`, with arguments checked and widened, and at most N to keep."""
-    tiers = _tiers(scores, protected, valid, xp=backend.xp)
+    tiers = tiers_of(scores, protected, valid, xp=backend.xp)
     return backend.xp.sort(primitives.top_k(scores, budget, tiers, backend=backend), axis=-1)
 
 
@@ -127,17 +127,37 @@ def select_per_head(
     array, shape (..., width), int64
         In each row the positions of its kept tokens, ascending, then -1.
     """
+    return select_in_tiers(scores, budgets, width, tiers_of(scores, protected, valid, xp=backend.xp), backend=backend)
+
+
+def select_in_tiers(scores: Array, counts: Array, width: int, tiers: Array, /, *, backend: Backend) -> Array:
+    """Select a different number of tokens in every row, in the order of tiers and then of scores.
+
+    Parameters
+    ----------
+    scores : array, shape (..., N), float32 or wider
+    counts : array, shape (...), integer in [0, width]
+    width : int
+        At most N.
+    tiers : array, shape (..., N), int32
+        0, 1, 2 or 3, the lowest first.
+
+    Returns
+    -------
+    array, shape (..., width), int64
+        As of `select_per_head`.
+    """
     xp = backend.xp
-    ranked = primitives.top_k(scores, width, _tiers(scores, protected, valid, xp=xp), backend=backend)
+    ranked = primitives.top_k(scores, width, tiers, backend=backend)
     place = xp.arange(width, dtype=ranked.dtype, device=primitives.device_of(scores))
-    place = xp.reshape(place, (*(1 for _ in budgets.shape), -1))
-    is_kept = place < xp.astype(budgets, ranked.dtype)[..., None]
+    place = xp.reshape(place, (*(1 for _ in counts.shape), -1))
+    is_kept = place < xp.astype(counts, ranked.dtype)[..., None]
     # Unused slots sort behind every position.
     kept = xp.sort(xp.where(is_kept, ranked, xp.full_like(ranked, scores.shape[-1])), axis=-1)
     return xp.where(is_kept, kept, xp.full_like(kept, -1))
 
 
-def _tiers(scores: Array, protected: Array | None, valid: Array | None, /, *, xp: Namespace) -> Array:
+def tiers_of(scores: Array, protected: Array | None, valid: Array | None, /, *, xp: Namespace) -> Array:
     """Return the tiers, which rank before the scores: 0 protected, 1 others, 2 padding."""
     tiers = xp.ones(scores.shape, dtype=xp.int32, device=primitives.device_of(scores))
     if protected is not None:

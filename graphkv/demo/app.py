@@ -17,6 +17,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from ..core.backend import Backend, load
@@ -121,9 +122,9 @@ def main(
         for number, part in enumerate(parts, start=1)
     }
     if not policies:
-        console.print(NAMES, highlight=False)
+        print_table(console, Text(NAMES))
     if model is None:
-        console.print(MEASURED, highlight=False)
+        print_table(console, Text(MEASURED))
     with show_steps() as say:
         say("Drawing")
         write_files(output, files)
@@ -255,7 +256,7 @@ def _print(console: Console, part: Part, number: int | None) -> None:
     lines.append("NLL of the expected answer, in nats per token: lower is better")
     console.print()
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        print_table(console, Text(line))
     print_table(console, _table(part.results))
 
 

@@ -51,7 +51,8 @@ class PolicyPress(BasePress):  # type: ignore[misc]
     ArgumentTypeError
         If `policy` is no Policy.
     ArgumentError
-        If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`.
+        If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`. If
+        layers share what they keep.
         While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
         heads different budgets, or the cache does not hold exactly the tokens of the prompt, or it cannot be seen that
         the model's heads attend to the keys and values that it caches under them.
@@ -84,6 +85,11 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             raise ArgumentError(
                 "policy must know each layer's budget beforehand: kvpress evicts a layer before the next one has read "
                 f"anything; {type(self.policy).__name__} does not, so wrap it in LayerBudgets"
+            )
+        if self.policy.needs().couples_layers:
+            raise ArgumentError(
+                "policy must choose for each layer alone, because kvpress evicts a layer before the next one has read "
+                f"anything; got {self.policy}"
             )
         self._evicted: dict[int, float] = {}
 
@@ -157,7 +163,10 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             num_layers=num_layers,
             backend="torch",
         )
-        self._evicted[layer.layer_idx] = 1 - min(decision.budget, num_tokens) / num_tokens
+        num_kept: float = min(decision.budget, num_tokens)
+        if self.policy.needs().automatic and decision.counts is not None:
+            num_kept = float(decision.counts.double().mean())
+        self._evicted[layer.layer_idx] = 1 - num_kept / num_tokens
         if decision.merge is not None:
             raise ArgumentError(
                 f"policy must drop tokens, not merge them, in kvpress; {type(self.policy).__name__} merges"

@@ -100,6 +100,8 @@ def test_what_holds_for_every_policy(library, name, layer, budget):
     assert done.budget == budget
     if heads is None:
         assert kept.shape[-1] == min(budget, num_tokens)
+    elif policy.needs().automatic:
+        assert (heads <= min(budget, num_tokens)).all()
     else:
         assert (heads.sum(-1) == budget * kept.shape[1]).all()
     protected = None if done.protected is None else library.host(done.protected)

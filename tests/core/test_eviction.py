@@ -258,7 +258,7 @@ def test_a_signal_of_ones_own_needs_no_change_of_graphkv():
     ("make_policy", "error", "message"),
     [
         (lambda: SnapKV(budget=-1), ArgumentError, "budget must be at least 0; got -1"),
-        (lambda: SnapKV(budget=1.5), ArgumentError, r"budget must lie in \[0, 1\]; got 1.5"),
+        (lambda: SnapKV(budget=1.5), ArgumentError, "a share above 0 and at most 1; got 1.5"),
         (lambda: SnapKV(budget=0.0), ArgumentError, "a share above 0 and at most 1; got 0.0"),
         (lambda: SnapKV(budget=True), ArgumentTypeError, "budget must be an integer or a float share; got True"),
         (lambda: SnapKV(budget="512"), ArgumentTypeError, "budget must be an integer or a float share; got '512'"),

@@ -71,7 +71,7 @@ def markdown(drawn):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take most of the time: leave them empty where only words matter."""
-    for name in ("draw_diversity", "draw_gains", "draw_heat_maps", "draw_quality"):
+    for name in ("draw_diversity", "draw_gains", "draw_heat_maps", "draw_quality", "draw_sizes"):
         monkeypatch.setattr(plots, name, lambda *_, **__: b"<svg/>")
 
 
@@ -403,6 +403,28 @@ def test_sizes_are_shown_only_where_they_differ(undrawn):
     found = {(row["policy"], row["prompt"], row["budget"]): row for row in rows(padded) if "tokens kept" in row}
     assert found["`snapkv+graphkv`", "128", "32"]["tokens kept"] == found["`snapkv`", "128", "32"]["tokens kept"]
     assert found["`snapkv+graphkv`", "128", "32"]["MB"] == "0.018"
+
+
+def test_a_policy_that_finds_its_budget_stands_where_its_cache_was_measured():
+    """The figure has it where its tokens are, and the table is in the order of sizes."""
+    records = make_records(prompts=2, modes=("aware",), effects=FEW)
+    equal, _ = make_report(sized(records, {"snapkv+graphkv": (1, 1.5)}), HEADER, metrics=["nll"])
+    found, pictures = make_report(sized(records, {"snapkv+graphkv": (0.5, 1)}), HEADER, metrics=["nll"])
+    moved, others = make_report(sized(records, {"snapkv+graphkv": (0.25, 1)}), HEADER, metrics=["nll"])
+
+    title = "#### Quality against tokens kept"
+    assert title not in equal
+    table = [row for row in rows(section(found, title)) if row["prompt"] == "128"]
+    assert [float(row["kept"]) for row in table] == sorted(float(row["kept"]) for row in table)
+    (row,) = [row for row in table if row["policy"] == "`snapkv+graphkv`" and row["budget"] == "32"]
+    assert row["kept"] == "16.0"
+    quality = [row for row in rows(found) if row["policy"] == "`snapkv+graphkv`" and row.get("prompts")]
+    assert row["NLL per answer token (nats)"] in {row.get("budget 32") for row in quality}
+    figure = next(line for line in found.splitlines() if "against tokens kept per KV head" in line)
+    path = figure[figure.rindex("(") + 1 : figure.rindex(")")]
+    assert pictures[path] != others[path]
+    assert pictures[path].startswith(b"<?xml")
+    assert title in moved
 
 
 def test_a_size_that_changes_from_prompt_to_prompt_has_a_range(undrawn):

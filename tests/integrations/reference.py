@@ -148,7 +148,7 @@ class SlowReference:
             )
             evicted, since = True, 0
             protection = policy.protection(decision.budget)
-            carried = protection.newest if protection.count <= decision.budget and not policy.needs().state else 0
+            carried = protection.newest if protection.room <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
             if decision.state is not None:
                 widest = max(map(len, kept))

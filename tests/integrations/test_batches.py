@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import CAKE, CAOTE, H2O, AdaKV, ExpectedAttention, GraphKV, KeyDiff, PyramidKV, RoCo, SnapKV
+from graphkv import (
+    CAKE,
+    CAOTE,
+    H2O,
+    AdaKV,
+    ChunkKV,
+    ExpectedAttention,
+    GraphKV,
+    KeyDiff,
+    Lossless,
+    PyramidKV,
+    RoCo,
+    Shared,
+    SnapKV,
+)
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.report import fates, layer_stats
 from graphkv.integrations.transformers.versions import with_cache
@@ -25,6 +39,13 @@ POLICIES = {
     "adakv": AdaKV(SNAPKV),
     "adakv+h2o": AdaKV(H2O(budget=12)),
     "expected-attention": ExpectedAttention(budget=12, num_sinks=1),
+    "shared": Shared(SNAPKV),
+    "blocks": Shared(SNAPKV, block=4),
+    "shared layers": Shared(SNAPKV, over="layers"),
+    "blocks of all layers": Shared(H2O(budget=12), over="layers", block=3),
+    "chunkkv": ChunkKV(SNAPKV, chunk=5, reuse=2),
+    "lossless": Lossless(SnapKV(budget=20, window=4, kernel_size=3), 0.2),
+    "lossless h2o": Lossless(H2O(budget=1.0), 0.1),
     "keydiff": KeyDiff(budget=12, num_sinks=1),
 }
 # One string per call and row, 1 for a token: none missing, left and right padding, holes in every call.

@@ -18,7 +18,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from ...naming.names import FULL
 from ..statistics import Interval
 
-__all__ = ["Curve", "Gain", "Place", "draw_diversity", "draw_gains", "draw_heat_maps", "draw_quality"]
+__all__ = [
+    "Curve",
+    "Gain",
+    "Place",
+    "SizedCurve",
+    "draw_diversity",
+    "draw_gains",
+    "draw_heat_maps",
+    "draw_quality",
+    "draw_sizes",
+]
 
 WIDTH = 4.3
 # Okabe and Ito's colors, the ones with enough contrast on white and on near-black, with a shape for each.
@@ -35,6 +45,13 @@ class Curve(NamedTuple):
 
     label: str
     points: Mapping[int, Interval | None]
+
+
+class SizedCurve(NamedTuple):
+    """The quality of one policy by the tokens that it kept, a pair per budget."""
+
+    label: str
+    points: Sequence[tuple[float, Interval]]
 
 
 class Gain(NamedTuple):
@@ -179,6 +196,58 @@ def draw_quality(
     return _with_both_themes(buffer.getvalue())
 
 
+def draw_sizes(
+    bases: Mapping[str, Sequence[SizedCurve]],
+    references: Sequence[SizedCurve],
+    variants: Sequence[str],
+    *,
+    label: str,
+) -> bytes:
+    """Draw quality against the tokens that were kept, one panel per base, with intervals.
+
+    Parameters
+    ----------
+    bases : mapping of str to sequence of SizedCurve
+        The curves of a base's variants, labeled with their names.
+    references : sequence of SizedCurve
+        Points that are in every panel: the full cache, random eviction.
+    variants : sequence of str
+        All variants of the report.
+    label : str
+        Of the vertical axis.
+
+    Returns
+    -------
+    bytes
+        SVG.
+    """
+    with _drawing(1.55 * -(-len(bases) // 2) + 0.75) as (figure, buffer):
+        panels = _facets(figure, list(bases), sharex=True, sharey=True)
+        for base, panel in panels.items():
+            for curve in references:
+                _draw_sized(panel, curve, color=FAINT, linestyle=":", linewidth=1.1, marker="_", alpha=0.55)
+            for curve in bases[base]:
+                dash = DASHES[list(variants).index(curve.label) % len(DASHES)]
+                _draw_sized(panel, curve, **_look(variants, curve.label), linestyle=dash, linewidth=1.2, markersize=3.8)
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        figure.supxlabel("tokens kept per KV head", fontsize=8.5)
+        figure.supylabel(label, fontsize=8.5)
+        _legend(figure, _variant_handles(variants, lines=True) + _reference_handles(references))
+    return _with_both_themes(buffer.getvalue())
+
+
+def _draw_sized(panel: Any, curve: SizedCurve, **look: Any) -> None:
+    """Draw means and intervals, joined in the order of their sizes."""
+    points = sorted(curve.points, key=lambda point: point[0])
+    arms = [_arms(found) if isfinite(found.low) else (0.0, 0.0) for _, found in points]
+    if points:
+        panel.errorbar(
+            [kept for kept, _ in points], [found.mean for _, found in points], yerr=np.array(arms).T,
+            elinewidth=0.9, **look,
+        )  # fmt: skip
+
+
 def _draw_curve(panel: Any, curve: Curve, shift: float, **look: Any) -> None:
     """Draw means and intervals; the line breaks where there are no records."""
     budgets = sorted(curve.points)
@@ -204,7 +273,7 @@ def _variant_handles(variants: Sequence[str], *, lines: bool = False) -> list[Li
     ]  # fmt: skip
 
 
-def _reference_handles(references: Sequence[Curve]) -> list[Line2D]:
+def _reference_handles(references: Sequence[Curve | SizedCurve]) -> list[Line2D]:
     return [
         Line2D([], [], color=FAINT, linestyle="-" if curve.label == FULL else (0, (1, 2)), label=curve.label)
         for curve in references

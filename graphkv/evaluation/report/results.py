@@ -16,13 +16,15 @@ from ...naming.presets import Preset
 from .. import statistics
 from ..records import Record
 from ..statistics import Comparison, Interval
-from .plots import Curve
+from .plots import Curve, SizedCurve
 from .wording import MODES
 
 __all__ = ["RANDOM", "RunResults", "Section"]
 
 ALONE = "no graph"
 RANDOM = "random"
+# Of the budget: whoever keeps less has found a budget of its own.
+LEAST_SHARE = 0.98
 
 
 class PolicyFamily(NamedTuple):
@@ -88,6 +90,25 @@ class Section:
             if cell.budget is not None and _differ(cell.budget, [found[name] for name in found if name != FULL]):
                 result[cell.length, cell.budget] = found
         return result
+
+    @cached_property
+    def tokens(self) -> dict[tuple[int | None, int], dict[str, float]]:
+        """Tokens per KV head that every policy kept, averaged over prompts, by length and budget."""
+        return {
+            (cell.length, cell.budget): {name: sum(kept.values()) / len(kept) for name, kept in found.items()}
+            for cell, found in statistics.table(self.records, "tokens_kept").items()
+            if cell.budget is not None
+        }
+
+    @cached_property
+    def finds_budgets(self) -> bool:
+        """Whether a policy kept noticeably fewer tokens than it might: then qualities at one budget say little."""
+        return any(
+            kept < LEAST_SHARE * budget
+            for (_, budget), found in self.tokens.items()
+            for name, kept in found.items()
+            if name != FULL
+        )
 
     def key(self, found: Comparison, /) -> tuple[Any, ...]:
         """Return what identifies a comparison in its run."""
@@ -211,6 +232,12 @@ class RunResults:
         budgets = [budget for budget in self.budgets if section.expects(length, budget)]
         found = {budget: section.means[metric].get((length, budget), {}).get(policy) for budget in budgets}
         return Curve(label, found)
+
+    def sized_curve(self, section: Section, metric: str, length: int | None, policy: str, label: str) -> SizedCurve:
+        """Return the quality of a policy by the tokens that it kept."""
+        found = self.curve(section, metric, length, policy, label).points
+        kept = {budget: section.tokens.get((length, budget), {}).get(policy) for budget in found}
+        return SizedCurve(label, [(x, y) for budget, y in found.items() if y is not None and (x := kept[budget])])
 
     def members(self, base: str) -> dict[str, str]:
         """Return the policies of a base: variant to name, the base alone first."""

@@ -145,6 +145,61 @@ def _write_sizes(document: Document, results: RunResults, section: Section) -> N
     )
     names = ["policy", "prompt", "budget", "tokens kept", "MB", "of the full cache"]
     document.table(names, _size_rows(results, section))
+    if section.finds_budgets:
+        _write_found(document, results, section)
+
+
+def _write_found(document: Document, results: RunResults, section: Section) -> None:
+    """Compare policies that find their budgets by what they kept."""
+    document.heading(4, "Quality against tokens kept")
+    document.text(
+        "Where a policy finds its budgets itself, or keeps less than its budget for another reason, qualities at one "
+        "budget are not at one size. Here every policy stands where its cache was measured."
+    )
+    for metric in section.metrics:
+        document.figures(
+            (
+                f"{capital(LABELS[metric])} against tokens kept per KV head: {_where(section, length)}. Grey: full "
+                "cache and random eviction.",
+                _sized_figure(results, section, metric, length),
+            )
+            for length in section.lengths
+            if any((length, budget) in section.tokens for budget in section.budgets)
+        )
+    names = ["policy", "prompt", "kept", "budget", *(capital(LABELS[metric]) for metric in section.metrics)]
+    document.table(names, _found_rows(results, section))
+
+
+def _sized_figure(results: RunResults, section: Section, metric: str, length: int | None) -> Callable[[], bytes]:
+    panels = {
+        base: [
+            results.sized_curve(section, metric, length, name, variant)
+            for variant, name in results.members(base).items()
+        ]
+        for base in results.bases
+    }
+    references = [
+        results.sized_curve(section, metric, length, curve.label, curve.label)
+        for curve in ([] if RANDOM in results.bases else results.references(section, metric, length))
+    ]
+    return lambda: plots.draw_sizes(
+        panels, references, results.variants, label=f"{LABELS[metric]}\n{direction(metric)}"
+    )
+
+
+def _found_rows(results: RunResults, section: Section) -> Iterable[list[str]]:
+    """List all policies of a length, the smallest cache first."""
+    for length in section.lengths:
+        found = [
+            (kept, str(budget), policy, [section.means[metric][length, budget][policy] for metric in section.metrics])
+            for (its_length, budget), cell in section.tokens.items()
+            for policy, kept in cell.items()
+            if its_length == length
+            and policy != FULL
+            and all(policy in section.means[metric].get((length, budget), {}) for metric in section.metrics)
+        ]
+        for kept, budget, policy, qualities in sorted(found, key=lambda row: (row[0], results.policies.index(row[2]))):
+            yield [code(policy), length_words(length), f"{kept:.1f}", budget, *map(mean_words, qualities)]
 
 
 def _size_rows(results: RunResults, section: Section) -> Iterable[list[str]]:

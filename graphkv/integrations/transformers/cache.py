@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from ...core.errors import ArgumentError
 from ...core.layer import Memory
 from ...core.policy import Policy
 from . import sharing, versions
+from .decision import evict_together
 from .handout import Handout, latest
 from .history import History
 from .hybrid import HybridEvictingLayer
@@ -262,7 +264,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None or layer.record_past:
             return
         is_last = layer.source is not None and layer.source.is_last
-        if not policy.needs().wants:
+        if not policy.needs().all_layers:
             self._evict_due([layer])
         elif is_last:
             self._evict_due(self.attention_layers)
@@ -734,7 +736,7 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:
-    """Evict some layers, or all together where the policy shares the budgets out by what it finds in them."""
+    """Evict some layers, or all together where what one keeps depends on what the policy finds in the others."""
     if policy.needs().wants and any(layer.shared_by != policy for layer in layers if layer.evicts):
         layers = [layer for layer in layers if layer.evicts]
         wants = [layer.wants(policy, backend=backend) for layer in layers]
@@ -742,5 +744,13 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
         shares = [policy.share_out(row, count) for row, count in zip(zip(*wants, strict=True), seen, strict=True)]
         for layer, budgets in zip(layers, zip(*shares, strict=True), strict=True):
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
-    for layer in layers:
-        layer.evict(policy, backend=backend)
+    if not policy.needs().couples_layers:
+        for layer in layers:
+            layer.evict(policy, backend=backend)
+        return
+    started, layers = perf_counter(), [layer for layer in layers if layer.evicts]
+    deciders = [layer.decider(policy, backend) for layer in layers]
+    decided = evict_together(policy, deciders)
+    seconds = (perf_counter() - started) / max(1, len(layers))
+    for layer, decider, decisions in zip(layers, deciders, decided, strict=True):
+        layer.shrink(policy, decider, decisions, seconds=seconds)

@@ -11,15 +11,15 @@ from torch.nn.functional import pad
 
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
-from ...core.eviction import Eviction, evict, observe, wants
+from ...core.eviction import Eviction, evict, evict_layers, observe, wants
 from ...core.layer import Layer, Memory
-from ...core.policy import Assessment, Policy
+from ...core.policy import Assessment, Policy, Requirements, Wrapper
 from . import rotary
 from .handover import from_backend, to_backend
 from .queries import Queries
 from .slots import Slots, gathered, in_line, padding_first
 
-__all__ = ["Decider", "Part", "are_ragged", "parted"]
+__all__ = ["Decider", "Part", "are_ragged", "evict_together", "parted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,15 @@ def _without_padding(
     )
 
 
+@dataclass(frozen=True)
+class AtRest(Wrapper):
+    """A policy over a row that all of stays, even where the policy would find a budget itself."""
+
+    def needs(self) -> Requirements:
+        """Return the needs of the base, which does not look for a budget now."""
+        return replace(super().needs(), automatic=False)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decider:
     """One layer as a policy sees it.
@@ -155,23 +164,29 @@ class Decider:
 
     def evict(self, policy: Policy) -> tuple[Eviction, ...]:
         """Let the policy choose what each part keeps."""
+        decisions = tuple(
+            evict(AtRest(policy) if part.is_at_rest else policy, keys, **facts)
+            for part, (keys, facts) in zip(self.parts, self.given(policy), strict=True)
+        )
+        for decision in decisions:
+            _check(policy, decision)
+        return decisions
+
+    def given(self, policy: Policy) -> list[tuple[Any, dict[str, Any]]]:
+        """Collect the keys and the other arguments of `evict` for each part."""
         needs_unrotated = policy.needs().unrotated_keys
         rotation = rotary.check(self.rotation, self.slots.places) if needs_unrotated else None
-        return tuple(self._evict(policy, part, rotation) for part in self.parts)
+        return [self._given(policy, part, rotation) for part in self.parts]
 
-    def _evict(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> Eviction:
+    def _given(self, policy: Policy, part: Part, rotation: rotary.Rotation | None) -> tuple[Any, dict[str, Any]]:
         slots = part.of(self.slots, self.order)
         unrotated = None if rotation is None else rotary.rotate(slots.keys, rotation, slots.places)
-        decision = evict(
-            policy,
-            to_backend(slots.keys, self.backend),
+        return to_backend(slots.keys, self.backend), {
             **self._facts(policy, part, slots),
-            budget=part.budget,
-            tokens_seen=part.num_seen,
-            unrotated_keys=None if unrotated is None else to_backend(unrotated, self.backend),
-        )
-        _check(policy, decision)
-        return decision
+            "budget": part.budget,
+            "tokens_seen": part.num_seen,
+            "unrotated_keys": None if unrotated is None else to_backend(unrotated, self.backend),
+        }
 
     def observe(self, policy: Policy) -> tuple[Memory, ...]:
         """Return what the policy remembers of each part, without evicting anything."""
@@ -212,7 +227,9 @@ class Decider:
                 counts=decision.counts,
             )
             with layer.backend.guarded(layer.keys):
-                choice = policy.at(self.layer, self.num_layers).choose(as_found, layer, decision.budget)
+                choice = policy.at(self.layer, self.num_layers).choose(
+                    as_found, layer, min(decision.budget, layer.num_tokens)
+                )
             found.append(choice.kept)
         return tuple(found)
 
@@ -278,6 +295,26 @@ class Decider:
             ])
             for name in found[0]
         }  # fmt: skip
+
+
+def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Eviction, ...]]:
+    """Let the policy choose what several layers keep; for each layer a decision per part.
+
+    Raises
+    ------
+    ArgumentError
+        If the cache cannot store a decision, or layers that share what they keep have different rows.
+    """
+    given = [decider.given(policy) for decider in deciders]
+    if len({len(parts) for parts in given}) > 1:
+        raise ArgumentError(f"layers must be decided for the same rows; got {[len(parts) for parts in given]} of them")
+    by_part = [
+        evict_layers(AtRest(policy) if part.is_at_rest else policy, [{"keys": keys, **facts} for keys, facts in layers])
+        for part, *layers in zip(deciders[0].parts, *given, strict=True)
+    ]
+    for decision in (each for decisions in by_part for each in decisions):
+        _check(policy, decision)
+    return list(zip(*by_part, strict=True))
 
 
 def _check(policy: Policy, decision: Eviction) -> None:

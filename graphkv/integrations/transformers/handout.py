@@ -74,7 +74,7 @@ class Handout:
     def num_guessed(self) -> int:
         """How many of the new tokens are guesses, if the layer is to be evicted over those before them at once."""
         cache, layer = self.cache, self.layer
-        waits_for_others = cache.policy is None or cache.policy.needs().wants
+        waits_for_others = cache.policy is None or cache.policy.needs().all_layers
         is_first = layer.num_seen == self.num_new and self.is_open
         return 0 if waits_for_others or not is_first or self.is_out_of_step else int(cache.num_guessed)
 

@@ -54,7 +54,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     slots : Slots
         Everything per token in one value: keys, values, positions, places, valid and state.
     budget : int or None
-        Tokens per row that the last eviction aimed at; the most of any row where rows differ.
+        Tokens per row that the last eviction aimed at, or found; the most of any row where rows differ.
+    budgets_found : torch.Tensor, shape (batch,), int64, or None
+        Tokens that each row kept at the last eviction, the most of any head, if the policy finds its budgets itself.
     num_evictions, num_dropped, bytes_freed : int
         Evictions that ran; tokens that they dropped per row, in the head that lost most; bytes that they freed.
     seconds : float
@@ -90,6 +92,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.row_budgets: torch.Tensor | None = None
         self.shared_by: Policy | None = None
         self.budget: int | None = None
+        self.budgets_found: torch.Tensor | None = None
         self.num_evictions = 0
         self.num_dropped = 0
         self.bytes_freed = 0
@@ -263,22 +266,34 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return ()
         decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
+        self.shrink(policy, decider, decisions, seconds=perf_counter() - started)
+        return decisions
+
+    def shrink(self, policy: Policy, decider: Decider, decisions: tuple[Eviction, ...], *, seconds: float) -> None:
+        """Keep what was decided in so many seconds; see `evict`."""
+        started = perf_counter()
         aimed_at = [each.budget for each, part in zip(decisions, decider.parts, strict=True) if not part.is_at_rest]
         budget = max(aimed_at, default=self.budget or 0)
-        if self.num_dropped and self.budget is not None and policy != self.settings.policy and budget > self.budget:
+        is_other = policy != self.settings.policy and not policy.needs().automatic
+        if self.num_dropped and self.budget is not None and is_other and budget > self.budget:
             raise ArgumentError(
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
         positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
-        self._gather(*decider.kept(decisions), is_ragged=are_ragged(decisions))
+        kept, state = decider.kept(decisions)
+        self._gather(kept, state, is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
+        self.budgets_found = None
+        if policy.needs().automatic:
+            self.budgets_found = (kept >= 0).sum(dim=-1).amax(dim=1)
+            budget = int(self.budgets_found.max())
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
             self.record = EvictionRecord.of(decider, policy, decisions, positions, self.redundancy)
-        seconds = perf_counter() - started
+        seconds += perf_counter() - started
         self.seconds += seconds
         LOGGER.debug(
             "layer %d: %s kept %d of %d stored tokens under a budget of %d, %d seen; %.2f MB freed in %.1f ms",
@@ -291,7 +306,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             (self.bytes_freed - freed_before) / 1e6,
             seconds * 1e3,
         )
-        return decisions
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Return how much of the common budget each row of this layer wants, see `Policy.wants`."""
@@ -369,7 +383,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         settings = self.settings
         over = settings.policy is not None and settings.every is None
         protection = policy.protection(budget)
-        if self.held is None or over or policy.needs().state or not 0 < protection.count <= budget:
+        if self.held is None or over or policy.needs().state or not protection.count or protection.room > budget:
             return None
         return self.held.last(protection.newest) if protection.newest else None
 
@@ -510,5 +524,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.held = None if self.held is None else self.held.rows(change)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
+        self.budgets_found = None if self.budgets_found is None else change(self.budgets_found)
         # It is about other rows.
         self.record = None

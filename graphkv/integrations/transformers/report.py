@@ -20,7 +20,10 @@ __all__ = ["Fate", "LayerStats", "Suppressions", "describe", "fates", "layer_sta
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
 COLUMNS = ("layer", "seen", "stored", "kept per head", "evicted", "MB", "MB freed", "ms")
+FOUND_COLUMNS = ("budget found",)
 RECORDED_COLUMNS = ("cosine before", "after", "suppressed")
+# More rows than that are described by the least and the most.
+MOST_ROWS = 8
 
 
 class Fate(IntEnum):
@@ -82,7 +85,9 @@ class LayerStats:
     num_evictions, num_dropped : int
         Evictions that ran; tokens that they dropped per row, in the head that lost most.
     budget : int or None
-        Tokens per row that the last eviction aimed at; None before the first.
+        Tokens per row that the last eviction aimed at, or found; None before the first.
+    budgets_found : numpy.ndarray, shape (batch,), int64, or None
+        Tokens that the last eviction found each row to need. None if the policy does not look for budgets.
     nbytes, bytes_freed : int
         Bytes of stored keys and values, and of those that evictions freed.
     seconds : float
@@ -104,6 +109,7 @@ class LayerStats:
     num_evictions: int
     num_dropped: int
     budget: int | None
+    budgets_found: HostArray | None
     nbytes: int
     bytes_freed: int
     seconds: float
@@ -130,6 +136,7 @@ def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
         num_evictions=layer.num_evictions,
         num_dropped=layer.num_dropped,
         budget=layer.budget,
+        budgets_found=None if layer.budgets_found is None else _host(layer.budgets_found),
         nbytes=layer.nbytes,
         bytes_freed=layer.bytes_freed,
         seconds=layer.seconds,
@@ -218,8 +225,9 @@ def describe(
     if recorded:
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)
         lines.append(f"{count} tokens were suppressed: the importance alone would have kept them.")
-    table = [(*COLUMNS, *(RECORDED_COLUMNS if recorded else ()))]
-    table += _grouped([_row(each, with_record=bool(recorded)) for each in stats])
+    found = any(each.budgets_found is not None for each in stats)
+    table = [(*COLUMNS, *(FOUND_COLUMNS if found else ()), *(RECORDED_COLUMNS if recorded else ()))]
+    table += _grouped([_row(each, with_found=found, with_record=bool(recorded)) for each in stats])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines.append("")
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
@@ -264,9 +272,9 @@ def _grouped(rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
         yield (f"{first[0]} to {others[-1][0]}", *first[1:time], f"{mean:.1f}", *first[time + 1 :])
 
 
-def _row(layer: LayerStats, *, with_record: bool) -> tuple[str, ...]:
+def _row(layer: LayerStats, *, with_found: bool, with_record: bool) -> tuple[str, ...]:
     least, most = (int(layer.num_kept.min()), int(layer.num_kept.max())) if layer.num_kept.size else (0, 0)
-    cells = (
+    cells: tuple[str, ...] = (
         str(layer.layer),
         str(layer.num_seen),
         str(layer.num_stored),
@@ -276,12 +284,23 @@ def _row(layer: LayerStats, *, with_record: bool) -> tuple[str, ...]:
         f"{layer.bytes_freed / 1e6:.2f}",
         f"{layer.seconds * 1e3:.1f}",
     )
+    if with_found:
+        cells += (_found_words(layer.budgets_found),)
     if not with_record:
         return cells
     before, after, suppressed = layer.redundancy_before, layer.redundancy_after, layer.num_suppressed
     if before is None or after is None or suppressed is None:
         return (*cells, "-", "-", "-")
     return (*cells, f"{before.mean():.3f}", f"{after.mean():.3f}", str(int(suppressed.sum())))
+
+
+def _found_words(found: HostArray | None) -> str:
+    """Write the budget of each row, or their range where there are many."""
+    if found is None:
+        return "-"
+    if len(set(found.tolist())) == 1:
+        return str(found[0])
+    return " ".join(map(str, found)) if len(found) <= MOST_ROWS else f"{found.min()} to {found.max()}"
 
 
 def _parts(record: EvictionRecord) -> Iterator[tuple[Eviction, tuple[slice, slice, slice]]]:

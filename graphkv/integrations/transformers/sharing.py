@@ -33,7 +33,7 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
         ])  # fmt: skip
     result.has_holes = any(layer.has_holes for layer in layers)
     result.layer_state = {}
-    result.held = result.row_budgets = result.shared_by = result.record = None
+    result.held = result.row_budgets = result.budgets_found = result.shared_by = result.record = None
     return result
 
 

@@ -56,8 +56,10 @@ TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIEL
     "queries": ("batch", "query_heads", "num_queries", "head_size"),
     "asked": ("batch", "num_queries"),
     "num_hidden": ("batch",),
+    "budgets_found": ("batch",),
 }
-DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | dict.fromkeys(("asked", "num_hidden"), torch.int64)
+COUNTS = ("num_hidden", "budgets_found")
+DTYPES = {name: each["dtype"] for name, each in FIELDS.items()} | dict.fromkeys(("asked", *COUNTS), torch.int64)
 # Numbers, by their types.
 VALUES: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
@@ -216,7 +218,8 @@ def _linear_tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(layer, EvictingLayer) or not layer.is_initialized:
         return
-    found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | {"num_hidden": layer.num_hidden}
+    counts = {name: getattr(layer, name) for name in COUNTS}
+    found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | counts
     for name in TENSORS:
         if found.get(name) is not None:
             yield name, found[name]
@@ -484,7 +487,7 @@ def _fill_attention(
         stored = {each.name: found[each.name] for each in fields(Slots) if each.name in found}
         layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
         layer.layer_state = {key: tensor.to(device) for key, tensor in layer_state.items()}
-        layer.num_hidden = found.get("num_hidden")
+        layer.num_hidden, layer.budgets_found = (found.get(key) for key in COUNTS)
         if "queries" in found:
             layer.held = Queries(queries=found["queries"], asked=found.get("asked"))
     size = found["keys"].shape[-1] if found else 0
