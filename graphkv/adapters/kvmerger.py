@@ -132,7 +132,7 @@ class KVMerger(Wrapper):
     >>> from graphkv import Given, KVMerger, evict
     >>> keys = np.asarray([[[[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]])
     >>> base = Given(budget=2, importance=np.asarray([[[1.0, 3.0, 2.0]]]))
-    >>> done = evict(KVMerger(base), keys)
+    >>> done = evict(KVMerger(base, heavy=0), keys)
     >>> done.kept, done.merge.into, done.mass
     (array([[[1, 2]]]), array([[[0, 0, 1]]]), array([[[2., 1.]]]))
     """

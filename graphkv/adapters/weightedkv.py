@@ -90,7 +90,8 @@ class WeightedKV(Wrapper):
     >>> from graphkv import SnapKV, WeightedKV, evict
     >>> rows = np.asarray([[[[0.2, 0.1, 0.5, 0.2]]]])
     >>> values = np.asarray([[[[9.0], [0.0], [6.0], [9.0]]]])
-    >>> done = evict(WeightedKV(SnapKV(budget=3, window=1, kernel_size=1)), np.ones((1, 1, 4, 2)), attention=rows)
+    >>> policy = WeightedKV(SnapKV(budget=3, window=1, kernel_size=1), window=1)
+    >>> done = evict(policy, np.ones((1, 1, 4, 2)), attention=rows)
     >>> done.kept, done.compress(values, values)[1].round(6).tolist()
     (array([[[0, 2, 3]]]), [[[[9.0], [5.0], [9.0]]]])
     """
@@ -121,7 +122,7 @@ class WeightedKV(Wrapper):
         WeightedKV
         """
         recents = max(0, checks.count("budget", budget) // 2 - 4) if num_recent is None else num_recent
-        return cls(H2O(budget=budget, num_sinks=4, num_recent=recents, age_normalised=True))
+        return cls(H2O(budget=budget, num_sinks=4, num_recent=recents, age_normalized=True))
 
     def needs(self) -> Requirements:
         """Return the needs of the base, and the window's queries where it remembers no attention."""

@@ -124,7 +124,7 @@ def test_masses_make_the_order_of_the_merges_irrelevant():
 
 def test_the_toy_of_the_paper():
     rows = np.asarray([[[[0.2, 0.1, 0.5, 0.2]]]])
-    done = evict(WeightedKV(SnapKV(budget=3, window=1, kernel_size=1)), np.ones((1, 1, 4, 2)), attention=rows)
+    done = evict(WeightedKV(SnapKV(budget=3, window=1, kernel_size=1), window=1), np.ones((1, 1, 4, 2)), attention=rows)
 
     np.testing.assert_allclose(done.merge.value_weights, [[[1, 1 / 6, 5 / 6, 1]]])
 
