@@ -16,12 +16,14 @@ from .chunkkv import ChunkKV as ChunkKV
 from .compactor import Compactor as Compactor
 from .d2o import D2O as D2O
 from .defensivekv import DefensiveKV as DefensiveKV
+from .epicache import EpiCache as EpiCache
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
 from .kvmerger import KVMerger as KVMerger
+from .kvzip import KVzip as KVzip
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
 from .lossless import Lossless as Lossless

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import budgets, checks, primitives
 from .backend import Backend, resolve
 from .errors import ArgumentError
-from .layer import Layer, Memory
+from .layer import Layer, Memory, Probe
 from .merging import Merge, compressed
 from .needs import check_needs, check_state, has_rows, name_of
 from .policy import Assessment, Policy
@@ -190,6 +190,7 @@ def evict(
     positions: Array | None = None,
     unrotated_keys: Array | None = None,
     mass: Array | None = None,
+    probes: Array | Probe | Sequence[Probe] | None = None,
     layer: int = 0,
     num_layers: int = 1,
     budget: int | float | None = None,
@@ -225,6 +226,8 @@ def evict(
     mass : array, shape (batch, kv_heads, N), optional
         How many tokens each key stands for, where earlier calls have merged some: their `Eviction.mass`, and 1 for what
         came since. Attention that is computed here adds its logarithm. Default: 1 each.
+    probes : array, shape (batch, query_heads, P, D), or Probe, or sequence of Probe, optional
+        What was read after the text only to ask it, for policies like `KVzip`. An array is the queries of one probe.
     layer, num_layers : int
         Which layer of how many, for policies whose budget depends on it.
     budget : int or float, optional
@@ -272,6 +275,7 @@ def evict(
         positions=positions,
         unrotated_keys=unrotated_keys,
         mass=mass,
+        probes=probes,
         layer=layer,
         num_layers=num_layers,
         backend=backend,

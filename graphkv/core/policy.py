@@ -64,6 +64,8 @@ class Requirements:
         Names of the arrays of its `Memory`. Empty for a policy that remembers nothing.
     unrotated_keys : bool
         Needs the keys before the rotary embedding.
+    probes : bool
+        Needs tokens that were read after the text only to ask it, see `Probe`.
     wants : bool
         Shares the layers' budgets out by `Policy.wants`, so that all layers must be read before one is evicted.
     couples_heads : bool
@@ -88,6 +90,7 @@ class Requirements:
     logits: bool = False
     state: tuple[str, ...] = ()
     unrotated_keys: bool = False
+    probes: bool = False
     wants: bool = False
     couples_heads: bool = False
     head_counts: bool = False
@@ -112,6 +115,7 @@ class Requirements:
             logits=self.logits or base.logits,
             state=tuple(sorted({*self.state, *base.state})),
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
+            probes=self.probes or base.probes,
             wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
             head_counts=self.head_counts or base.head_counts,

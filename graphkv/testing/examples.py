@@ -1018,6 +1018,7 @@ def _inputs(step: int, batch: int, kv_heads: int, num_tokens: int) -> dict[str, 
         "keys": random.normal(size=shape),
         "values": random.normal(size=shape),
         "unrotated_keys": random.normal(size=shape),
+        "probes": random.normal(size=(batch, 2 * kv_heads, 5, 8)),
         "queries": random.normal(size=(batch, 2 * kv_heads, num_queries, 8)),
     }
 
@@ -1035,6 +1036,7 @@ def _follow(policy: Any, backend: Backend, *, steps: int = 3) -> None:
     for step in range(1 + steps):
         new = _inputs(step, batch, kv_heads, num_tokens)
         asked.append(new.pop("queries"))
+        probes = new.pop("probes")
         # Afterwards the last few positions: some policies read a window, others what is new.
         queries = np.concatenate(asked, axis=2)[:, :, 0 if step == 0 else -6 :]
         cache = {name: np.concatenate([cache[name], x], axis=2) if step else x for name, x in new.items()}
@@ -1050,6 +1052,7 @@ def _follow(policy: Any, backend: Backend, *, steps: int = 3) -> None:
                     **given,
                     **layer,
                     queries=asserts.make(library, queries, "float32"),
+                    probes=asserts.make(library, probes, "float32"),
                     valid=asserts.make(library, valid),
                     state=states[place],
                     backend=library,

@@ -122,6 +122,7 @@ def decide(policy, backend):
         array(backend, KEYS),
         values=array(backend, VALUES),
         queries=array(backend, QUERIES),
+        probes=array(backend, QUERIES),
         layer=2,
         num_layers=4,
         valid=array(backend, np.arange(20) >= [[0], [3]]),

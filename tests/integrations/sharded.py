@@ -114,7 +114,7 @@ QUESTIONS = {
     **{
         name: ("llama", policy, partial(inside, every=4))
         for name, policy in every_policy(12).items()
-        if not policy.needs().merges
+        if not (policy.needs().merges or policy.needs().probes)
     },
     "once": ("llama", GraphKV(SNAPKV), inside),
     "cake's scores": ("llama", LayerBudgets(CAKE(budget=12, window=4), budgets=(20, 12, 9, 7)), inside),
