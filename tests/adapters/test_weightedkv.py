@@ -83,9 +83,8 @@ def listing(keys, values, queries, budget, num_sinks, num_recent):
 def test_decoding_is_the_papers_listing_step_by_step():
     random = np.random.default_rng(2)
     keys, queries, values = (random.normal(size=(1, 1, 14, size)) for size in (4, 4, 3))
-    policy = WeightedKV.paper(8)
-    wanted = listing(keys[0, 0], values[0, 0], queries[0, 0], 8, 4, 0)
-    assert (policy.base.num_sinks, policy.base.num_recent) == (4, 0)
+    policy = WeightedKV(H2O(budget=8, num_sinks=2, num_recent=2, age_normalized=True))
+    wanted = listing(keys[0, 0], values[0, 0], queries[0, 0], 8, 2, 2)
 
     cache_keys, cache_values, at, state = keys[:, :, :0], values[:, :, :0], np.zeros((1, 1, 0), int), None
     for t in range(14):
@@ -120,6 +119,11 @@ def test_masses_make_the_order_of_the_merges_irrelevant():
         wanted = merged.average(values[0, 0, :3], rows[0, 0, 0, :3])
         np.testing.assert_allclose(found[0, 0, 0], wanted)
         np.testing.assert_allclose(mass, [[[2.0, 1.0]]])
+
+
+def test_the_papers_sizes():
+    assert WeightedKV.paper(1024) == WeightedKV(H2O(budget=1024, num_sinks=4, num_recent=508, age_normalized=True))
+    assert WeightedKV.paper(256).base.num_recent == 124
 
 
 def test_the_toy_of_the_paper():
