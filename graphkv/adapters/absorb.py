@@ -85,7 +85,7 @@ class Absorb(Wrapper):
         checks.count("window", self.window, minimum=1)
 
     def needs(self) -> Requirements:
-        """Return the needs of the base, and queries for weights by attention: fewer than the window will do."""
+        """Return the needs of the base; weights by attention need some queries, fewer than the window too."""
         needs = super().needs()
         return needs if self.weights == "count" else replace(needs, queries="all")
 

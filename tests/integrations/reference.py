@@ -152,7 +152,7 @@ class SlowReference:
         stored = [[] for _ in range(kv_heads)]
         stands = [[] for _ in range(kv_heads)]
         before, places, state = [], [], None
-        seen = since = carried = 0
+        seen = since = carried = number = 0
         evicted = False
         for length in self.calls:
             before.append([list(row) for row in stored])
@@ -181,7 +181,7 @@ class SlowReference:
                 for head, row in enumerate(stored):
                     keys[head, width - len(row) :] = self.turned_keys(layer, head, row, stands[head])
             decision = evict(
-                policy,
+                policy.with_base(lambda base, number=number: base.renewed(number)),
                 keys[None].float().numpy(),
                 values=values[None].float().numpy(),
                 mass=mass[None].float().numpy() if has_mass else None,
@@ -192,7 +192,7 @@ class SlowReference:
                 state=state,
                 tokens_seen=seen,
             )
-            evicted, since = True, 0
+            evicted, since, number = True, 0, number + 1
             protection = policy.protection(decision.budget)
             carried = protection.newest if protection.room <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]

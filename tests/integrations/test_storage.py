@@ -68,6 +68,7 @@ CASES = {
     "keys turned back": (GraphKV(KNorm(budget=12), Degree(), unrotated=True), {"every": 4, "rerotate": True}, "llama"),
     "sliding and full layers": (GraphKV(SNAPKV, PageRank()), {"every": 4}, "gemma3-mixed"),
     "sliding layers": (H2O(budget=12), {"every": 4}, "mistral-sliding"),
+    "a protected prompt": (KNorm(budget=48), {"every": 4, "protect_prompt": True}, "llama"),
     "a share": (KNorm(budget=0.5), {"every": 4}, "qwen3"),
     "learned positions": (KeyDiff(budget=12), {"every": 4}, "gpt2"),
 }

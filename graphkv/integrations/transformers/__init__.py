@@ -22,6 +22,7 @@ with needs("graphkv.integrations.transformers", "transformers", "torch", "transf
     from .record import EvictionRecord
     from .repeating import RepeatPrompt, ask_to_repeat
     from .report import Fate, LayerStats, Suppressions, absorbers, fates, masses, scored
+    from .smaller import SmallerModel
 
 __all__ = [
     "EpisodeCaches",
@@ -33,6 +34,7 @@ __all__ = [
     "Fate",
     "LayerStats",
     "RepeatPrompt",
+    "SmallerModel",
     "Suppressions",
     "absorbers",
     "ask_to_repeat",

@@ -15,6 +15,7 @@ from ...core.eviction import Eviction
 from ...core.policy import Policy
 from .layer import EvictingLayer
 from .record import EvictionRecord
+from .tiers import TieredSlots
 
 __all__ = ["Fate", "LayerStats", "Suppressions", "absorbers", "describe", "fates", "layer_stats", "masses", "scored"]
 
@@ -83,6 +84,8 @@ class LayerStats:
         Slots per row and head that are stored.
     num_kept : numpy.ndarray, shape (batch, kv_heads), int64
         Of those, the ones that hold a token: neither padding nor unused.
+    num_demoted : numpy.ndarray, shape (batch, kv_heads), int64
+        Of those, the ones that are kept in fewer bits.
     num_evictions, num_dropped : int
         Evictions that ran; tokens that they dropped per row, in the head that lost most.
     budget : int or None
@@ -111,6 +114,7 @@ class LayerStats:
     num_seen: int
     num_stored: int
     num_kept: HostArray
+    num_demoted: HostArray
     num_evictions: int
     num_dropped: int
     budget: int | None
@@ -133,6 +137,10 @@ def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
         num_kept = _host(layer.valid.sum(dim=-1))
     else:
         num_kept = np.full(tuple(layer.slots.keys.shape[:2]), layer.num_stored, dtype=np.int64)
+    num_demoted = np.zeros_like(num_kept)
+    if isinstance(layer.slots, TieredSlots):
+        is_low, valid = layer.slots.tiers.is_low, layer.slots.valid
+        num_demoted = _host((is_low if valid is None else is_low & valid).sum(dim=-1))
     suppressed = None if record is None else _suppressed(record)
     num_absorbed = largest_mass = None
     if layer.mass is not None and layer.absorbed is not None:
@@ -145,6 +153,7 @@ def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
         num_seen=layer.num_seen,
         num_stored=layer.num_stored,
         num_kept=num_kept,
+        num_demoted=num_demoted,
         num_evictions=layer.num_evictions,
         num_dropped=layer.num_dropped,
         budget=layer.budget,
@@ -284,6 +293,12 @@ def describe(
         count = sum(int(each.num_absorbed.sum()) for each in merged if each.num_absorbed is not None)
         most = max(float(each.largest_mass.max()) for each in merged if each.largest_mass is not None)
         lines.append(f"{count} dropped tokens are in kept ones, which count as up to {most:.1f} tokens each.")
+    if any(_is_tiered(layer) for layer in layers):
+        demoted, kept = (sum(int(getattr(each, name).sum()) for each in stats) for name in ("num_demoted", "num_kept"))
+        lines.append(f"{demoted} of {kept} tokens in all heads are kept in {_bits(layers)} bits.")
+    pinned = [int(layer.pinned.sum(dim=-1).max()) for layer in layers if layer.pinned is not None]
+    if pinned:
+        lines.append(f"{max(pinned)} tokens of the prompt are protected: no eviction drops them.")
     recorded = [each for each in stats if each.num_suppressed is not None]
     if recorded:
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)
@@ -306,10 +321,19 @@ def describe(
     return "\n".join(lines)
 
 
+def _is_tiered(layer: EvictingLayer) -> bool:
+    return isinstance(layer.slots, TieredSlots)
+
+
+def _bits(layers: Sequence[EvictingLayer]) -> str:
+    found = {layer.slots.tiers.precision.bits for layer in layers if isinstance(layer.slots, TieredSlots)}
+    return " or ".join(map(str, sorted(found)))
+
+
 def _verdict(policy: Policy | None, layers: Sequence[EvictingLayer], seen: int) -> str:
     """Describe in a sentence whether anything was dropped, and why not if not."""
     ran = [layer for layer in layers if layer.num_evictions]
-    if any(layer.num_dropped for layer in ran):
+    if any(layer.num_dropped or _is_tiered(layer) for layer in ran):
         times = sum(layer.num_evictions for layer in ran)
         said = f"{times} evictions ran in {len(ran)} of {len(layers)} layers, over {seen} tokens."
     elif ran:

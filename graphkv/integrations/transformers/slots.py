@@ -52,6 +52,8 @@ class Slots:
         merged.
     absorbed : torch.Tensor, shape (batch, kv_heads, stored), int32, or None
         How many dropped tokens went into a slot. None as long as nothing was merged.
+    pinned : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
+        True for the tokens of the prompt, in a cache that protects them.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         A policy's running sums of the first S stored tokens.
     """
@@ -65,6 +67,7 @@ class Slots:
     valid: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=True))
     mass: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.float32, fill=1.0))
     absorbed: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.int32, fill=0))
+    pinned: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=False))
     state: dict[str, torch.Tensor] = field(default_factory=dict, metadata=per_token())
 
     @classmethod
@@ -94,7 +97,7 @@ class Slots:
 
     def append(self, new: Mapping[str, Any]) -> Slots:
         """Add slots at the end, given by their arrays; arrays that they lack do not grow."""
-        arrays, count = {**self.__dict__}, self.keys.shape[2]
+        arrays, count = {**self.__dict__}, self.count
         for name, array in new.items():
             if array is not None:
                 arrays[name] = _joined(arrays[name], array, count, FILLS[name])
