@@ -42,6 +42,7 @@ HEADER = "graphkv_cache"
 CACHE: dict[str, tuple[type, ...]] = {
     "num_seen": (int,),
     "num_guessed": (int,),
+    "num_given": (int,),
     "seen_before": (int,),
     "_opened_by": (int,),
     "is_waiting": (bool,),
@@ -93,6 +94,7 @@ LINEAR_NOT_SAVED = {"is_conv_states_initialized", "is_recurrent_states_initializ
 
 SETTINGS: dict[str, tuple[type, ...]] = {
     "every": (int, NoneType),
+    "protect_prompt": (bool,),
     "rerotate": (bool,),
     "record": (bool,),
     "num_queries": (int,),
@@ -490,6 +492,7 @@ def _fill_attention(
         _check_tensors(found, state, layer_state, name, {} if layer.is_apart else batch)
         if not layer.is_apart:
             _check_positions(found, layer, name)
+        _check_mass(found, name)
         # As if the first tokens came: what transformers notes then differs from release to release.
         found = {key: tensor.to(device) for key, tensor in found.items()}
         layer.lazy_initialization(found["keys"], found["values"])
@@ -591,6 +594,13 @@ def _check_tensors(
                 f"{tuple(tensor.shape)}"
             )
     lengths["batch"] = own["batch"]
+
+
+def _check_mass(found: Mapping[str, torch.Tensor], name: str) -> None:
+    """Check that every slot counts as something: attention takes the logarithm."""
+    mass = found.get("mass")
+    if mass is not None and not bool((mass.isfinite() & (mass > 0)).all()):
+        raise ArgumentError(f"its {name}.mass must be finite and above 0; it is not")
 
 
 def _check_positions(found: Mapping[str, torch.Tensor], layer: EvictingLayer, name: str) -> None:
