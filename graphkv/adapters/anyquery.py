@@ -9,7 +9,7 @@ from ..core import budgets, checks, primitives
 from ..core.attention import window_attention
 from ..core.errors import ArgumentError
 from ..core.layer import Cost, Layer, LayerShape
-from ..core.needs import chooses, has_rows, name_of
+from ..core.needs import chooses, name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.selection import Choice, select_in_tiers, tiers_of
 from ..core.types import Array
@@ -149,9 +149,11 @@ class AnyQuery(Wrapper):
 
     def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
         """Bar what no query attends to."""
-        if not has_rows(layer):
+        rows = layer.attention if layer.attention is not None else layer.queries
+        given, asked = 0 if rows is None else int(rows.shape[2]), budgets.count_of(self.window, layer.num_tokens)
+        if given < min(asked, layer.num_tokens):
             # With a base that remembers, the door asks for the queries of new positions only.
-            raise ArgumentError("queries must hold the last positions for AnyQuery; got none")
+            raise ArgumentError(f"queries must hold the last {asked} positions for AnyQuery; got {given or 'none'}")
         found, xp = self.base.rescore(found, layer, budget), layer.xp
         may_stay = (strongest(layer, self.window) >= self.threshold)[:, None, :]
         if found.protected is not None:

@@ -110,8 +110,10 @@ def test_wrong_options_are_refused():
     with pytest.raises(ArgumentError, match=r"queries must hold the last 6 positions for AnyQuery\(KNorm\)"):
         evict(AnyQuery(base), KEYS)
     done = evict(AnyQuery(H2O(budget=20)), KEYS, queries=QUERIES)
-    with pytest.raises(ArgumentError, match="queries must hold the last positions for AnyQuery"):
-        evict(AnyQuery(H2O(budget=20)), done.apply(KEYS), state=done.state)
+    kept, number = done.apply(KEYS), done.kept.shape[-1]
+    for queries, given in ((None, "none"), (QUERIES[:, :, :1], 1)):
+        with pytest.raises(ArgumentError, match=f"queries must hold the last {number // 5} positions .* got {given}"):
+            evict(AnyQuery(H2O(budget=20)), kept, queries=queries, state=done.state)
 
 
 @pytest.mark.parametrize(
