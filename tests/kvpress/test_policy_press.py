@@ -23,8 +23,10 @@ from graphkv import (
     KeyDiff,
     KNorm,
     LayerBudgets,
+    Lossless,
     Policy,
     PyramidKV,
+    Shared,
     SnapKV,
     evict,
 )
@@ -287,6 +289,15 @@ def test_budgets_that_depend_on_all_layers_are_refused(model):
     cache = prefill(model, prompts(), PolicyPress(settled))
     assert lengths(cache) == [20, 16, 12, 8]
     assert same(cache, evicted(model, prompts(), settled))
+
+
+def test_layers_that_share_what_they_keep_are_refused_and_found_budgets_are_measured(model):
+    with pytest.raises(ArgumentError, match="policy must choose for each layer alone"):
+        PolicyPress(Shared(SNAPKV, over="layers"))
+    press = PolicyPress(Lossless(SnapKV(budget=1.0, window=4), 0.3))
+    prefill(model, prompts(), press)
+
+    assert 0 < press.compression_ratio < 1
 
 
 def test_evicting_works_when_kvpress_is_imported_after_it(model):
