@@ -51,7 +51,7 @@ Device = Annotated[
     str,
     typer.Option(help="Where the model runs: cpu, or another device of PyTorch such as cuda. Tested on the CPU only."),
 ]
-Document = Annotated[Path | None, typer.Option(help="Document to read. Default: about 2,000 tokens on Python.")]
+Document = Annotated[Path | None, typer.Option(help="Document to read. Default: our own, about 1,700 tokens.")]
 Dtype = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
 Lengths = Annotated[
     list[int] | None, typer.Option(min=1, help="Tokens of a prompt before the question. Repeatable. Default: 1024.")

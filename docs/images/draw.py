@@ -1,31 +1,50 @@
-"""Draw the pictures of `graphkv inspect`, with the demo's model and Chromium: ``python docs/images/draw.py``."""
+"""Draw the pictures of the commands, with the demo's model and Chromium: ``python docs/images/draw.py``."""
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
-# A suppressed token with several sources.
-PLACE = "#layer=16&amp;head=0&amp;token=1562"
+# What the picture of the demo shows: each of two policies alone, and with our signal.
+POLICIES = ("snapkv", "snapkv+degree", "knorm", "knorm+degree")
 WIDTH, HEIGHT = 1240, 760
 
 
+def place(page: str) -> str:
+    """Return where to look first: in the layer and head that the page opens, the token with the most sources."""
+    data = json.loads(page.partition('type="application/json" id="data">')[2].partition("</script>")[0])
+    start, token = (
+        np.frombuffer(base64.b64decode(data["edges"][name]["base64"]), "<u4") for name in ("start", "token")
+    )
+    row = data["layer"] * data["heads"] + data["head"]
+    tokens, counts = np.unique(token[start[row] : start[row + 1]], return_counts=True)
+    return f"#layer={data['layer']}&amp;head={data['head']}&amp;token={tokens[counts.argmax()]}"
+
+
 def main() -> None:
-    """Write inspect.png and inspect-page.png."""
+    """Write kept.png, inspect.png and inspect-page.png."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("docs/images/draw.py needs Chromium")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
+        options = [each for policy in POLICIES for each in ("--policy", policy)]
+        subprocess.run([sys.executable, "-m", "graphkv", "demo", *options, "--output", scratch], check=True)
+        shutil.copy(out / "kept.png", HERE / "kept.png")
         subprocess.run([sys.executable, "-m", "graphkv", "inspect", "--output", scratch], check=True)
         shutil.copy(out / "inspect.png", HERE / "inspect.png")
         # A frame, because Chromium takes its picture from the top of the page, wherever that has been scrolled to.
         size = f'width="{WIDTH}" height="{HEIGHT}" style="border: 0"'
-        frame = f'<body style="margin: 0"><iframe src="inspect.html{PLACE}" {size}></iframe>'
+        page = (out / "inspect.html").read_text(encoding="utf-8")
+        frame = f'<body style="margin: 0"><iframe src="inspect.html{place(page)}" {size}></iframe>'
         (out / "frame.html").write_text(frame)
         options = [
             "--headless=new",

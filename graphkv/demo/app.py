@@ -17,6 +17,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from ..core.backend import Backend, load
@@ -27,7 +28,7 @@ from ..integrations.transformers.versions import with_cache
 from ..naming.names import FULL
 from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
-from ..workbench.forward import read, teacher_forced_logits
+from ..workbench.forward import ask, read, teacher_forced_logits
 from ..workbench.model import DEFAULT_MODEL, check_device, load_model
 from ..workbench.progress import print_table, show_steps, table_console
 from ..workbench.text import read_text
@@ -121,9 +122,9 @@ def main(
         for number, part in enumerate(parts, start=1)
     }
     if not policies:
-        console.print(NAMES, highlight=False)
+        print_table(console, Text(NAMES))
     if model is None:
-        console.print(MEASURED, highlight=False)
+        print_table(console, Text(MEASURED))
     with show_steps() as say:
         say("Drawing")
         write_files(output, files)
@@ -177,7 +178,9 @@ class Reader:
         wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
         cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
-        read(self.model, cached.to(self.model.device), cache)
+        ids = cached.to(self.model.device)
+        read(self.model, ids, cache)
+        ask(self.model, self.tokenizer, ids, cache, policies)
         return cache, time.perf_counter() - start
 
     def answer(self, cache: EvictingCache) -> tuple[str, float]:
@@ -255,7 +258,7 @@ def _print(console: Console, part: Part, number: int | None) -> None:
     lines.append("NLL of the expected answer, in nats per token: lower is better")
     console.print()
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        print_table(console, Text(line))
     print_table(console, _table(part.results))
 
 

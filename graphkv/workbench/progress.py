@@ -32,7 +32,7 @@ def table_console(width: int = 140) -> Console:
 
 
 def print_table(console: Console, table: Any, /) -> None:
-    """Print a table without the spaces that fill up its lines."""
+    """Print a table, or a text that is wrapped, without the spaces that fill up its lines."""
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():
