@@ -16,6 +16,9 @@ from ..core.types import Array
 
 __all__ = ["LayerBudgets", "LayerShares", "PerLayer"]
 
+# Layers of an imagined model.
+FEW = 12
+
 
 @dataclass(frozen=True)
 class SettledBudgets(Wrapper):
@@ -158,7 +161,7 @@ class PerLayer(Wrapper):
     Raises
     ------
     ArgumentError
-        If there are no policies, or one of them is not built on `base`.
+        If there are no policies, or one of them is not built on `base` or shares a choice with other layers.
     ArgumentTypeError
         If `base` or a policy is not a Policy.
 
@@ -184,6 +187,12 @@ class PerLayer(Wrapper):
             checks.instance(f"policies[{number}]", policy, Policy)
             if not _is_built_on(policy, self.base):
                 raise ArgumentError(f"policies[{number}] must be base or a wrapper around it; got {policy!r}")
+            # The base says which layers share a choice; a few of them show it.
+            if any(policy.voters(layer, FEW) != self.base.voters(layer, FEW) for layer in range(FEW)):
+                raise ArgumentError(
+                    f"policies[{number}] must choose for its layer alone; put what layers share around PerLayer, or in "
+                    f"its base; got {policy!r}"
+                )
         object.__setattr__(self, "policies", tuple(self.policies))
 
     def at(self, layer: int, num_layers: int, /) -> Policy:

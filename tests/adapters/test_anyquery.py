@@ -9,6 +9,8 @@ from graphkv import (
     AnyQuery,
     ArgumentError,
     ArgumentTypeError,
+    ChunkKV,
+    Degree,
     GraphKV,
     KNorm,
     Shared,
@@ -89,7 +91,14 @@ def test_a_graph_and_a_shared_set_on_top_bring_nothing_back(backend):
     policy = AnyQuery(SnapKV(budget=1.0, window=4, kernel_size=3), 0.12, 0.5)
 
     alone, *others = (
-        evict(each, keys, queries=queries, backend=backend) for each in (policy, GraphKV(policy), Shared(policy))
+        evict(each, keys, queries=queries, backend=backend)
+        for each in (
+            policy,
+            GraphKV(policy),
+            GraphKV(policy, Degree(fusion="max_rank")),
+            ChunkKV(policy, chunk=4),
+            Shared(policy),
+        )
     )
 
     for other in others:

@@ -124,7 +124,7 @@ def test_a_window_that_may_lose_a_block_is_not_taken_for_kept(model, ids):
         cache = EvictingCache(policy, every=4)
         read(model, cache, ids[:N], [N])
         with pytest.raises(ArgumentError, match="queries must hold the last 6 positions"):
-            read(model, cache, ids[N : N + 4], [4])
+            read(model, cache, ids[N : N + 8], [4, 4])
 
 
 def test_layers_with_budgets_of_their_own_cannot_share_and_the_cache_stays_as_it_was(model, ids):

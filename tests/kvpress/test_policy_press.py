@@ -38,7 +38,7 @@ from tests.kvpress.models import MODELS, generate, lengths, num_hooks, prefill, 
 from tests.support.policies import every_policy
 
 BUDGET = 14
-HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm"}
+HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm", "lossless-snapkv", "anyquery-snapkv"}
 # A press evicts while it reads: it has not seen all layers by then, nor what is asked afterwards; and it has no masses.
 POLICIES = {
     name: policy
@@ -70,7 +70,7 @@ def test_a_press_keeps_what_evicting_keeps(model, name):
     assert same(cache, evicted(model, prompts(), policy))
 
 
-def test_head_budgets_are_the_only_ones_left_out():
+def test_budgets_of_heads_and_rows_are_the_only_ones_left_out():
     assert set(POLICIES) >= HEADWISE
     assert {name for name, policy in POLICIES.items() if is_headwise(policy)} == HEADWISE
 
@@ -110,8 +110,9 @@ def test_another_scaling_of_the_logits_reaches_the_policy():
         H2O(budget=0.3),
         AdaKV(SNAPKV),
         AdaKV(GraphKV(SNAPKV, Decay(neighbors=4))),
+        Lossless(SnapKV(budget=0.5, window=4, kernel_size=3), 0.3),
     ],
-    ids=["snapkv", "snapkv+graphkv", "pyramidkv", "h2o", "adakv", "adakv+graphkv"],
+    ids=["snapkv", "snapkv+graphkv", "pyramidkv", "h2o", "adakv", "adakv+graphkv", "lossless"],
 )
 def test_generation_equals_a_reference_without_a_cache(model, policy):
     ids = prompts(batch=2)
