@@ -142,7 +142,10 @@ def test_head_budgets_mask_what_the_policy_evicts(model, name):
             for token in set(range(40)) - set(kept[row][number][head])
         }
         assert masked == expected
-        assert len(masked) == 2 * 2 * (40 - BUDGET)
+        # Those of a found budget may be more.
+        assert len(masked) == 2 * 2 * (40 - BUDGET) or (
+            policy.needs().automatic and len(masked) > 2 * 2 * (40 - BUDGET)
+        )
 
 
 def test_the_next_prompt_lifts_the_mask_of_head_budgets(model):
