@@ -8,7 +8,7 @@ KVPRESS_BIN := .venv-kvpress/bin
 # What touches transformers.
 TRANSFORMERS_TESTS := tests/integrations tests/evaluation tests/test_demo.py tests/test_inspect.py
 
-.PHONY: demo test test-kvpress test-5.23 test-newest smoke-newest test-models thorough bench lint docs clean
+.PHONY: demo test test-kvpress test-lmcache test-5.23 test-newest smoke-newest test-models thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
@@ -21,6 +21,12 @@ test: .venv/installed-test
 test-kvpress: .venv-kvpress/installed
 	OMP_NUM_THREADS=1 $(KVPRESS_BIN)/python -m pytest -n 2 --dist worksteal tests/evaluation tests/integrations tests/kvpress \
 		'tests/test_docs.py::test_python_blocks_run_in_order[kvpress]' $(ARGS)
+
+# With the real SDK and a real server of LMCache on loopback; then with the release candidate that has the experimental
+# entry point.
+test-lmcache: .venv-lmcache/installed .venv-lmcache-rc/installed
+	OMP_NUM_THREADS=1 .venv-lmcache/bin/python -m pytest tests/lmcache $(ARGS)
+	OMP_NUM_THREADS=1 .venv-lmcache-rc/bin/python -m pytest tests/lmcache $(ARGS)
 
 # The release of transformers before the one that constraints.txt pins: the last that calls a cache past_key_values.
 test-5.23: .venv-5.23/installed
@@ -67,6 +73,8 @@ docs: .venv/installed-test
 	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
+	$(BIN)/python docs/serving.py --check
+	$(BIN)/python docs/systems.py --check
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
 
@@ -91,7 +99,7 @@ docs: .venv/installed-test
 	touch $@
 
 # Another transformers on top of .venv: what is not installed in the new environment is found in the old one.
-.venv-5.23/layered .venv-newest/layered: .venv/installed-test
+.venv-5.23/layered .venv-lmcache/layered .venv-lmcache-rc/layered .venv-newest/layered: .venv/installed-test
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
@@ -101,6 +109,15 @@ docs: .venv/installed-test
 	$(BIN)/python -m pip --python .venv-5.23/bin/python install --quiet transformers==5.23.0
 	touch $@
 
+# On top of .venv, which has the CPU build of torch. Their own dependencies would bring CUDA.
+.venv-lmcache/installed: .venv-lmcache/layered constraints-lmcache.txt
+	$(BIN)/python -m pip --python .venv-lmcache/bin/python install --quiet --no-deps --requirement constraints-lmcache.txt lmcache==0.5.6
+	touch $@
+
+.venv-lmcache-rc/installed: .venv-lmcache-rc/layered constraints-lmcache.txt
+	$(BIN)/python -m pip --python .venv-lmcache-rc/bin/python install --quiet --no-deps --requirement constraints-lmcache.txt lmcache==0.5.7rc2
+	touch $@
+
 clean:
-	rm -rf .venv .venv-5.23 .venv-kvpress .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf .venv .venv-5.23 .venv-kvpress .venv-lmcache .venv-lmcache-rc .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
 	rm -rf docs/results/*/figures docs/results/*/report.*

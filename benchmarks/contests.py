@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import graphkv
-from graphkv import H2O, SnapKV
+from graphkv import H2O, Degree, GraphKV, SnapKV
 
 from .measure import Call, Contest
 
@@ -30,6 +30,18 @@ class Shape(NamedTuple):
         return f"{self.heads} heads, N {self.num_tokens}, D {self.head_size}, K {self.num_sources}"
 
 
+class Edited(NamedTuple):
+    """Sizes of a cache that is edited."""
+
+    layers: int
+    num_tokens: int
+    budget: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, 32 query heads, 8 KV heads, D 128, T {self.num_tokens}, budget {self.budget}"
+
+
+EDITED = Edited(4, 8192, 2048)
 SHAPES = (Shape(8, 32768, 128, 614), Shape(8, 8192, 128, 154), Shape(3, 4096, 64, 154))
 MIDDLE = SHAPES[1]
 TINY = Shape(2, 96, 8, 6, 2)
@@ -121,6 +133,28 @@ def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
     return make
 
 
+def _edit() -> Callable[[bool], tuple[Call, Call]]:
+    """Edit a cache as LMCache stores it, a few layers of an 8B model; and copy it once."""
+
+    def make(tiny: bool) -> tuple[Call, Call]:
+        from transformers import LlamaConfig  # noqa: PLC0415 - only for this row
+
+        from graphkv.integrations.lmcache import editor  # noqa: PLC0415
+
+        layers, tokens, chunk = (2, 64, 16) if tiny else (EDITED.layers, EDITED.num_tokens, 256)
+        config = LlamaConfig(
+            num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=4096,
+            vocab_size=8,
+        )  # fmt: skip
+        policy = GraphKV(SnapKV(budget=2 * chunk if tiny else EDITED.budget, window=8), Degree())
+        cache = _normal("torch", "cpu", 2, layers, tokens, 8 * 128).to(torch.bfloat16)
+        queries = _normal("torch", "cpu", 1, layers, tokens, 32 * 128).to(torch.bfloat16)
+        edit, ids = editor(policy, config, chunk_size=chunk), list(range(tokens))
+        return lambda: edit({"kv": cache, "query": queries}, ids), cache.clone
+
+    return make
+
+
 def contests(device: str = "cpu") -> dict[str, Contest]:
     """Return all contests by name, those with kvpress under names that start with "kvpress"."""
     wait: Any = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -203,6 +237,14 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
             measure_memory=True,
             memory_share_at_most=0.15,
             synchronize=wait,
+        )
+    )
+    found.append(
+        Contest(
+            name=f"LMCache edit: {EDITED}",
+            make=_edit(),
+            of="SnapKV and the degree, one kept set",
+            to="a copy of the cache",
         )
     )
     return {contest.name: contest for contest in found}

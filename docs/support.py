@@ -98,7 +98,7 @@ def _support(entry: Entry) -> str:
     return row(
         name_of(entry) + " (adds)" * entry.is_wrapper,
         "yes" if own.values else "-",
-        own.queries if own.queries != "none" else "-",
+        "probes" if own.probes else own.queries if own.queries != "none" else "-",
         "yes" if own.state else "-",
         "heads" if own.couples_heads else "layers" if own.wants else "-",
         f"{cost.flops / 1e6:.1f}" if cost.flops else "-",

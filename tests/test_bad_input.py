@@ -23,6 +23,7 @@ from graphkv import (
     GraphKV,
     GraphKVError,
     PageRank,
+    Probe,
     Random,
     SnapKV,
     StreamingLLM,
@@ -293,6 +294,36 @@ STEP_TABLE = {
         lambda c: c.evict(GraphKV(StreamingLLM(budget=3), unrotated=True), c.array(1, 2, 6, 3)),
         "unrotated_keys must be given for GraphKV(StreamingLLM); got None",
     ),
+    "probe of other heads": value(
+        lambda c: c.evict(probes=c.array(1, 3, 6, 3)),
+        "probes[0].queries must have a multiple of the 2 KV heads of keys; got 3 heads",
+    ),
+    "probe without a query": value(
+        lambda c: c.evict(probes=[Probe(queries=c.array(1, 2, 9, 3)), Probe(queries=c.array(1, 2, 0, 3))]),
+        "probes[1].queries must hold at least one query; got shape (1, 2, 0, 3)",
+    ),
+    "probe with keys of another length": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), keys=c.array(1, 2, 3, 3))),
+        "probes[0].keys must have shape (1, 2, 2, 3) like keys and queries; got (1, 2, 3, 3)",
+    ),
+    "probe with padding of the text": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), valid=c.mask(1, 6))),
+        "probes[0].valid must have the shape (1, 2) of (batch, P); got (1, 6)",
+    ),
+    "probe about another text": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), about=c.mask(1, 5))),
+        "probes[0].about must have the shape (1, 6) of (batch, N); got (1, 5)",
+    ),
+    "probe with a window of nothing": value(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), window=0)),
+        "probes[0].window must be at least 1; got 0",
+    ),
+    "probe before half a position": kind(
+        lambda c: c.evict(probes=Probe(queries=c.array(1, 4, 2, 3), before=c.array(1, 2, 6))),
+        "probes[0].before must be an array of integers; got dtype float32",
+    ),
+    "probe that is a list": kind(lambda c: c.evict(probes=[[1.0]]), "probes[0] must be a Probe; got list"),
+    "probe that is a number": library(lambda c: c.evict(probes=3.0), "probes[0].queries must be an array; got float"),
     "layer out of range": value(lambda c: c.evict(layer=2, num_layers=2), "layer must be below num_layers=2; got 2"),
     "no layers": value(lambda c: c.evict(num_layers=0), "num_layers must be at least 1; got 0"),
     "missing queries": value(

@@ -44,6 +44,8 @@ def test_python_blocks_run_in_order(page, monkeypatch, request):
         pytest.importorskip("array_api_strict")
     if page.stem == "kvpress":
         pytest.importorskip("kvpress", reason="kvpress lives in an environment of its own: make test-kvpress")
+    if name_of(page) == "serving":
+        pytest.skip("its code needs LMCache and its server: tests/lmcache runs it")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))
     namespace = {"__name__": f"docs_{page.stem}"}

@@ -5,6 +5,7 @@ One line here makes a policy public; `graphkv.adapters.catalog` has an entry for
 
 from typing import TYPE_CHECKING
 
+from .absorb import Absorb as Absorb
 from .adakv import AdaKV as AdaKV
 from .anyquery import AnyQuery as AnyQuery
 from .attendre import LFA as LFA
@@ -14,11 +15,13 @@ from .caote import CAOTE as CAOTE
 from .chunkkv import ChunkKV as ChunkKV
 from .compactor import Compactor as Compactor
 from .defensivekv import DefensiveKV as DefensiveKV
+from .epicache import EpiCache as EpiCache
 from .expected_attention import ExpectedAttention as ExpectedAttention
 from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .kvzip import KVzip as KVzip
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
 from .lossless import Lossless as Lossless

@@ -6,8 +6,9 @@ from ..core import primitives
 from ..core.attention import received_attention, window_attention
 from ..core.layer import Cost, Layer, LayerShape
 from ..core.types import Array, Namespace
+from . import running
 
-__all__ = ["group_heads", "last_rows", "pool", "received", "window_cost"]
+__all__ = ["group_heads", "last_rows", "mean_received", "pool", "received", "window_cost"]
 
 
 def group_heads(x: Array, reduction: str, /, *, xp: Namespace) -> Array:
@@ -49,7 +50,7 @@ def last_rows(layer: Layer, window: int, /) -> Array:
     """
     rows = _last(layer, window)
     if layer.attention is None:
-        return window_attention(rows, layer.keys, layer.valid, xp=layer.xp)
+        return window_attention(rows, layer.keys, layer.valid, mass=layer.mass, xp=layer.xp)
     batch, query_heads, _, num_tokens = rows.shape
     kv_heads = layer.keys.shape[1]
     return layer.xp.reshape(rows, (batch, kv_heads, query_heads // kv_heads, window, num_tokens))
@@ -66,7 +67,7 @@ def received(layer: Layer, window: int, /) -> Array:
     if layer.attention is not None:
         return xp.sum(last_rows(layer, window), axis=-2)
     rows = _last(layer, window)
-    return received_attention(rows, layer.keys, layer.valid, block_size=window, backend=layer.backend)
+    return received_attention(rows, layer.keys, layer.valid, mass=layer.mass, block_size=window, backend=layer.backend)
 
 
 def _last(layer: Layer, window: int, /) -> Array:
@@ -82,3 +83,26 @@ def window_cost(shape: LayerShape, window: int, /) -> Cost:
     """
     entries = shape.batch * shape.query_heads * min(window, shape.num_tokens) * shape.num_tokens
     return Cost(entries * (2 * shape.head_size + 5), 4 * entries)
+
+
+def mean_received(layer: Layer, window: int, /) -> Array:
+    """Return the mean attention that each token receives from those of the last positions that can see it.
+
+    Parameters
+    ----------
+    layer : Layer
+        With queries, or attention rows.
+    window : int
+        W, positions that count; fewer where fewer are given.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, N)
+        At least 0, averaged over the query heads of the KV head; 0 for padding.
+    """
+    xp, rows = layer.xp, layer.attention if layer.attention is not None else layer.queries
+    window = min(window, rows.shape[2])  # type: ignore[union-attr]
+    total = group_heads(received(layer, window), "mean", xp=xp)
+    number = running.visible_queries(layer, window)
+    mean = total / xp.where(number > 0, number, xp.ones_like(number))
+    return xp.where(layer.valid & (mean > 0), mean, xp.zeros_like(mean))

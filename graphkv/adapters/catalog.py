@@ -224,6 +224,23 @@ ENTRIES = (
         checked="cosines of all pairs",
     ),
     Entry(
+        policy=adapters.KVzip,
+        name="kvzip",
+        paper="2505.23416",
+        importance="the most attention that any query gives the token while the text is asked to be repeated; ≥ 0",
+        protects=SINKS,
+        small={"num_sinks": 1},
+        checked="loops over the formulas of the public code, values worked by hand",
+    ),
+    Entry(
+        policy=adapters.EpiCache,
+        paper="2509.17396",
+        importance="the most attention that any query of a patched prompt gives the token; ≥ 0",
+        protects=SINKS,
+        small={"num_sinks": 1},
+        checked="loops over the formulas of the public code, values worked by hand",
+    ),
+    Entry(
         policy=adapters.LagKV,
         name="lagkv",
         paper="2504.04704",
@@ -312,6 +329,14 @@ ENTRIES = (
         protects=BASE,
         checked="loops",
         small={"threshold": 0.2},
+    ),
+    Entry(
+        policy=adapters.Absorb,
+        name="absorb",
+        importance="that of its base; near-duplicates of kept tokens go into them",
+        protects=BASE,
+        checked="plain loops; attention with masses",
+        small={"threshold": 0.3, "window": 4},
     ),
     Entry(
         policy=adapters.MiKV,

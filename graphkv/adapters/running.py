@@ -57,7 +57,8 @@ def new_rows(layer: Layer, block_size: int, /) -> Iterator[Array]:
         end = layer.num_tokens - num_new + stop
         block, valid = rows[:, :, start:stop, :], layer.valid[:, :, :end]
         if layer.attention is None:
-            yield window_attention(block, layer.keys[:, :, :end, :], valid, xp=xp)
+            mass = None if layer.mass is None else layer.mass[:, :, :end]
+            yield window_attention(block, layer.keys[:, :, :end, :], valid, mass=mass, xp=xp)
         else:
             yield _given_rows(block[..., :end], valid, xp=xp)
 
@@ -71,7 +72,9 @@ def newly_received(layer: Layer, block_size: int, /) -> Array:
     """
     xp, rows = layer.xp, _new_positions(layer)
     if layer.attention is None:
-        return received_attention(rows, layer.keys, layer.valid, block_size=block_size, backend=layer.backend)
+        return received_attention(
+            rows, layer.keys, layer.valid, mass=layer.mass, block_size=block_size, backend=layer.backend
+        )
     batch, kv_heads, num_tokens = layer.valid.shape
     shape = (batch, kv_heads, rows.shape[1] // kv_heads, num_tokens)
     total = xp.zeros(shape, dtype=rows.dtype, device=primitives.device_of(rows))
@@ -80,16 +83,23 @@ def newly_received(layer: Layer, block_size: int, /) -> Array:
     return total
 
 
-def visible_queries(layer: Layer, /) -> Array:
-    """Count, for every token, the new positions that can see it: its own and the later ones, padding left out.
+def visible_queries(layer: Layer, number: int | None = None, /) -> Array:
+    """Count, for every token, the last positions that can see it: its own and the later ones, padding left out.
+
+    Parameters
+    ----------
+    layer : Layer
+    number : int, optional
+        How many of the last positions count. Default: those that are new.
 
     Returns
     -------
     array, shape (batch, kv_heads, N), dtype of the keys
     """
     xp = layer.xp
+    number = layer.num_new if number is None else number
     position = xp.arange(layer.num_tokens, dtype=xp.int64, device=primitives.device_of(layer.keys))
-    asks = xp.astype(layer.valid & (position[None, None, :] >= layer.num_tokens - layer.num_new), xp.int64)
+    asks = xp.astype(layer.valid & (position[None, None, :] >= layer.num_tokens - number), xp.int64)
     later = xp.sum(asks, axis=-1, keepdims=True) - xp.cumulative_sum(asks, axis=-1)
     return xp.astype(xp.where(layer.valid, later + asks, xp.zeros_like(asks)), layer.keys.dtype)
 

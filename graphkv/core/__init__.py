@@ -35,7 +35,7 @@ from .eviction import Eviction, evict, evict_layers, observe, wants
 from .fusion import degree, distance, fuse
 from .graph import build_graph
 from .graphkv import GraphKV
-from .layer import Cost, Layer, LayerShape, Memory
+from .layer import Cost, Layer, LayerShape, Memory, Probe
 from .merging import Merge
 from .pagerank import pagerank
 from .policy import Assessment, Policy, Requirements, Wrapper
@@ -71,6 +71,7 @@ __all__ = [
     "PageRank",
     "Policy",
     "Precision",
+    "Probe",
     "Protection",
     "Requirements",
     "Signal",

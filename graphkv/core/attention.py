@@ -1,4 +1,4 @@
-"""Plain attention: the probabilities of the last positions, and what every token receives of them."""
+"""Plain attention: the probabilities of some queries, and what every token receives of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from math import sqrt
 
 from . import primitives
 from .backend import Backend, ReceivedAttention
+from .layer import Probe
 from .types import Array, Namespace
 
-__all__ = ["portable_received_attention", "received_attention", "window_attention"]
+__all__ = ["highest_attention", "portable_received_attention", "received_attention", "window_attention"]
 
 
-def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namespace) -> Array:
+def window_attention(
+    queries: Array, keys: Array, valid: Array, /, *, mass: Array | None = None, xp: Namespace
+) -> Array:
     """Compute the softmax attention of the last W positions to all N keys, causal inside the window.
 
     Query heads are folded into the rows of one product per KV head, so no key is repeated.
@@ -24,12 +27,16 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
     valid : array, shape (batch, kv_heads, N), bool
         Padding receives no attention, and a padded query gives none. Keys and queries that hold an infinity or NaN
         count as padding.
+    mass : array, shape (batch, kv_heads, N), optional
+        How many tokens each key stands for: its logarithm is added to the logits. Default: 1 each.
 
     Returns
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, W, N)
         Probabilities.
     """
+    if mass is not None:
+        queries, keys = _with_mass(queries, keys, mass, xp=xp)
     queries, gives = primitives.finite_rows(queries, xp=xp)
     keys, receives = primitives.finite_rows(keys, xp=xp)
     batch, query_heads, window, head_size = queries.shape
@@ -49,17 +56,110 @@ def window_attention(queries: Array, keys: Array, valid: Array, /, *, xp: Namesp
         & valid[:, :, None, num_tokens - window :, None]
         & gives
     )
-    lowest = xp.full_like(logits, -xp.inf)
-    logits = xp.where(sees, logits, lowest)
+    return _softmax(logits, sees, xp=xp)
+
+
+def highest_attention(
+    probe: Probe, keys: Array, seen: Array, /, *, sees_itself: bool, block_size: int, xp: Namespace
+) -> Array:
+    """Compute the most attention that any query of a probe gives each token, over the query heads of its KV head.
+
+    Block by block, so that no more than `block_size` rows per query head exist at a time.
+
+    Parameters
+    ----------
+    probe : Probe
+        Its `about` does not matter here.
+    keys : array, shape (batch, kv_heads, N, D)
+        N at least 1.
+    seen : array, shape (batch, kv_heads, N), bool
+        The tokens that the softmax runs over. Keys and queries that hold an infinity or NaN count as padding.
+    sees_itself : bool
+        Whether it runs over the probe's own tokens as well, those up to the query's.
+    block_size : int
+        Queries per head processed at once. Affects rounding only.
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, N)
+        Probabilities; 0 for tokens that are not seen.
+    """
+    keys, receives = primitives.finite_rows(keys, xp=xp)
+    seen, (batch, kv_heads, num_tokens, head_size) = seen & receives, keys.shape
+    own, device = probe.keys if sees_itself else None, primitives.device_of(keys)
+    if own is not None:
+        own, own_seen = primitives.finite_rows(own, xp=xp)
+        own_seen = own_seen if probe.valid is None else own_seen & probe.valid[:, None, :]
+    before = probe.before
+    if before is None:
+        before = xp.arange(num_tokens, 0, -1, dtype=xp.int64, device=device)[None, None, :]
+    highest = xp.zeros((batch, kv_heads, num_tokens), dtype=keys.dtype, device=device)
+    for start in range(0, probe.num_queries, block_size):
+        end = min(start + block_size, probe.num_queries)
+        queries, gives = primitives.finite_rows(probe.queries[:, :, start:end, :], xp=xp)
+        query_heads, number = queries.shape[1], end - start
+        if probe.valid is not None:
+            gives = gives & probe.valid[:, None, start:end]
+        rows = (batch, kv_heads, query_heads // kv_heads, number)
+        folded = xp.reshape(queries, (batch, kv_heads, rows[2] * number, head_size))
+        logits = xp.reshape(folded @ xp.matrix_transpose(keys), (*rows, num_tokens))
+        at = xp.arange(start, end, dtype=xp.int64, device=device)[:, None]
+        sees = seen[:, :, None, None, :]
+        if probe.window is not None:
+            sees = sees & (before[:, :, None, None, :] + at < probe.window)
+        sees = xp.broadcast_to(sees, (*rows, num_tokens))
+        if own is not None:
+            to_own = xp.reshape(folded @ xp.matrix_transpose(own[:, :, :end, :]), (*rows, end))
+            position = xp.arange(end, dtype=xp.int64, device=device)
+            causal = position[None, :] <= at
+            if probe.window is not None:
+                causal = causal & (at - position[None, :] < probe.window)
+            sees_own = causal[None, None, None, :, :] & own_seen[:, :, None, None, :end]
+            logits = xp.concat([logits, to_own], axis=-1)
+            sees = xp.concat([sees, xp.broadcast_to(sees_own, (*rows, end))], axis=-1)
+        sees = sees & xp.reshape(gives, (*rows, 1))
+        weights = _softmax(logits / sqrt(max(head_size, 1)), sees, xp=xp)[..., :num_tokens]
+        highest = xp.maximum(highest, xp.max(weights, axis=(2, 3)))
+    return highest
+
+
+def _softmax(logits: Array, sees: Array, /, *, xp: Namespace) -> Array:
+    """Compute probabilities over what each row sees; a row that sees nothing, such as a padded query's, is all zero."""
+    logits = xp.where(sees, logits, xp.full_like(logits, -xp.inf))
     highest = xp.max(logits, axis=-1, keepdims=True)
-    # A padded query sees nothing: its row is all minus infinity, and stays all zero.
     highest = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
     weight = xp.exp(logits - highest)
     total = xp.sum(weight, axis=-1, keepdims=True)
     return weight / xp.where(total > 0, total, xp.ones_like(total))
 
 
-def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
+def _with_mass(queries: Array, keys: Array, mass: Array, /, *, xp: Namespace) -> tuple[Array, Array]:
+    """Append one entry to queries and keys such that every scaled product gains the logarithm of the key's mass.
+
+    So no kernel needs to know of masses. A mass of 0 makes an infinite key, which receives nothing.
+    """
+    head_size = keys.shape[-1]
+    has_mass = mass > 0
+    entry = xp.log(xp.where(has_mass, mass, xp.ones_like(mass)))
+    entry = xp.astype(xp.where(has_mass, entry, xp.full_like(entry, -xp.inf)), keys.dtype)[..., None]
+    # The scale is that of one entry more.
+    queries = queries * sqrt((head_size + 1) / max(head_size, 1))
+    one = xp.full(
+        (*queries.shape[:-1], 1), sqrt(head_size + 1), dtype=queries.dtype, device=primitives.device_of(queries)
+    )
+    return xp.concat([queries, one], axis=-1), xp.concat([keys, entry], axis=-1)
+
+
+def received_attention(
+    queries: Array,
+    keys: Array,
+    valid: Array,
+    /,
+    *,
+    mass: Array | None = None,
+    block_size: int,
+    backend: Backend,
+) -> Array:
     """Sum the attention that each token receives from the last Q positions: the columns of `window_attention`.
 
     Parameters
@@ -69,6 +169,8 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     keys : array, shape (batch, kv_heads, N, D)
     valid : array, shape (batch, kv_heads, N), bool
         As for `window_attention`.
+    mass : array, shape (batch, kv_heads, N), optional
+        As for `window_attention`.
     block_size : int
         Queries per head processed at once. Affects rounding only.
     backend : Backend
@@ -77,6 +179,8 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     -------
     array, shape (batch, kv_heads, query_heads / kv_heads, N)
     """
+    if mass is not None:
+        queries, keys = _with_mass(queries, keys, mass, xp=backend.xp)
     step: ReceivedAttention = backend.received_attention or portable_received_attention
     return step(queries, keys, valid, block_size=block_size, backend=backend)
 

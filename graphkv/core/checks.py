@@ -14,6 +14,7 @@ from .libraries import library_of
 __all__ = [
     "budget",
     "choice",
+    "cosine",
     "count",
     "finite_weight",
     "flag",
@@ -65,6 +66,16 @@ def fraction(name: str, value: Any, /) -> float:
     number = float(value)
     if isnan(number) or not 0 <= number <= 1:
         raise ArgumentError(f"{name} must lie in [0, 1]; got {number}")
+    return number
+
+
+def cosine(name: str, value: Any, /) -> float:
+    """Return a real number in [-1, 1] as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a real number in [-1, 1]; got {_show(value)}")
+    number = float(value)
+    if isnan(number) or not -1 <= number <= 1:
+        raise ArgumentError(f"{name} must lie in [-1, 1]; got {number}")
     return number
 
 

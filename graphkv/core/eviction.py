@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from . import budgets, checks, primitives
 from .backend import Backend, resolve
 from .errors import ArgumentError
-from .layer import Layer, Memory
-from .merging import Merge
+from .layer import Layer, Memory, Probe
+from .merging import Merge, compressed
 from .needs import check_needs, check_state, has_rows, name_of
 from .policy import Assessment, Policy
 from .selection import Choice
@@ -34,6 +34,8 @@ class Eviction:
         Who stays.
     merge : Merge or None
         Where dropped tokens go; None where they are gone.
+    mass : array, shape (batch, kv_heads, b), float32 or wider, or None
+        Tokens that each slot counts as, for the next call. None where each counts as one.
     state : Memory or None
         What the policy remembers of the kept tokens, for the next call.
     importance : array, shape (batch, kv_heads, N), float32 or wider, or None
@@ -52,6 +54,7 @@ class Eviction:
 
     choice: Choice
     merge: Merge | None = None
+    mass: Array | None = None
     state: Memory | None = None
     importance: Array | None = None
     scores: Array | None = None
@@ -108,6 +111,69 @@ class Eviction:
         is_kept = xp.reshape(is_kept, (*is_kept.shape, *(1 for _ in gathered.shape[is_kept.ndim :])))
         return xp.where(is_kept, gathered, xp.zeros_like(gathered))
 
+    def compress(self, keys: Array, values: Array, /) -> tuple[Array, Array]:
+        """Return the keys and values that stay, with what was merged into them.
+
+        Parameters
+        ----------
+        keys : array, shape (batch, kv_heads, N, D)
+        values : array, shape (batch, kv_heads, N, Dv)
+            Of the same library as `kept`.
+
+        Returns
+        -------
+        keys, values : arrays, shape (batch, kv_heads, b, D) and (batch, kv_heads, b, Dv)
+            Of the dtypes given; sums are in float32 or wider. Without a merge what `apply` returns, and bit for bit so
+            in every slot that nothing went into.
+
+        Raises
+        ------
+        ArgumentError
+            If an array has a different leading shape, or more or less than four axes.
+        BackendError
+            If an array is not of the backend's library.
+
+        Examples
+        --------
+        The second token is dropped into the first, which stays where it is and now counts as two:
+
+        >>> import numpy as np
+        >>> from graphkv import Absorb, Given, evict
+        >>> keys = np.asarray([[[[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]]])
+        >>> base = Given(budget=2, importance=np.asarray([[[3.0, 1.0, 2.0]]]))
+        >>> done = evict(Absorb(base, weights="count"), keys, values=keys)
+        >>> done.compress(keys, keys)[0].tolist(), done.compress(keys, keys)[1].tolist()
+        ([[[[2.0, 0.0], [0.0, 1.0]]]], [[[[2.5, 0.0], [0.0, 1.0]]]])
+        >>> done.log_mass().round(3)
+        array([[[0.693, 0.   ]]])
+        """
+        gathered = [self.apply(x) for x in (keys, values)]
+        for name, x in (("keys", keys), ("values", values)):
+            if x.ndim != 4:
+                raise ArgumentError(f"{name} must have shape (batch, kv_heads, N, D); got {tuple(x.shape)}")
+        if self.merge is None:
+            return gathered[0], gathered[1]
+        into, weights = self.merge.into, (self.merge.key_weights, self.merge.value_weights)
+        with self.backend.guarded(keys):
+            merged = [
+                compressed(x, kept, self.kept, into, weight, backend=self.backend)
+                for x, kept, weight in zip((keys, values), gathered, weights, strict=True)
+            ]
+        return merged[0], merged[1]
+
+    def log_mass(self) -> Array | None:
+        """Return what attention adds to the logits of each slot.
+
+        Returns
+        -------
+        array, shape (batch, kv_heads, b), float32 or wider, or None
+            The logarithm of `mass`; 0 where a row has no token. None where each slot counts as one.
+        """
+        if self.mass is None:
+            return None
+        xp, one = self.backend.xp, self.backend.xp.ones_like(self.mass)
+        return xp.log(xp.where(self.mass > 0, self.mass, one))
+
     def __repr__(self) -> str:
         return f"Eviction(kept of shape (batch, kv_heads, b)={tuple(self.kept.shape)} of {self.num_tokens} tokens)"
 
@@ -123,6 +189,8 @@ def evict(
     valid: Array | None = None,
     positions: Array | None = None,
     unrotated_keys: Array | None = None,
+    mass: Array | None = None,
+    probes: Array | Probe | Sequence[Probe] | None = None,
     layer: int = 0,
     num_layers: int = 1,
     budget: int | float | None = None,
@@ -155,6 +223,11 @@ def evict(
     unrotated_keys : array, shape (batch, kv_heads, N, D), optional
         The keys before the rotary embedding, for ``GraphKV(base, unrotated=True)``. Rotating all keys of a row by the
         same angle changes nothing.
+    mass : array, shape (batch, kv_heads, N), optional
+        How many tokens each key stands for, where earlier calls have merged some: their `Eviction.mass`, and 1 for what
+        came since. Attention that is computed here adds its logarithm. Default: 1 each.
+    probes : array, shape (batch, query_heads, P, D), or Probe, or sequence of Probe, optional
+        What was read after the text only to ask it, for policies like `KVzip`. An array is the queries of one probe.
     layer, num_layers : int
         Which layer of how many, for policies whose budget depends on it.
     budget : int or float, optional
@@ -201,6 +274,8 @@ def evict(
         valid=valid,
         positions=positions,
         unrotated_keys=unrotated_keys,
+        mass=mass,
+        probes=probes,
         layer=layer,
         num_layers=num_layers,
         backend=backend,
@@ -444,6 +519,7 @@ class _Case:
         """Keep everything."""
         return Eviction(
             choice=_everything(self.layer),
+            mass=self.layer.mass,
             state=_detached(self.memory, self.layer),
             budget=self.budget,
             num_tokens=self.layer.num_tokens,
@@ -463,9 +539,10 @@ class _Case:
 
     def evicted(self, found: Assessment, choice: Choice, /) -> Eviction:
         """Do as was chosen."""
+        merge = self.policy.merge(choice, found, self.layer, self.memory)
         decision = Eviction(
             choice=choice,
-            merge=self.policy.merge(choice, self.layer, self.memory),
+            merge=merge,
             importance=found.importance,
             scores=found.scores,
             protected=found.protected,
@@ -474,11 +551,16 @@ class _Case:
             num_tokens=self.layer.num_tokens,
             backend=self.layer.backend,
         )
-        remembered = _detached(self.memory, self.layer)
-        if remembered is None:
+        if merge is not None:
+            decision = replace(decision, mass=merge.mass)
+        elif self.layer.mass is not None:
+            decision = replace(decision, mass=decision.apply(self.layer.mass))
+        told = {} if merge is None else merge.memory
+        if self.memory is None and not told:
             return decision
-        kept = {name: decision.apply(x) for name, x in remembered.tokens.items()}
-        return replace(decision, state=replace(remembered, tokens=kept))
+        memory = self.memory or Memory()
+        kept = {name: decision.apply(x) for name, x in memory.tokens.items()}
+        return replace(decision, state=_detached(Memory(tokens=kept, layer={**memory.layer, **told}), self.layer))
 
 
 def _everything(layer: Layer, /) -> Choice:

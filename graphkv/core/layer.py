@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 from . import checks, primitives
@@ -11,7 +11,42 @@ from .backend import Backend, resolve
 from .errors import ArgumentError
 from .types import Array, Namespace
 
-__all__ = ["Cost", "Layer", "LayerFacts", "LayerShape", "Memory"]
+__all__ = ["Cost", "Layer", "LayerFacts", "LayerShape", "Memory", "Probe"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """Tokens that were read after the text only to ask it, and then forgotten: one prompt, as one layer saw it.
+
+    Every query of a probe sees all N cached tokens, and the tokens of the probe up to its own.
+
+    Attributes
+    ----------
+    queries : array, shape (batch, query_heads, P, D)
+        Scaled such that q k / sqrt(D) is the model's attention logit.
+    keys : array, shape (batch, kv_heads, P, D), or None
+        Of the same tokens, for policies that count the attention which the probe gives to itself. None: it gives none.
+    valid : array, shape (batch, P), bool, or None
+        False for padding, which neither asks nor is seen. None: there is none.
+    about : array, shape (batch, N) or (batch, kv_heads, N), bool, or None
+        The cached tokens that it asks for, where several probes go through a text piece by piece. None: all.
+    window : int or None
+        In a layer with a sliding window: no query sees a token that stands `window` or more positions before it.
+    before : array, shape (batch, kv_heads, N), integer, or None
+        How many positions each cached token stands before the first of the probe; only a window asks. None: N to 1.
+    """
+
+    queries: Array
+    keys: Array | None = None
+    valid: Array | None = None
+    about: Array | None = None
+    window: int | None = None
+    before: Array | None = None
+
+    @property
+    def num_queries(self) -> int:
+        """P, the number of tokens."""
+        return int(self.queries.shape[2])
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -36,6 +71,11 @@ class Layer:
         Where each token was in the text, for policies with a clock.
     unrotated_keys : array, shape (batch, kv_heads, N, D), optional
         The keys before the rotary embedding. Rotating all keys of a row by the same angle changes nothing.
+    mass : array, shape (batch, kv_heads, N), optional
+        How many tokens each entry stands for, where earlier evictions have merged some: attention adds its logarithm to
+        the entry's logit. What has no mass receives no attention. Default: 1 each.
+    probes : array, shape (batch, query_heads, P, D), or Probe, or sequence of Probe, optional
+        What was read after the text only to ask it. An array is the queries of one probe.
     num_new : int, optional
         The last tokens whose queries no earlier call has seen. Default: N.
     layer, num_layers : int
@@ -60,6 +100,8 @@ class Layer:
     valid: Array
     positions: Array | None
     unrotated_keys: Array | None
+    mass: Array | None
+    probes: tuple[Probe, ...]
     num_new: int
     layer: int
     num_layers: int
@@ -76,6 +118,8 @@ class Layer:
         valid: Array | None = None,
         positions: Array | None = None,
         unrotated_keys: Array | None = None,
+        mass: Array | None = None,
+        probes: Array | Probe | Sequence[Probe] | None = None,
         num_new: int | None = None,
         layer: int = 0,
         num_layers: int = 1,
@@ -89,8 +133,10 @@ class Layer:
             "valid": valid,
             "positions": positions,
             "unrotated_keys": unrotated_keys,
+            "mass": mass,
         }
-        backend = resolve(backend, **arrays)
+        asked = _listed(probes)
+        backend = resolve(backend, **arrays, **_named(asked))
         axes = "(batch, kv_heads, N, D)"
         batch, kv_heads, num_tokens, head_size = checks.numeric("keys", keys, axes, ndim=4, backend=backend)
         rows = (batch, kv_heads, num_tokens)
@@ -107,6 +153,9 @@ class Layer:
         if unrotated_keys is not None:
             shape = checks.numeric("unrotated_keys", unrotated_keys, axes, ndim=4, backend=backend)
             checks.same_leading("unrotated_keys", shape, (*rows, head_size), "keys")
+        if mass is not None:
+            shape = checks.numeric("mass", mass, "(batch, kv_heads, N)", ndim=3, backend=backend)
+            checks.same_leading("mass", shape, rows, "keys")
         if positions is not None:
             checks.integers("positions", positions, backend=backend)
             checks.same_leading("positions", tuple(positions.shape), rows, "keys")
@@ -119,8 +168,9 @@ class Layer:
         real = {name: x for name, x in arrays.items() if name not in ("valid", "positions")}
         facts = {
             **{name: None if x is None else primitives.widen(x, xp=backend.xp) for name, x in real.items()},
-            "valid": _per_head(valid, keys, rows, backend),
+            "valid": _per_head("valid", valid, keys, rows, backend),
             "positions": positions,
+            "probes": tuple(_checked(f"probes[{i}]", x, rows, head_size, keys, backend) for i, x in enumerate(asked)),
             "num_new": new,
             "layer": int(layer),
             "num_layers": num_layers,
@@ -155,6 +205,8 @@ class LayerFacts(TypedDict, total=False):
     valid: Array | None
     positions: Array | None
     unrotated_keys: Array | None
+    mass: Array | None
+    probes: Array | Probe | Sequence[Probe] | None
     layer: int
     num_layers: int
     backend: Backend | str | None
@@ -230,13 +282,58 @@ class Cost:
         return Cost(self.flops + other.flops, max(self.bytes, other.bytes))
 
 
-def _per_head(valid: Array | None, keys: Array, rows: tuple[int, ...], backend: Backend, /) -> Array:
-    """Return the mask of padding with one row per KV head."""
+def _listed(probes: Array | Probe | Sequence[Probe] | None, /) -> tuple[Probe, ...]:
+    """Return probes one by one, before they are checked."""
+    if probes is None:
+        return ()
+    if isinstance(probes, (list, tuple)):
+        for number, probe in enumerate(probes):
+            checks.instance(f"probes[{number}]", probe, Probe)
+        return tuple(probes)
+    return (probes,) if isinstance(probes, Probe) else (Probe(queries=probes),)
+
+
+def _named(probes: tuple[Probe, ...], /) -> dict[str, Array | None]:
+    """Return the arrays of all probes by the names that errors call them."""
+    names = ("queries", "keys", "valid", "about", "before")
+    return {f"probes[{i}].{name}": getattr(probe, name) for i, probe in enumerate(probes) for name in names}
+
+
+def _checked(
+    name: str, probe: Probe, rows: tuple[int, int, int], head_size: int, cached: Array, backend: Backend, /
+) -> Probe:
+    """Return a probe that fits the keys of the layer, with floating-point arrays in float32 or wider."""
+    (batch, kv_heads, _), xp = rows, backend.xp
+    axes = "(batch, query_heads, P, D)"
+    shape = checks.numeric(f"{name}.queries", probe.queries, axes, ndim=4, backend=backend)
+    number = shape[2]
+    checks.grouped_rows(f"{name}.queries", shape, axes, batch, kv_heads, number, head_size)
+    if not number:
+        raise ArgumentError(f"{name}.queries must hold at least one query; got shape {shape}")
+    keys, about = probe.keys, probe.about
+    if keys is not None:
+        shape = checks.numeric(f"{name}.keys", keys, "(batch, kv_heads, P, D)", ndim=4, backend=backend)
+        checks.same_leading(f"{name}.keys", shape, (batch, kv_heads, number, head_size), "keys and queries")
+        keys = primitives.widen(keys, xp=xp)
+    if probe.valid is not None:
+        checks.mask(f"{name}.valid", probe.valid, (batch, number), "(batch, P)", backend=backend)
+    if about is not None:
+        about = _per_head(f"{name}.about", about, cached, rows, backend)
+    if probe.window is not None:
+        checks.count(f"{name}.window", probe.window, minimum=1)
+    if probe.before is not None:
+        checks.integers(f"{name}.before", probe.before, backend=backend)
+        checks.same_leading(f"{name}.before", tuple(probe.before.shape), rows, "keys")
+    return replace(probe, queries=primitives.widen(probe.queries, xp=xp), keys=keys, about=about)
+
+
+def _per_head(name: str, mask: Array | None, keys: Array, rows: tuple[int, ...], backend: Backend, /) -> Array:
+    """Return a mask of tokens with one row per KV head."""
     xp, (batch, _, num_tokens) = backend.xp, rows
-    if valid is None:
+    if mask is None:
         return xp.ones(rows, dtype=xp.bool, device=primitives.device_of(keys))
-    if valid.ndim == 2:
-        checks.mask("valid", valid, (batch, num_tokens), "(batch, N)", backend=backend)
-        return xp.broadcast_to(valid[:, None, :], rows)
-    checks.mask("valid", valid, rows, "(batch, kv_heads, N)", backend=backend)
-    return valid
+    if mask.ndim == 2:
+        checks.mask(name, mask, (batch, num_tokens), "(batch, N)", backend=backend)
+        return xp.broadcast_to(mask[:, None, :], rows)
+    checks.mask(name, mask, rows, "(batch, kv_heads, N)", backend=backend)
+    return mask

@@ -49,6 +49,8 @@ def check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
         raise ArgumentError(f"values must be given for {name_of(policy)}; got None")
     if scores and needs.unrotated_keys and layer.unrotated_keys is None:
         raise ArgumentError(f"unrotated_keys must be given for {name_of(policy)}; got None")
+    if scores and needs.probes and not layer.probes:
+        raise ArgumentError(f"probes must be given for {name_of(policy)}; got None")
     if needs.queries == "none" or not (scores or needs.state):
         return
     has_rows = layer.attention is not None and not needs.logits

@@ -61,6 +61,8 @@ class Requirements:
         Names of the arrays of its `Memory`. Empty for a policy that remembers nothing.
     unrotated_keys : bool
         Needs the keys before the rotary embedding.
+    probes : bool
+        Needs tokens that were read after the text only to ask it, see `Probe`.
     wants : bool
         Shares the layers' budgets out by `Policy.wants`, so that all layers must be read before one is evicted.
     couples_heads : bool
@@ -72,6 +74,8 @@ class Requirements:
         What a layer keeps depends on other layers, see `Policy.voters`, so that `evict_layers` must decide.
     automatic : bool
         May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
+    merges : bool
+        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
     demotes : bool
@@ -83,11 +87,13 @@ class Requirements:
     logits: bool = False
     state: tuple[str, ...] = ()
     unrotated_keys: bool = False
+    probes: bool = False
     wants: bool = False
     couples_heads: bool = False
     head_counts: bool = False
     couples_layers: bool = False
     automatic: bool = False
+    merges: bool = False
     settled: bool = False
     demotes: bool = False
 
@@ -106,11 +112,13 @@ class Requirements:
             logits=self.logits or base.logits,
             state=tuple(sorted({*self.state, *base.state})),
             unrotated_keys=self.unrotated_keys or base.unrotated_keys,
+            probes=self.probes or base.probes,
             wants=self.wants or base.wants,
             couples_heads=self.couples_heads or base.couples_heads,
             head_counts=self.head_counts or base.head_counts,
             couples_layers=self.couples_layers or base.couples_layers,
             automatic=self.automatic or base.automatic,
+            merges=self.merges or base.merges,
             settled=self.settled or base.settled,
             demotes=self.demotes or base.demotes,
         )
@@ -212,8 +220,24 @@ class Policy(Value, ABC):
         kept = select(found.scores, budget, protected=found.protected, valid=layer.valid, backend=layer.backend)
         return Choice(kept=kept)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
-        """Return which dropped tokens go into which kept ones. Default: None, they are gone."""
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
+        """Return which dropped tokens go into which kept ones.
+
+        Parameters
+        ----------
+        choice : Choice
+            What the last stage returned.
+        found : Assessment
+            What it was chosen by: scores, and who is protected. Nothing goes into protected tokens, unless the method's
+            paper says so.
+        layer : Layer
+        memory : Memory or None
+
+        Returns
+        -------
+        Merge or None
+            Default: None, they are gone.
+        """
         return None
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
@@ -348,9 +372,9 @@ class Wrapper(Policy):
         """Return the base's choice."""
         return self.base.choose(found, layer, budget)
 
-    def merge(self, choice: Choice, layer: Layer, memory: Memory | None, /) -> Merge | None:
+    def merge(self, choice: Choice, found: Assessment, layer: Layer, memory: Memory | None, /) -> Merge | None:
         """Return the base's merge."""
-        return self.base.merge(choice, layer, memory)
+        return self.base.merge(choice, found, layer, memory)
 
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
         """Return what the base wants."""

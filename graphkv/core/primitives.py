@@ -1,7 +1,8 @@
 """Operations that the array API standard lacks, written in the standard.
 
 `top_k`, `segment_product` and `segment_sum` are doors: they call the backend's own form where it brings one, else the
-portable one. A backend's form is called like the portable one and must give the same results.
+portable one. A backend's form is called like the portable one and must give the same results. `sum_rows` comes with
+`segment_sum`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "portable_top_k",
     "segment_product",
     "segment_sum",
+    "sum_rows",
     "take_rows",
     "top_k",
     "widen",
@@ -204,6 +206,31 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: B
 def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
     """Add by a sort: the specification of `segment_sum`."""
     return _segment_reduce(values, index, num_segments, backend.xp.add, 0, xp=backend.xp)
+
+
+def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
+    """Add the rows that go into the same slot, row by row of the leading axes: `segment_sum` of each column.
+
+    No table of slots by rows exists, and the order of the additions does not change from run to run.
+
+    Parameters
+    ----------
+    rows : array, shape (..., N, D), float32 or float64
+    into : array, shape (..., N), integer in [-1, num_slots)
+        The slot of each row; -1 for a row that goes nowhere.
+    num_slots : int
+    backend : Backend
+
+    Returns
+    -------
+    array, shape (..., num_slots, D), dtype of `rows`
+        Zero where there are none.
+    """
+    xp = backend.xp
+    columns = xp.matrix_transpose(rows)
+    index = xp.where(into >= 0, into, xp.full_like(into, num_slots))[..., None, :]
+    total = segment_sum(columns, xp.broadcast_to(index, columns.shape), num_slots + 1, backend=backend)
+    return xp.matrix_transpose(total[..., :num_slots])
 
 
 def _segment_reduce(

@@ -28,7 +28,7 @@ from ..integrations.transformers.versions import with_cache
 from ..naming.names import FULL
 from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
-from ..workbench.forward import read, teacher_forced_logits
+from ..workbench.forward import ask, read, teacher_forced_logits
 from ..workbench.model import DEFAULT_MODEL, check_device, load_model
 from ..workbench.progress import print_table, show_steps, table_console
 from ..workbench.text import read_text
@@ -178,7 +178,9 @@ class Reader:
         wanted = max((policy.num_queries(cached.shape[1]) for policy in policies), default=0)
         cache = EvictingCache(num_queries=wanted, record=True)
         start = time.perf_counter()
-        read(self.model, cached.to(self.model.device), cache)
+        ids = cached.to(self.model.device)
+        read(self.model, ids, cache)
+        ask(self.model, self.tokenizer, ids, cache, policies)
         return cache, time.perf_counter() - start
 
     def answer(self, cache: EvictingCache) -> tuple[str, float]:

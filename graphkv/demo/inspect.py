@@ -11,7 +11,7 @@ from ..core.errors import ArgumentError
 from ..integrations.transformers import EvictingCache, observing
 from ..naming.policies import make_policy
 from ..workbench.files import check_folder, write_files
-from ..workbench.forward import read
+from ..workbench.forward import ask, read
 from ..workbench.model import DEFAULT_MODEL, check_device, load_model
 from ..workbench.progress import show_steps, table_console
 from ..workbench.text import read_text
@@ -58,9 +58,15 @@ def main(
                 raise ArgumentError(f"{name} must lie in [0, {size - 1}]; got {index}")
         prompt = make_prompt(tokenizer, document, question, None, int(config.max_position_embeddings))
         say(f"Reading {prompt.token_ids.shape[1]} tokens")
-        cache = EvictingCache(chosen, record=True, backend=decider)
+        asks = chosen.needs().probes
+        wanted = chosen.num_queries(prompt.token_ids.shape[1]) if asks else 0
+        cache = EvictingCache(None if asks else chosen, num_queries=wanted, record=True, backend=decider)
         with observing(language_model), torch.inference_mode():
-            read(language_model, prompt.token_ids.to(language_model.device), cache)
+            ids = prompt.token_ids.to(language_model.device)
+            read(language_model, ids, cache)
+            if asks:
+                ask(language_model, tokenizer, ids, cache, [chosen])
+                cache.evict(chosen)
         title = f"{policy} on {model or DEFAULT_MODEL}"
         findings = find(cache, prompt.words, title=title, layer=layer, head=head, fact=prompt.fact)
     # First what needs no disk.

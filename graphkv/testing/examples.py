@@ -1018,6 +1018,7 @@ def _inputs(step: int, batch: int, kv_heads: int, num_tokens: int) -> dict[str, 
         "keys": random.normal(size=shape),
         "values": random.normal(size=shape),
         "unrotated_keys": random.normal(size=shape),
+        "probes": random.normal(size=(batch, 2 * kv_heads, 5, 8)),
         "queries": random.normal(size=(batch, 2 * kv_heads, num_queries, 8)),
     }
 
@@ -1035,6 +1036,7 @@ def _follow(policy: Any, backend: Backend, *, steps: int = 3) -> None:
     for step in range(1 + steps):
         new = _inputs(step, batch, kv_heads, num_tokens)
         asked.append(new.pop("queries"))
+        probes = new.pop("probes")
         # Afterwards the last few positions: some policies read a window, others what is new.
         queries = np.concatenate(asked, axis=2)[:, :, 0 if step == 0 else -6 :]
         cache = {name: np.concatenate([cache[name], x], axis=2) if step else x for name, x in new.items()}
@@ -1050,6 +1052,7 @@ def _follow(policy: Any, backend: Backend, *, steps: int = 3) -> None:
                     **given,
                     **layer,
                     queries=asserts.make(library, queries, "float32"),
+                    probes=asserts.make(library, probes, "float32"),
                     valid=asserts.make(library, valid),
                     state=states[place],
                     backend=library,
@@ -1081,8 +1084,17 @@ def _same_eviction(ours: Eviction, theirs: Eviction, backend: Backend) -> None:
             asserts.equal(x, getattr(theirs, name), backend=backend, like=ours.kept)
     assert (ours.state is None) == (theirs.state is None)
     if ours.state is not None and theirs.state is not None:
-        for key, x in ours.state.tokens.items():
-            asserts.close(x, theirs.state.tokens[key], backend=backend, like=ours.kept, scale=1.0)
+        for kind in ("tokens", "layer"):
+            for key, x in getattr(ours.state, kind).items():
+                asserts.close(x, getattr(theirs.state, kind)[key], backend=backend, like=ours.kept, scale=1.0)
+    assert (ours.merge is None) == (theirs.merge is None)
+    if ours.merge is not None and theirs.merge is not None:
+        # No cosine is closer to a threshold than the tolerance, either.
+        asserts.equal(ours.merge.into, theirs.merge.into, backend=backend, like=ours.kept)
+        for name in ("key_weights", "value_weights", "mass"):
+            wanted = np.asarray(getattr(theirs.merge, name))
+            scale = np.maximum(1.0, np.abs(wanted))
+            asserts.close(getattr(ours.merge, name), wanted, backend=backend, like=ours.kept, scale=scale)
     # The inputs are always the same, and no two scores at a cut are closer than the tolerance.
     asserts.equal(ours.kept, theirs.kept, backend=backend, like=ours.kept)
 

@@ -33,7 +33,7 @@ def shipped(budget: int, /) -> dict[str, Policy]:
         if not entry.is_wrapper
     }
     wrappers: dict[str, Policy] = {
-        f"{entry.policy.__name__}({base})": entry.make(bases[base])
+        f"{entry.policy.__name__}({base})": entry.make(bases[base], **entry.small)
         for entry in entries
         if entry.is_wrapper
         for base in ("SnapKV", "H2O")

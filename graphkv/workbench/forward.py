@@ -7,15 +7,22 @@ from typing import Any
 
 import torch
 
-from ..integrations.transformers import EvictingCache
+from ..core.policy import Policy
+from ..integrations.transformers import EvictingCache, RepeatPrompt, ask_to_repeat
 from ..integrations.transformers.versions import with_cache
 
-__all__ = ["next_logits", "read", "teacher_forced_logits"]
+__all__ = ["ask", "next_logits", "read", "teacher_forced_logits"]
 
 
 def read(model: Any, ids: torch.Tensor, cache: EvictingCache, /) -> None:
     """Read tokens (batch, N) into a cache."""
     next_logits(model, ids, cache)
+
+
+def ask(model: Any, tokenizer: Any, ids: torch.Tensor, cache: EvictingCache, policies: Sequence[Policy], /) -> None:
+    """Ask a model to repeat what it has read (batch, N), where a policy needs that."""
+    if any(policy.needs().probes for policy in policies):
+        ask_to_repeat(model, cache, ids, RepeatPrompt.of(tokenizer))
 
 
 def next_logits(model: Any, ids: torch.Tensor, cache: EvictingCache, /, *, places: int = 1) -> torch.Tensor:

@@ -1,3 +1,3 @@
 """The libraries of these tests, as fixtures."""
 
-from tests.support.libraries import library, numpy_library  # noqa: F401
+from tests.support.libraries import libraries, library, numpy_library  # noqa: F401

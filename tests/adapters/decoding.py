@@ -28,6 +28,8 @@ def decode(policy, keys, queries, prompt, backend, *, values=None, valid=None, d
             make(backend, np.take_along_axis(keys, stored[..., None], 2), dtype),
             values=None if values is None else make(backend, np.take_along_axis(values, stored[..., None], 2), dtype),
             queries=make(backend, queries[:, :, first:stop], dtype),
+            # Whatever was asked; only policies with probes look.
+            probes=make(backend, queries[:, :, max(0, stop - 3) : stop], dtype),
             valid=make(backend, np.take_along_axis(valid, stored, 2), bool),
             state=state,
             backend=backend,

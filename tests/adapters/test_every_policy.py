@@ -26,7 +26,7 @@ def policy_of(name, budget):
 
 
 def run(policy, backend, rows=slice(None), tokens=slice(None), valid=None, **options):
-    def array(x):
+    def array(x, tokens=tokens):
         x = x[rows, :, tokens]
         return make(backend, x) if backend is not STRICT else array_api_strict.asarray(x.astype(np.float32))
 
@@ -37,6 +37,7 @@ def run(policy, backend, rows=slice(None), tokens=slice(None), valid=None, **opt
         array(KEYS),
         values=array(VALUES),
         queries=array(QUERIES),
+        probes=array(QUERIES, slice(None)),
         valid=valid,
         backend=backend,
         **options,
@@ -107,6 +108,7 @@ def test_no_value_is_read_on_the_host(name, backend):
             array(KEYS),
             values=array(VALUES),
             queries=array(QUERIES),
+            probes=array(QUERIES),
             valid=torch.empty((2, 40), dtype=torch.bool, device="meta"),
             backend=BACKENDS[backend],
         )
@@ -185,7 +187,7 @@ def test_every_base_protects_the_same_sinks_whatever_is_on_top(name, wrap):
     keys, queries = KEYS.copy(), np.zeros_like(QUERIES)
     keys[:, :, :3] = 100 * KEYS[:, :, 20:21]
 
-    done = evict(wrap(base), keys, values=VALUES, queries=queries)
+    done = evict(wrap(base), keys, values=VALUES, queries=queries, probes=queries)
 
     assert done.protected[:, :, :3].all()
     assert (done.kept[:, :, :3] == [0, 1, 2]).all()
@@ -196,7 +198,7 @@ def test_half_precision_is_widened_and_inputs_are_left_alone(name):
     arrays = [x.astype(np.float16) for x in (KEYS, VALUES, QUERIES)]
     copies = [x.copy() for x in arrays]
 
-    done = evict(policy_of(name, 15), arrays[0], values=arrays[1], queries=arrays[2])
+    done = evict(policy_of(name, 15), arrays[0], values=arrays[1], queries=arrays[2], probes=arrays[2])
 
     assert done.scores.dtype == np.float32
     for array, copy in zip(arrays, copies, strict=True):
@@ -213,6 +215,7 @@ def test_each_kv_head_keeps_what_it_keeps_alone_unless_the_policy_says_that_it_c
             KEYS[:, heads, :30],
             values=VALUES[:, heads, :30],
             queries=QUERIES[:, rows, :30],
+            probes=QUERIES[:, rows],
             layer=1,
             num_layers=4,
         )
@@ -224,6 +227,7 @@ def test_each_kv_head_keeps_what_it_keeps_alone_unless_the_policy_says_that_it_c
             keys,
             values=values,
             queries=QUERIES[:, rows, 30:],
+            probes=QUERIES[:, rows],
             state=first.state,
             layer=1,
             num_layers=4,

@@ -49,6 +49,7 @@ each_special = pytest.mark.parametrize("base", PROTECTED, ids=repr)
 def run(policy, backend, tokens=slice(None), batch=slice(None), dtype=np.float64, **more):
     arrays = {"values": VALUES, "queries": QUERIES}
     arrays = {name: make(backend, x[batch, :, tokens], dtype) for name, x in arrays.items()}
+    arrays["probes"] = make(backend, QUERIES[batch], dtype)
     return evict(policy, make(backend, KEYS[batch, :, tokens], dtype), **arrays, backend=backend, **more)
 
 
@@ -192,16 +193,19 @@ def test_rows_of_the_batch_and_heads_do_not_touch_each_other(base):
 
     for batch in range(2):
         np.testing.assert_array_equal(run(base, NUMPY, batch=slice(batch, batch + 1)).kept, whole[batch : batch + 1])
-    swapped = evict(base, KEYS[:, ::-1], values=VALUES[:, ::-1], queries=QUERIES[:, [3, 4, 5, 0, 1, 2]])
+    queries = QUERIES[:, [3, 4, 5, 0, 1, 2]]
+    swapped = evict(base, KEYS[:, ::-1], values=VALUES[:, ::-1], queries=queries, probes=queries)
     np.testing.assert_array_equal(swapped.kept, whole[:, ::-1])
 
 
 @each_base
 def test_equal_query_heads_are_as_good_as_one(base):
-    one = evict(base, KEYS, values=VALUES, queries=QUERIES[:, ::3])
-    three = evict(base, KEYS, values=VALUES, queries=np.repeat(QUERIES[:, ::3], 3, axis=1))
+    kept = [
+        evict(base, KEYS, values=VALUES, queries=queries, probes=queries).kept
+        for queries in (QUERIES[:, ::3], np.repeat(QUERIES[:, ::3], 3, axis=1))
+    ]
 
-    np.testing.assert_array_equal(one.kept, three.kept)
+    np.testing.assert_array_equal(*kept)
 
 
 @each_base
@@ -211,18 +215,19 @@ def test_half_precision_is_widened_and_nothing_is_written_to(base):
         x.setflags(write=False)
     keys, values, queries = arrays
 
-    half = evict(base, keys, values=values, queries=queries)
+    half = evict(base, keys, values=values, queries=queries, probes=queries)
 
     assert half.scores.dtype == np.float32
     assert all(sums.dtype == np.float32 for sums in (half.state.tokens if half.state else {}).values())
-    wide = evict(base, keys.astype("f4"), values=values.astype("f4"), queries=queries.astype("f4"))
+    queries = queries.astype("f4")
+    wide = evict(base, keys.astype("f4"), values=values.astype("f4"), queries=queries, probes=queries)
     np.testing.assert_array_equal(half.scores, wide.scores)
 
 
 @each_base
 def test_declared_costs_grow_as_the_method_says(base):
     short, long = (LayerShape(num_tokens=n, query_heads=6, kv_heads=2, head_size=8, budget=12) for n in (4096, 8192))
-    quadratic = base.needs().state
+    quadratic = base.needs().state or type(base).__name__ in ("KVzip", "RKV")
     assert base.cost(long).flops == pytest.approx((4 if quadratic else 2) * base.cost(short).flops, rel=1e-3)
     assert base.cost(long).flops > 0 or base == StreamingLLM(budget=12, num_sinks=2)
     # Never a square of N in memory.
@@ -246,6 +251,7 @@ def test_no_value_is_read_on_the_host(base, backend):
                 empty(2, 2, num_tokens, 8),
                 values=empty(2, 2, num_tokens, 4),
                 queries=empty(2, 6, max(num_queries, base.num_queries(num_tokens)) if windowed else num_queries, 8),
+                probes=empty(2, 6, 3, 8),
                 valid=empty(2, num_tokens, dtype=torch.bool),
                 state=state,
                 backend=backend,

@@ -64,6 +64,7 @@ def run(library, policy, layer, rows=slice(None), tokens=slice(None)):
         library.make(keys[rows, :, tokens]),
         values=library.make(values[rows, :, tokens]),
         queries=library.make(queries[rows, :, tokens]),
+        probes=library.make(queries[rows]),
         valid=library.make(valid[rows, tokens]),
         layer=1,
         num_layers=4,

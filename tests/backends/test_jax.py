@@ -114,7 +114,17 @@ def test_no_axis_is_added_silently():
     with jax.numpy_rank_promotion("raise"):
         for policy in shipped(8).values():
             unrotated = {"unrotated_keys": keys} if policy.needs().unrotated_keys else {}
-            evict(policy, keys, values=keys, queries=queries, valid=valid, layer=1, num_layers=4, **unrotated)
+            evict(
+                policy,
+                keys,
+                values=keys,
+                queries=queries,
+                probes=queries,
+                valid=valid,
+                layer=1,
+                num_layers=4,
+                **unrotated,
+            )
 
 
 def test_a_zero_key_has_no_gradient_and_spoils_none():

@@ -27,7 +27,7 @@ def arrays():
 
 def kept(policy, keys, queries):
     unrotated = {"unrotated_keys": keys} if policy.needs().unrotated_keys else {}
-    return evict(policy, keys, values=keys, queries=queries, layer=1, num_layers=4, **unrotated).kept
+    return evict(policy, keys, values=keys, queries=queries, probes=queries, layer=1, num_layers=4, **unrotated).kept
 
 
 # What is compiled has no values while it is traced: to read one raises. Nothing is run, which takes a C++ compiler.

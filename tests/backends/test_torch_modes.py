@@ -29,6 +29,8 @@ def evicted(policy, x):
     given = dict(x)
     if policy.needs().unrotated_keys:
         given["unrotated_keys"] = x["keys"]
+    if policy.needs().probes:
+        given["probes"] = x["queries"]
     return evict(policy, given.pop("keys"), **given, layer=1, num_layers=4)
 
 

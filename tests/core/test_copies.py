@@ -122,6 +122,7 @@ def decide(policy, backend):
         array(backend, KEYS),
         values=array(backend, VALUES),
         queries=array(backend, QUERIES),
+        probes=array(backend, QUERIES),
         layer=2,
         num_layers=4,
         valid=array(backend, np.arange(20) >= [[0], [3]]),
@@ -218,7 +219,7 @@ def test_a_policy_of_the_users_own_is_written_and_known_to_be_one():
 
     assert plain["base"] == {"foreign class": "Newest", "budget": 4, "step": 1}
     assert not is_known(plain)
-    with pytest.raises(ArgumentError, match=r"policy must be one of AdaKV, .*; got 'Newest'"):
+    with pytest.raises(ArgumentError, match=r"policy must be one of Absorb, AdaKV, .*; got 'Newest'"):
         from_plain(plain)
 
 

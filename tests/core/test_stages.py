@@ -69,7 +69,7 @@ class Noting(Policy):
         assert float(found.scores.max()) == float(found.importance.max()) + 100
         return super().choose(found, layer, budget)
 
-    def merge(self, choice, layer, memory):
+    def merge(self, choice, found, layer, memory):
         self.notes.append(("merge", tuple(choice.kept.shape)))
         ones = layer.xp.ones_like(layer.keys[..., 0])
         into = layer.xp.zeros(layer.valid.shape, dtype=layer.xp.int64)

@@ -80,7 +80,7 @@ def test_sinks_are_kept_by_every_policy(name):
     # Long keys at the front, which KNorm and others would drop.
     keys[:, :, :5] *= 20
     queries = rng.normal(size=(1, 4, 100, 8)).astype("float32")
-    done = evict(make_policy(name, 48, sinks=5), keys, values=values, queries=queries)
+    done = evict(make_policy(name, 48, sinks=5), keys, values=values, queries=queries, probes=queries)
     # Those that are kept as they are; `+mikv` keeps others in fewer bits.
     stays = (done.kept >= 0) & (True if done.levels is None else done.levels == 0)
 

@@ -111,7 +111,11 @@ MODELS = {
 COUPLED = {"tova": TOVA(budget=12), "adakv": AdaKV(SNAPKV), "cake": CAKE(budget=12, window=4)}
 # A name to the model's name, the policy and a question.
 QUESTIONS = {
-    **{name: ("llama", policy, partial(inside, every=4)) for name, policy in every_policy(12).items()},
+    **{
+        name: ("llama", policy, partial(inside, every=4))
+        for name, policy in every_policy(12).items()
+        if not (policy.needs().merges or policy.needs().probes)
+    },
     "once": ("llama", GraphKV(SNAPKV), inside),
     "cake's scores": ("llama", LayerBudgets(CAKE(budget=12, window=4), budgets=(20, 12, 9, 7)), inside),
     "eager": ("llama", GraphKV(SNAPKV), partial(inside, implementation="eager")),

@@ -33,6 +33,7 @@ from graphkv import (
     SnapKV,
     StreamingLLM,
 )
+from graphkv.core import budgets
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import assert_close, reference_logits
@@ -195,7 +196,7 @@ def test_a_cache_stays_at_its_budget_for_every_policy(model, ids):
             cache = EvictingCache(policy, every=1)
             read(model, cache, ids, [N] + [1] * 20)
         kept = [sum(p >= 0 for row in layer.true_positions[0].tolist() for p in row) for layer in cache.layers]
-        total = 3 * 2 * (30 if policy.budget == 0.5 else policy.budget)
+        total = 3 * 2 * budgets.tokens_of(policy.budget, N + 20)
         # Whole blocks may leave a part of the budget empty, in each of 3 layers and 2 heads.
         room = 3 * 2 * (getattr(policy, "block", 1) - 1)
         least = 1 if policy.needs().automatic else total - room

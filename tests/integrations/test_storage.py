@@ -409,7 +409,9 @@ def test_every_attribute_of_a_layer_is_saved_or_listed_as_not_saved(case, ids):
 
 
 def test_every_setting_and_every_field_of_a_source_is_saved():
-    assert {each.name for each in dataclasses.fields(Settings)} == {*storage.SETTINGS, "policy", "backend"}
+    assert {each.name for each in dataclasses.fields(Settings)} == {
+        *storage.SETTINGS, "policy", "backend", "is_probing",
+    }  # fmt: skip
     assert {each.name for each in dataclasses.fields(Source)} == {*storage.SOURCE, "kind", "config", "layer_kinds"}
 
 

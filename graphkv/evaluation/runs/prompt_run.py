@@ -90,7 +90,7 @@ class PromptRun:
 
     def read(self, asked: Sequence[tuple[str, int]], policies: Sequence[Policy], /) -> Iterator[ReadCache]:
         """Read the prompt, for questions by mode and index, and for all policies that will evict it."""
-        return read_caches(self.model, self.prompt, asked, policies, closeness=self.config.closeness)
+        return read_caches(self.model, self.tokenizer, self.prompt, asked, policies, closeness=self.config.closeness)
 
     def answer_from_full(self, read: ReadCache, /) -> Iterator[Record]:
         """Answer the questions of a cache from all of it. Comes first: other caches are compared with this one."""

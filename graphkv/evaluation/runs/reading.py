@@ -14,7 +14,7 @@ from ...core.layer import Memory
 from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache
 from ...naming.policies import base_of, with_budget
-from ...workbench.forward import read
+from ...workbench.forward import ask, read
 from ..prompts.prompts import Prompt
 from .closeness import MOST_QUERIES, Probe
 
@@ -66,6 +66,7 @@ class ReadCache:
 
 def read_caches(
     model: Any,
+    tokenizer: Any,
     prompt: Prompt,
     asked: Sequence[tuple[str, int]],
     policies: Sequence[Policy],
@@ -76,8 +77,8 @@ def read_caches(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        As `observing` has it.
+    model, tokenizer
+        Of transformers; the model as `observing` has it.
     prompt : Prompt
     asked : sequence of tuple of str and int
         Mode and index of each question.
@@ -97,6 +98,7 @@ def read_caches(
     context.keep_queries(max((each.num_queries(longest) for each in policies if not each.needs().state), default=0))
     later = {index: prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
     if later:
+        ask(model, tokenizer, torch.tensor([prompt.ids], device=model.device), context, policies)
         yield ReadCache(mode="agnostic", ids=prompt.ids, cache=context, questions=later, states=states)
     for index in (index for mode, index in asked if mode == "aware"):
         # The last token stays out, so that even the first answer token is predicted from the evicted cache.
@@ -104,6 +106,8 @@ def read_caches(
         cache = context.copy()
         if first:
             read(model, torch.tensor([first], device=model.device), cache)
+        if first or not later:
+            ask(model, tokenizer, torch.tensor([[*prompt.ids, *first]], device=model.device), cache, policies)
         yield ReadCache(
             mode="aware",
             ids=(*prompt.ids, *first),

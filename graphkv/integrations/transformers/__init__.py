@@ -16,21 +16,31 @@ from ...core.extras import needs
 
 with needs("graphkv.integrations.transformers", "transformers", "torch", "transformers"):
     from .cache import EvictingCache
+    from .episodes import EpisodeCaches, Episodes, find_episodes, mean_hidden_state, read_episodes, read_in_blocks
     from .layer import EvictingLayer
     from .models import EvictingRun, evicting, observing
     from .record import EvictionRecord
+    from .repeating import RepeatPrompt, ask_to_repeat
     from .report import Fate, LayerStats, Suppressions, fates, scored
 
 __all__ = [
+    "EpisodeCaches",
+    "Episodes",
     "EvictingCache",
     "EvictingLayer",
     "EvictingRun",
     "EvictionRecord",
     "Fate",
     "LayerStats",
+    "RepeatPrompt",
     "Suppressions",
+    "ask_to_repeat",
     "evicting",
     "fates",
+    "find_episodes",
+    "mean_hidden_state",
     "observing",
+    "read_episodes",
+    "read_in_blocks",
     "scored",
 ]

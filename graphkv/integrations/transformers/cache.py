@@ -16,6 +16,7 @@ from ...core import checks
 from ...core.backend import Backend, load
 from ...core.errors import ArgumentError
 from ...core.layer import Memory
+from ...core.needs import name_of
 from ...core.policy import Policy
 from . import sharing, versions
 from .decision import evict_together
@@ -23,6 +24,7 @@ from .handout import Handout, latest
 from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer
+from .probing import probe
 from .report import LayerStats, describe, layer_stats
 from .settings import Settings
 from .source import FULL, WINDOWED
@@ -100,6 +102,11 @@ class EvictingCache(Cache):  # type: ignore[misc]
     ) -> None:
         if policy is not None:
             checks.instance("policy", policy, Policy)
+            if policy.needs().probes:
+                raise ArgumentError(
+                    f"policy must do without probes to evict by itself; {name_of(policy)} needs some. Read the text "
+                    "into an EvictingCache without a policy, then call probe() and evict(policy)"
+                )
         self.settings = Settings(
             policy=policy,
             every=None if every is None else checks.count("every", every, minimum=1),
@@ -354,6 +361,57 @@ class EvictingCache(Cache):  # type: ignore[misc]
         _evict([layer for layer in twin.attention_layers if layer.num_seen], policy, backend)
         self.layers = twin.layers
         self._warn_of_protection(policy)
+
+    def probe(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        /,
+        *,
+        about: tuple[int, int] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> None:
+        """Let the model read tokens that only ask: their queries and keys are kept for `evict`, the tokens forgotten.
+
+        Policies like `KVzip` score by what these queries attend to. All else of the cache stays as it was, bit for bit.
+        Several probes add up. They are kept until the next eviction, as long as no token comes or goes; `save` leaves
+        them out.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The one that has filled the cache, as `observing` or `evicting` has it.
+        ids : torch.Tensor, shape (batch, P), integer
+            One prompt per row of the cache.
+        about : tuple of int, optional
+            The tokens seen, from the first to before the last, that it asks for. Default: all.
+        attention_mask : torch.Tensor, shape (batch, P) or (batch, tokens seen + P), optional
+            0 for padding. Default: none in `ids`, and before them what the cache knows to be padding.
+        **inputs
+            More arguments of the model's forward call, such as `position_ids`, where it needs them for the next tokens
+            of the text too.
+
+        Raises
+        ------
+        ArgumentError
+            If the cache is empty or a forward pass broke off, `ids` are empty, of another batch or go beyond the
+            model's context, `about` is not among the tokens seen, or the model is not in a block of `observing`. The
+            cache then is as it was, also after any error of the model.
+        ArgumentTypeError
+            If `ids` are not integers.
+
+        Examples
+        --------
+        ::
+
+            with observing(model):
+                cache = EvictingCache()
+                model(text, cache=cache)  # past_key_values=cache before transformers 5.24
+                cache.probe(model, instruction)
+                cache.evict(KVzip(budget=512))
+        """
+        probe(self, model, ids, about=about, attention_mask=attention_mask, inputs=inputs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ...core.backend import Backend
 from ...core.errors import ArgumentError
 from ...core.eviction import Eviction, evict, evict_layers, observe, wants
-from ...core.layer import Layer, Memory
+from ...core.layer import Layer, Memory, Probe
 from ...core.policy import Assessment, Policy, Requirements, Wrapper
 from . import rotary
 from .handover import from_backend, to_backend
@@ -145,6 +145,8 @@ class Decider:
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What the policy remembers of the layer as a whole.
     queries : Queries or None
+    probes : sequence of Probe
+        Of torch tensors; what each is about has the order of the slots.
     rotation : Rotation or None
     parts, order
         See `parted`.
@@ -155,6 +157,7 @@ class Decider:
     slots: Slots
     layer_state: Mapping[str, torch.Tensor]
     queries: Queries | None
+    probes: Sequence[Probe]
     rotation: rotary.Rotation | None
     parts: Sequence[Part]
     order: torch.Tensor | None
@@ -258,7 +261,20 @@ class Decider:
         tokens = {name: to_backend(sums, self.backend) for name, sums in slots.state.items()}
         layer = {name: to_backend(x[part.rows], self.backend) for name, x in self.layer_state.items()}
         state = Memory(tokens=tokens, layer=layer) if tokens or layer else None
+        if needs.probes:
+            given["probes"] = [self._probe(probe, part) for probe in self.probes]
         return given | {"layer": self.layer, "num_layers": self.num_layers, "state": state, "backend": self.backend}
+
+    def _probe(self, probe: Probe, part: Part) -> Probe:
+        """Return a probe of some rows, in arrays of the backend."""
+        arrays = {}
+        for name in ("queries", "keys", "valid", "about", "before"):
+            tensor = getattr(probe, name)
+            if tensor is not None and name in ("about", "before"):
+                tensor = self.in_order(tensor)
+                tensor = tensor if part.num_tokens is None else tensor[..., tensor.shape[-1] - part.num_tokens :]
+            arrays[name] = None if tensor is None else to_backend(tensor[part.rows], self.backend)
+        return replace(probe, **arrays)
 
     def in_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""

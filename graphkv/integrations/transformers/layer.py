@@ -16,6 +16,7 @@ from ...core.eviction import Eviction
 from ...core.policy import Policy
 from . import rotary, versions
 from .decision import Decider, are_ragged, parted
+from .probes import HeldProbe
 from .queries import Queries
 from .record import EvictionRecord, redundancy
 from .settings import Settings
@@ -49,6 +50,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         The last queries that a coming eviction needs, scaled such that q k / sqrt(D) is the attention logit.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    probes : tuple of HeldProbe
+        What `EvictingCache.probe` has asked; until the next eviction, and as long as no token comes or goes.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
     slots : Slots
@@ -86,6 +89,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.slots = Slots()
         self.layer_state: Mapping[str, torch.Tensor] = {}
         self.held: Queries | None = None
+        self.probes: tuple[HeldProbe, ...] = ()
         self.num_seen = 0
         self.num_new = 0
         self.rotation: rotary.Rotation | None = None
@@ -131,6 +135,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         keys, start, slots = arrays["keys"], self.num_seen, self.slots
         self.num_seen = end = start + keys.shape[2]
         self.num_new += end - start
+        self.probes = ()
         if slots.positions is not None:
             arrays["positions"] = torch.arange(start, end, device=keys.device).expand(keys.shape[:3])
         if slots.valid is not None and arrays.get("valid") is None:
@@ -184,6 +189,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _buffer_queries(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
         settings = self.settings
+        if settings.is_probing:
+            self.held = Queries.of(query, scaling, None, self.num_seen)
+            return
         if settings.policy is None:
             wanted = settings.num_queries
         elif self.num_evictions and settings.every is None:
@@ -204,7 +212,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
         policy = self.settings.policy
         may_rotate = self.settings.rerotate or policy is None or policy.needs().unrotated_keys
-        if not (may_rotate and self.evicts):
+        if not (may_rotate and self.evicts) or self.settings.is_probing:
             return
         rows, heads = self.slots.keys.shape[:2]
         self.rotation, places = rotary.look(module, self.rotation, rows, self.num_seen - num_new, num_new)
@@ -289,6 +297,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if policy.needs().automatic:
             self.budgets_found = (kept >= 0).sum(dim=-1).amax(dim=1)
             budget = int(self.budgets_found.max())
+        self.probes = ()
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
@@ -336,6 +345,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             slots=slots,
             layer_state=self.layer_state,
             queries=self.held,
+            probes=[each.of(self.true_positions) for each in self.probes],
             rotation=self.rotation,
             parts=parts,
             order=order,
@@ -406,7 +416,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Forget the newest tokens."""
         if not count:
             return
-        left = self.num_stored - count
+        left, self.probes = self.num_stored - count, ()
         if self.held is not None:
             self.held = self.held.without_newest(count, self.num_seen - count, has_holes=self.has_holes)
         if self.num_hidden is not None and self.slots.valid is not None:
@@ -522,6 +532,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.slots = self.slots.rows(change)
         self.layer_state = {name: change(x) for name, x in self.layer_state.items()}
         self.held = None if self.held is None else self.held.rows(change)
+        self.probes = tuple(each.rows(change) for each in self.probes)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)
         self.budgets_found = None if self.budgets_found is None else change(self.budgets_found)

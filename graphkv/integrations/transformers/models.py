@@ -435,7 +435,7 @@ class _Hooks:
             given, (args, kwargs) = self.supplied(self.new_cache, given, args, kwargs)
             result = args, kwargs
         if isinstance(given, EvictingCache):
-            if self.watch is not None:
+            if self.watch is not None and not given.settings.is_probing:
                 self.check_settings(given.settings, self.watch.settings)
             given.prepare(self.config)
             given.seen_before = given.num_seen

@@ -12,7 +12,10 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings that all layers of a cache share, see `EvictingCache`."""
+    """The settings that all layers of a cache share, see `EvictingCache`.
+
+    With `is_probing`, every layer keeps the queries of the last call as they came, and nothing else of it matters.
+    """
 
     policy: Policy | None
     every: int | None
@@ -20,3 +23,4 @@ class Settings:
     record: bool
     num_queries: int
     backend: Backend | None
+    is_probing: bool = False

@@ -34,6 +34,7 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
     result.has_holes = any(layer.has_holes for layer in layers)
     result.layer_state = {}
     result.held = result.row_budgets = result.budgets_found = result.shared_by = result.record = None
+    result.probes = ()
     return result
 
 
@@ -56,6 +57,7 @@ def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) 
         )
     twin, positions = layer.copy(), torch.arange(stored[2], device=keys.device)
     twin.slots, twin.held = Slots(keys=keys, values=values, positions=positions.expand(stored)), None
+    twin.probes = ()
     twin.layer_state = {}
     return twin
 

@@ -60,7 +60,8 @@ def test_no_policy_waits(policy, form):
     keys, queries, valid = layer()
     standin.SYNCS.clear()
 
-    found = evict(policy, keys, values=keys, queries=queries, valid=valid, layer=1, num_layers=4, backend=form)
+    given = {"values": keys, "queries": queries, "probes": queries, "valid": valid}
+    found = evict(policy, keys, **given, layer=1, num_layers=4, backend=form)
     found.apply(keys)
 
     assert standin.SYNCS == []
