@@ -134,6 +134,16 @@ def test_the_command_line_itself_names_the_extra_of_its_command():
     assert done.stdout == f"graphkv {graphkv.__version__}\n"
 
 
+def test_a_mistake_of_our_own_is_not_taken_for_a_missing_package():
+    from graphkv.core.extras import needs
+
+    with pytest.raises(ImportError, match="cannot import name") as found, needs("this", "demo"):
+        from graphkv.core.layer import nothing_of_that_name  # noqa: F401
+    assert not isinstance(found.value, graphkv.BackendUnavailableError)
+    with pytest.raises(graphkv.BackendUnavailableError, match="this needs: pip install"), needs("this", "demo"):
+        raise ImportError("a library of C is damaged")
+
+
 def test_an_installed_copy_tells_where_it_came_from(monkeypatch):
     from graphkv.core import extras
 
