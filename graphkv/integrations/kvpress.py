@@ -24,7 +24,7 @@ from ..core.graphkv import GraphKV
 from ..core.policy import Policy
 from ..core.signals import Decay, Signal
 
-with needs("graphkv.integrations.kvpress", "kvpress", "kvpress", "torch"):
+with needs("graphkv.integrations.kvpress", "kvpress", "torch", "kvpress"):
     import torch
     from kvpress import BasePress, PyramidKVPress, ScorerPress
     from kvpress.utils import compute_n_kept
