@@ -368,6 +368,10 @@ def tune(
     group_size: Annotated[
         int, typer.Option(min=0, help="Layers whose budgets are searched together; 0: budgets stay.")
     ] = 8,
+    start: Annotated[
+        str,
+        typer.Option(help="Layer budgets to start from: base, pyramid-infer, or a .toml file with some."),
+    ] = "base",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
     text: PromptText = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch. Default: one per core.")] = None,
@@ -406,6 +410,7 @@ def tune(
         graph_groups=graph_groups,
         group_size=group_size,
         seed=seed,
+        start=start,
         threads=threads,
         output=output,
     )

@@ -2,19 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any
 
 from ..core import budgets as core_budgets
-from ..core import checks
+from ..core import checks, primitives
+from ..core.backend import Backend, resolve
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.layer import Cost, Layer, LayerShape, Memory
 from ..core.policy import Policy, Requirements, Wrapper
 from ..core.types import Array
 
-__all__ = ["LayerBudgets", "LayerShares", "PerLayer"]
+__all__ = ["LayerBudgets", "LayerShares", "PerLayer", "key_similarity"]
+
+
+def key_similarity(keys: Array, others: Array, /, *, window: int = 100, backend: Backend | str | None = None) -> Array:
+    """Compute how alike the keys of a layer are in two runs of the model, window by window.
+
+    Parameters
+    ----------
+    keys, others : array, shape (batch, kv_heads, N, D)
+        Of the same text: with full attention, and with attention to the text's own blocks and its first tokens only.
+    window : int
+        Tokens whose keys are compared as one vector. The last window may be shorter.
+    backend : Backend or str, optional
+        Default: inferred from the arrays.
+
+    Returns
+    -------
+    array, shape (batch,), float32 or wider
+        Mean cosine over heads and windows, for `LayerShares.epicache`. A window of zeros has cosine 0.
+
+    Raises
+    ------
+    ArgumentError
+        If the shapes differ, there are no tokens, or `window` is below 1.
+    ArgumentTypeError
+        If an array is not real.
+    BackendError
+        If the arrays are not of one library.
+
+    Examples
+    --------
+    Two windows of two tokens; the first is the same, the second turned by a right angle:
+
+    >>> import numpy as np
+    >>> keys = np.asarray([[[[1.0, 0], [2, 0], [3, 0], [4, 0]]]])
+    >>> others = np.asarray([[[[1.0, 0], [2, 0], [0, 3], [0, 4]]]])
+    >>> key_similarity(keys, others, window=2)
+    array([0.5])
+    """
+    backend = resolve(backend, keys=keys, others=others)
+    xp, window = backend.xp, checks.count("window", window, minimum=1)
+    axes = "(batch, kv_heads, N, D)"
+    shape = checks.numeric("keys", keys, axes, ndim=4, backend=backend)
+    checks.same_leading("others", checks.numeric("others", others, axes, ndim=4, backend=backend), shape, "keys")
+    if not shape[2]:
+        raise ArgumentError(f"keys must have at least one token; got shape {shape}")
+    first, second = (primitives.widen(x, xp=xp) for x in (keys, others))
+
+    def by_window(product: Array) -> Array:
+        tokens = xp.sum(product, axis=-1)
+        parts = [(start, min(start + window, shape[2])) for start in range(0, shape[2], window)]
+        return xp.stack([xp.sum(tokens[..., start:stop], axis=-1) for start, stop in parts], axis=-1)
+
+    lengths = xp.sqrt(by_window(first * first)) * xp.sqrt(by_window(second * second))
+    cosines = by_window(first * second) / xp.where(lengths > 0, lengths, xp.ones_like(lengths))
+    return xp.mean(cosines, axis=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -81,7 +137,7 @@ class LayerShares(SettledBudgets):
     """Any policy, whose budget is shared out over the layers in given proportions.
 
     The layers' budgets add up to exactly layers x budget, whatever the budget; no layer gets more tokens than there
-    are, or fewer than the base protects at the average budget.
+    are, or fewer than the base protects at the average budget. `pyramid_infer` and `epicache` return those of papers.
 
     Parameters
     ----------
@@ -90,11 +146,13 @@ class LayerShares(SettledBudgets):
     shares : sequence of int or float
         One number per layer, at least 0. Only their proportions matter; integers that add up to layers x budget are
         the budgets themselves, within those bounds.
+    floor : float
+        In [0, 1]. Of the average budget, the part that every layer gets, rounded down.
 
     Raises
     ------
     ArgumentError
-        If a share is negative or not finite or, in use, if the model has another number of layers.
+        If a number is out of range or not finite or, in use, if the model has another number of layers.
     ArgumentTypeError
         If `base` is not a Policy or `shares` no sequence of numbers.
 
@@ -109,20 +167,88 @@ class LayerShares(SettledBudgets):
     """
 
     shares: Sequence[int | float]
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.fraction("floor", self.floor)
         if isinstance(self.shares, str) or not isinstance(self.shares, Sequence):
             raise ArgumentTypeError(f"shares must be a sequence of numbers; got {type(self.shares).__name__}")
         shares = tuple(checks.finite_weight(f"shares[{layer}]", share) for layer, share in enumerate(self.shares))
         object.__setattr__(self, "shares", shares)
+
+    @classmethod
+    def pyramid_infer(cls, base: Policy, num_layers: int, /, *, least: float = 0.9) -> LayerShares:
+        """Return PyramidInfer's shares: every layer keeps a part of what the layer below has kept.
+
+        The paper drops tokens for all deeper layers as well, so that what a layer keeps is part of what the layer below
+        keeps; here each layer chooses for itself. Its least number of 64 tokens is not expressed.
+
+        Parameters
+        ----------
+        base : Policy
+        num_layers : int
+            Layers of the model.
+        least : float
+            The part that the last layers keep; see `graphkv.core.budgets.cut_again`.
+
+        Returns
+        -------
+        LayerShares
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If an argument is out of range or of the wrong type.
+
+        Examples
+        --------
+        >>> from graphkv import KNorm, LayerShares
+        >>> policy = LayerShares.pyramid_infer(KNorm(budget=100), 4, least=0.5)
+        >>> [policy.layer_budget(1000, layer, 4) for layer in range(4)]
+        [132, 123, 92, 53]
+        """
+        return cls(base, core_budgets.cut_again(num_layers, least))
+
+    @classmethod
+    def epicache(cls, base: Policy, similarities: Sequence[float], /, *, power: float = 1.1) -> LayerShares:
+        """Return EpiCache's shares: more for layers whose keys change when the model sees blocks of the text only.
+
+        Every layer gets a quarter of the average at least. The public code cuts the shares to integers and does not
+        pay for that quarter, so that its total is too high; here it is exact.
+
+        Parameters
+        ----------
+        base : Policy
+        similarities : sequence of float
+            One per layer, measured once per model by `graphkv.adapters.per_layer.key_similarity`.
+        power : float
+            1.1 for Llama and 1.3 for Qwen in the paper; 0 gives all layers the same.
+
+        Returns
+        -------
+        LayerShares
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If an argument is out of range or of the wrong type.
+
+        Examples
+        --------
+        >>> from graphkv import KNorm, LayerShares
+        >>> policy = LayerShares.epicache(KNorm(budget=100), [0.75, 0.25, 0.5], power=1)
+        >>> [policy.layer_budget(1000, layer, 3) for layer in range(3)]
+        [25, 183, 92]
+        """
+        return cls(base, core_budgets.sensitivities(similarities, power), floor=0.25)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the layer's share of the whole."""
         if len(self.shares) != num_layers:
             raise ArgumentError(f"shares must have one entry for each of {num_layers} layers; got {len(self.shares)}")
         average = min(core_budgets.tokens_of(self.base.budget, num_tokens), num_tokens)
-        least = min(self.base.protection(average).count, average)
+        least = min(max(self.base.protection(average).count, core_budgets.share_of(self.floor, average)), average)
         return _budget_of(layer, tuple(self.shares), num_layers * average, num_tokens, least)
 
 
@@ -189,6 +315,11 @@ class PerLayer(Wrapper):
     def at(self, layer: int, num_layers: int, /) -> Policy:
         """Return the layer's policy."""
         return self.policies[layer * len(self.policies) // num_layers].at(layer, num_layers)
+
+    def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
+        """Return the same wrappers over another base, in every layer."""
+        base, policies = self.base.with_base(change), tuple(policy.with_base(change) for policy in self.policies)
+        return self if base is self.base else replace(self, base=base, policies=policies)
 
     def needs(self) -> Requirements:
         """Return the needs of all policies together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..core import checks, primitives
@@ -32,6 +32,11 @@ _draws._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @dataclass(frozen=True, kw_only=True)
 class Random(SinkPolicy):
     """Keep tokens drawn at random, the same on every backend.
+
+    A baseline while decoding too, which arXiv:2609.03430 finds hard to beat: the prompt stays, and what the model
+    writes is forgotten at random, ``evicting(model, Random(budget=512), every=64, protect_prompt=True)``. There every
+    eviction of a cache draws anew, so that a token is the less likely still there the older it is. In calls of your own
+    take another seed for each.
 
     Parameters
     ----------
@@ -65,6 +70,11 @@ class Random(SinkPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.count("seed", self.seed)
+
+    def renewed(self, number: int, /) -> Random:
+        """Return this policy for eviction 0 of a cache, and one with other draws for each later one."""
+        # Far from the seeds that people choose.
+        return replace(self, seed=self.seed + 1_000_003 * number) if number else self
 
     def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Draw a number in [0, 1) for every token."""

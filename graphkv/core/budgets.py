@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import floor, sqrt
+from math import cos, floor, pi, sqrt
 
 from . import checks
 from .errors import ArgumentError
 
-__all__ = ["adjust", "allocate", "as_written", "cascade", "count_of", "share_of", "tokens_of"]
+__all__ = [
+    "adjust",
+    "allocate",
+    "as_written",
+    "cascade",
+    "count_of",
+    "cut_again",
+    "sensitivities",
+    "share_of",
+    "tokens_of",
+]
 
 
 def tokens_of(budget: int | float, num_tokens: int, /) -> int:
@@ -148,6 +158,94 @@ def adjust(shares: Sequence[float], total: int, most: int, /) -> list[int]:
         return _spread(result, lack, [layer for layer, amount in enumerate(result) if amount < most])
     taken = _spread([0] * len(result), -lack, [layer for layer, amount in enumerate(result) if amount > 1])
     return [amount - less for amount, less in zip(result, taken, strict=True)]
+
+
+def cut_again(num_layers: int, least: float = 0.9, /) -> list[float]:
+    r"""Return the shares of PyramidInfer: every layer keeps a part of what the layer below has kept.
+
+    Layer :math:`l` of :math:`L` cuts to :math:`\rho_l = \rho + (1 - \rho) (\cos(\pi l / L) + 1) / 2`, so that its share
+    is :math:`\rho_0 \rho_1 \dots \rho_l`. The first layer cuts nothing.
+
+    Parameters
+    ----------
+    num_layers : int
+        L, at least 1.
+    least : float
+        :math:`\rho`, in [0, 1].
+
+    Returns
+    -------
+    list of float
+        One share of the whole prompt per layer, never increasing.
+
+    Raises
+    ------
+    ArgumentError
+        If a number is out of range.
+    ArgumentTypeError
+        If a number has the wrong type.
+
+    References
+    ----------
+    .. [1] Yang et al., "PyramidInfer: Pyramid KV Cache Compression for High-throughput LLM Inference",
+       arXiv:2405.12532. The factor is that of its public code.
+
+    Examples
+    --------
+    A fifth of the text survives 32 layers:
+
+    >>> [round(share, 4) for share in (cut_again(4)[1], cut_again(32)[-1])]
+    [0.9854, 0.1997]
+    """
+    num_layers, least = checks.count("num_layers", num_layers, minimum=1), checks.fraction("least", least)
+    shares, left = [], 1.0
+    for layer in range(num_layers):
+        left *= least + (1 - least) * (cos(pi * layer / num_layers) + 1) / 2
+        shares.append(left)
+    return shares
+
+
+def sensitivities(similarities: Sequence[float], power: float = 1.1, /) -> list[float]:
+    r"""Return how much each layer wants, by how like its keys stay when the model sees blocks of the text only.
+
+    With :math:`x` the similarities, shifted and scaled to [0, 1], a layer wants :math:`(1 - x)^p`: the less alike, the
+    more. All want the same if all are equal.
+
+    Parameters
+    ----------
+    similarities : sequence of float
+        One per layer, finite; `key_similarity` of `graphkv.adapters.per_layer` measures them.
+    power : float
+        p, at least 0. 0: all want the same.
+
+    Returns
+    -------
+    list of float
+        One per layer, in [0, 1].
+
+    Raises
+    ------
+    ArgumentError
+        If a number is not finite or `power` negative.
+    ArgumentTypeError
+        If a number has the wrong type.
+
+    References
+    ----------
+    .. [1] Kim et al., "EpiCache: Episodic KV Cache Management for Long Conversational Question Answering",
+       arXiv:2509.17396, layer-wise budget allocation.
+
+    Examples
+    --------
+    >>> sensitivities([0.75, 0.25, 0.5], 1)
+    [0.0, 1.0, 0.5]
+    """
+    power = checks.finite_weight("power", power)
+    given = [checks.finite_number(f"similarities[{layer}]", value) for layer, value in enumerate(similarities)]
+    low, high = min(given, default=0.0), max(given, default=0.0)
+    if low == high or power == 0:
+        return [1.0] * len(given)
+    return [(1 - (value - low) / (high - low)) ** power for value in given]
 
 
 def as_written(number: float, /) -> tuple[int, int]:

@@ -104,6 +104,16 @@ def budget(value: Any, /) -> int | float:
         raise ArgumentTypeError(f"budget must be an integer or a float share; got {_show(value)}") from None
 
 
+def finite_number(name: str, value: Any, /) -> float:
+    """Return a finite real number as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(f"{name} must be a real number; got {_show(value)}")
+    number = float(value)
+    if not isfinite(number):
+        raise ArgumentError(f"{name} must be finite; got {number}")
+    return number
+
+
 def ratio_or_count(name: str, value: Any, /) -> int | float:
     """Return a count as an integer, or a share as a float in [0, 1]."""
     if isinstance(value, Real) and not isinstance(value, bool) and not is_whole(value):

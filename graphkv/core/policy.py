@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -35,6 +35,8 @@ class Assessment:
         The last graph that changed the scores.
     counts : array, shape (batch, kv_heads), integer, or None
         Tokens to keep per head, where a policy settles them by the scores of its own stage.
+    pivots : array, shape (batch, kv_heads, N), integer, or None
+        The token that stands for each token, where a policy makes sets of them before the choice.
     """
 
     importance: Array
@@ -42,6 +44,7 @@ class Assessment:
     protected: Array | None = None
     graph: Graph | None = None
     counts: Array | None = None
+    pivots: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +327,27 @@ class Policy(Value, ABC):
         """Return the policy of one layer. Default: this one for all."""
         return self
 
+    def renewed(self, number: int, /) -> Policy:
+        """Return the base for a cache's eviction `number`, counted from 0. Default: this one for all.
+
+        For bases that draw: the draws of one eviction must not be those of the next.
+        """
+        return self
+
+    def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
+        """Return the same wrappers over what `change` makes of the innermost base. Default: a policy without wrappers.
+
+        Parameters
+        ----------
+        change : callable
+            Called with the base, returns a policy.
+
+        Returns
+        -------
+        Policy
+        """
+        return change(self)
+
     def needs(self) -> Requirements:
         """Return what the policy needs, its base included."""
         return self.requirements
@@ -403,6 +427,11 @@ class Wrapper(Policy):
     def at(self, layer: int, num_layers: int, /) -> Policy:
         """Return this wrapper over the base's policy of the layer."""
         base = self.base.at(layer, num_layers)
+        return self if base is self.base else replace(self, base=base)
+
+    def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
+        """Return this wrapper over another base."""
+        base = self.base.with_base(change)
         return self if base is self.base else replace(self, base=base)
 
     def needs(self) -> Requirements:

@@ -1,5 +1,7 @@
 """Budgets in given proportions, and policies that take turns."""
 
+from math import cos, pi
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,9 @@ from graphkv import (
     SnapKV,
     evict,
 )
+from graphkv.adapters.per_layer import key_similarity
+from graphkv.core.budgets import cut_again
+from tests.support.arrays import each_library, make
 
 RNG = np.random.default_rng(0)
 KEYS = RNG.normal(size=(1, 2, 40, 8)).astype(np.float32)
@@ -129,3 +134,98 @@ def test_policies_over_another_base_are_refused():
         PerLayer(base, policies=[])
     with pytest.raises(ArgumentTypeError, match="must be a sequence of policies; got KNorm"):
         PerLayer(base, policies=base)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("num_layers", [1, 2, 5, 32])
+def test_pyramid_infer_cuts_every_layer_again(least, num_layers):
+    shares = cut_again(num_layers, least)
+
+    left = 1.0
+    for layer, share in enumerate(shares):
+        left *= least + (1 - least) * (1 + cos(pi * layer / num_layers)) / 2
+        assert share == pytest.approx(left)
+    found = budgets(LayerShares.pyramid_infer(KNorm(budget=40), num_layers, least=least), 100, num_layers)
+    assert sum(found) == 40 * num_layers
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_values_of_the_sheet():
+    assert cut_again(32)[-1] == pytest.approx(0.1997, abs=5e-5)
+    # The public code's other schedule is constant.
+    assert pytest.approx(0.0343, abs=5e-5) == 0.9**32
+
+
+def test_epicache_is_the_public_formula_but_for_the_total():
+    similarities = RNG.uniform(0.6, 0.99, size=28).tolist()
+    low, high = min(similarities), max(similarities)
+    weights = [(1 - (x - low) / (high - low)) ** 1.1 for x in similarities]
+    public = [max(int(w * 28 * 4096 / sum(weights)), 4096 // 4) for w in weights]
+
+    found = budgets(LayerShares.epicache(KNorm(budget=4096), similarities), 10**6, 28)
+
+    assert sum(found) == 28 * 4096 < sum(public)
+    assert min(found) == 1024 == min(public)
+    paid = sum(public) - 28 * 4096
+    assert all(0 <= theirs - ours + 1 <= paid for ours, theirs in zip(found, public, strict=True))
+    assert sorted(range(28), key=found.__getitem__) == sorted(range(28), key=public.__getitem__)
+
+
+def test_epicache_with_equal_layers_or_no_power_is_uniform():
+    for policy in (
+        LayerShares.epicache(KNorm(budget=40), [0.7] * 5),
+        LayerShares.epicache(KNorm(budget=40), [0.1, 0.4, 0.9, 0.2, 0.3], power=0),
+    ):
+        assert budgets(policy, 100, 5) == [40] * 5
+
+
+def test_a_floor_is_paid_for_by_the_others():
+    assert budgets(LayerShares(KNorm(budget=40), shares=(0, 1, 3), floor=0.25), 1000, 3) == [10, 28, 82]
+    assert budgets(LayerShares(KNorm(budget=40), shares=(0, 1, 3)), 1000, 3) == [0, 30, 90]
+    assert budgets(LayerShares(KNorm(budget=40), shares=(0, 1, 3), floor=1.0), 1000, 3) == [40] * 3
+
+
+@each_library
+def test_key_similarity_is_the_mean_cosine_of_windows(backend):
+    keys, others = RNG.normal(size=(2, 3, 25, 4)), RNG.normal(size=(2, 3, 25, 4))
+    others = 0.7 * keys + 0.3 * others
+    others[0, 1, 10:20] = 0
+
+    found = key_similarity(*(make(backend, x, np.float64) for x in (keys, others)), window=10, backend=backend)
+
+    for row in (0, 1):
+        cosines = []
+        for head in range(3):
+            for start in (0, 10, 20):
+                a, b = (x[row, head, start : start + 10].ravel() for x in (keys, others))
+                length = np.linalg.norm(a) * np.linalg.norm(b)
+                cosines.append(a @ b / length if length else 0.0)
+        assert backend.to_numpy(found)[row] == pytest.approx(np.mean(cosines))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LayerShares(KNorm(budget=9), shares=(1, 2), floor=1.5), ArgumentError, "floor must lie in"),
+        (lambda: LayerShares.pyramid_infer(KNorm(budget=9), 0), ArgumentError, "num_layers must be at least 1"),
+        (lambda: LayerShares.pyramid_infer(KNorm(budget=9), 3, least=2), ArgumentError, "least must lie in"),
+        (lambda: LayerShares.epicache(KNorm(budget=9), [0.1, float("nan")]), ArgumentError, r"similarities\[1\]"),
+        (lambda: LayerShares.epicache(KNorm(budget=9), [0.1, "x"]), ArgumentTypeError, r"similarities\[1\]"),
+        (lambda: LayerShares.epicache(KNorm(budget=9), [0.1], power=-1), ArgumentError, "power"),
+        (lambda: key_similarity(KEYS, KEYS[:, :, :9]), ArgumentError, "others must"),
+        (lambda: key_similarity(KEYS[:, :, :0], KEYS[:, :, :0]), ArgumentError, "at least one token"),
+        (lambda: key_similarity(KEYS, KEYS, window=0), ArgumentError, "window must be at least 1"),
+    ],
+)
+def test_what_is_wrong_with_layer_budgets_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_another_base_keeps_the_wrappers_in_every_layer():
+    policy = PerLayer(KNorm(budget=9), policies=(KNorm(budget=9), GraphKV(KNorm(budget=9))))
+
+    found = GraphKV(policy).with_base(lambda base: H2O(budget=base.budget + 1))
+
+    assert found == GraphKV(PerLayer(H2O(budget=10), policies=(H2O(budget=10), GraphKV(H2O(budget=10)))))
+    assert found.budget == 10

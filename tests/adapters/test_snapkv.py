@@ -162,6 +162,19 @@ def test_random_is_the_same_on_every_backend_and_differs_by_seed_layer_and_head(
     assert kept().tolist() != kept(layer=1).tolist()
 
 
+def test_random_draws_anew_at_every_eviction_of_a_cache():
+    """With one set of draws the same place would lose its token at every step."""
+    policy, keys = Random(budget=20, seed=3), np.ones((1, 1, 21, 2))
+
+    dropped = [
+        (set(range(21)) - set(evict(policy.renewed(number), keys).kept[0, 0].tolist())).pop() for number in range(420)
+    ]
+
+    assert policy.renewed(0) is policy
+    # 20 of each on average; 4.4 is the standard deviation.
+    assert all(3 < dropped.count(place) < 40 for place in range(21))
+
+
 def test_random_reaches_every_token():
     kept = [evict(Random(budget=5, seed=seed), np.ones((1, 1, 20, 1))).kept[0, 0].tolist() for seed in range(200)]
 

@@ -11,6 +11,7 @@ pytest.importorskip("cma", reason="the search needs graphkv[tune]")
 pytest.importorskip("tomli_w", reason="presets are written with tomli-w, of graphkv[tune]")
 
 from graphkv.__main__ import main
+from graphkv.core.budgets import allocate, cut_again
 from graphkv.evaluation import statistics
 from graphkv.evaluation.records import read_records
 from graphkv.evaluation.tuning.objective import name_of
@@ -222,6 +223,8 @@ def test_another_search_does_not_continue_this_one(tuned, tiny, capsys):
         (("--budget", "240"), "--budget must be below every --length, 240; got 240"),
         (("--base", "snapkv+graphkv"), "--base must be a policy without a graph"),
         (("--base", "full"), "base must be one of snapkv"),
+        (("--start", "top"), "--start must be base, pyramid-infer or a preset, a .toml file; got 'top'"),
+        (("--start", "pyramid-infer", "--group-size", "0"), "--start must be base with --group-size 0"),
         (("--base", "best"), "--policy must be one of full, snapkv"),
     ],
 )
@@ -229,3 +232,41 @@ def test_wrong_options_are_refused(tiny, tmp_path, capsys, more, message):
     assert tune(tiny, tmp_path / "none", *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_search_of_budgets_starts_where_it_is_told():
+    shares = tuple(allocate(cut_again(LAYERS, 0.5), LAYERS * BUDGET, 200, 8))
+    start = replace(START, layer_budgets=shares)
+    space = BudgetSpace(layers=range(4), budget=BUDGET, least=8, most=200, first=shares[:4])
+
+    assert sum(shares) == LAYERS * BUDGET
+    placed = space.place(start, space.start()).layer_budgets
+    assert all(abs(ours - theirs) <= 1 for ours, theirs in zip(placed, shares, strict=True))
+    assert BudgetSpace(layers=range(4), budget=BUDGET, least=8, most=200).start() == [0.5] * 4
+    assert BudgetSpace(layers=range(2), budget=BUDGET, least=0, most=2000, first=(0, 1999)).start() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["pyramid-infer", "shares.toml"])
+def test_the_command_starts_from_named_budgets(tiny, tmp_path, name, capsys):
+    path = tmp_path / "shares.toml"
+    path.write_text('base = "knorm"\nlayer_budgets = [4, 3, 1]\n')
+    start = name if name == "pyramid-infer" else str(path)
+
+    assert tune(tiny, tmp_path / "out", "--start", start, "--evaluations", 1, "--graph-groups", 0) == 0
+
+    first = json.loads((tmp_path / "out" / "tuning" / "run.json").read_text())
+    found = next(each for each in walk(first) if isinstance(each, dict) and "start" in each)["start"]
+    shares = [4, 3, 1] if name == "shares.toml" else cut_again(3)
+    assert found == allocate(shares, 3 * 48, 240, 12)
+    capsys.readouterr()
+    path.write_text('base = "knorm"\nlayer_budgets = [4, 3]\n')
+    assert tune(tiny, tmp_path / "none", "--start", str(path)) == 2
+    assert "--start must have layer_budgets for each of the model's 3 layers" in capsys.readouterr().err
+
+
+def walk(value):
+    """All values inside a value."""
+    yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        yield from walk(each)

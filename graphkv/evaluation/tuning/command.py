@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ...core import checks
-from ...core.budgets import tokens_of
+from ...core.budgets import allocate, cut_again, tokens_of
 from ...core.errors import ArgumentError
+from ...core.policy import Policy
 from ...naming.names import base_name, is_preset, is_press
 from ...naming.policies import make_preset
-from ...naming.presets import Preset, write_preset
+from ...naming.presets import Preset, load_preset, write_preset
 from ...workbench.files import check_folder
 from ...workbench.model import check_device
 from ...workbench.progress import print_table, show_steps, table_console
@@ -37,6 +38,8 @@ __all__ = ["main"]
 GOALS = ("nll", "kl", "match", "score")
 # What the held-out report compares a preset with, beside its base: the paper's setting and ours.
 GRAPHS = ("graphkv", "degree")
+# Layer budgets to start from, beside those of a preset.
+STARTS = ("base", "pyramid-infer")
 
 
 def main(
@@ -48,6 +51,7 @@ def main(
     graph_groups: int,
     group_size: int,
     seed: int,
+    start: str,
     threads: int | None,
     output: Path,
 ) -> None:
@@ -63,6 +67,8 @@ def main(
         Metric to improve: ``nll``, ``kl``, ``match`` or ``score``.
     evaluations, graph_groups, group_size, seed
         As in `search`.
+    start : str
+        Layer budgets to start from: ``base``, ``pyramid-infer``, or a preset with ``layer_budgets`` of its own.
     threads : int or None
         Threads of PyTorch. None: one per core.
     output : pathlib.Path
@@ -75,12 +81,16 @@ def main(
         raise ArgumentError(f"--budget must be below every --length, {min(config.lengths)}; got {budget}")
     if base_name(base) != base or is_preset(base) or is_press(base):
         raise ArgumentError(f"--base must be a policy without a graph, such as snapkv; got {base!r}")
+    if start not in STARTS and not is_preset(start):
+        raise ArgumentError(f"--start must be {', '.join(STARTS)} or a preset, a .toml file; got {start!r}")
+    if start != "base" and not group_size:
+        raise ArgumentError(f"--start must be base with --group-size 0, which searches no layer budgets; got {start!r}")
     check_device(config.device, config.dtype)
     check_folder(output)
     threads = threads or os.cpu_count() or 1
     console = Console(stderr=True)
     how = {"evaluations": evaluations, "graph_groups": graph_groups, "group_size": group_size, "seed": seed}
-    loss, best, model_name = _search(config, base, metric, how, threads, output / "tuning", console)
+    loss, best, model_name = _search(config, base, metric, how, start, threads, output / "tuning", console)
     about = {
         "model": model_name,
         "tasks": list(config.tasks),
@@ -115,7 +125,14 @@ def _with_tokens(config: Config) -> Config:
 
 
 def _search(
-    config: Config, base: str, metric: str, how: dict[str, int], threads: int, output: Path, console: Console
+    config: Config,
+    base: str,
+    metric: str,
+    how: dict[str, int],
+    start_from: str,
+    threads: int,
+    output: Path,
+    console: Console,
 ) -> tuple[float, Preset, str]:
     """Search on the tuning split; return the least loss, its preset and the name of the model."""
     (sinks,) = config.sinks
@@ -125,12 +142,12 @@ def _search(
     prompts = written_prompts(model, tokenizer, text, config)
     start = Preset(base=base, sinks=sinks)
     policy = make_preset(start, budget)
-    identity = {**identity_of(config, model, text), "search": {"metric": metric, **how}}
-    run = Run(output, identity, session_now())
     most, num_layers = min(config.lengths), int(model.config.num_hidden_layers)
     if how["group_size"]:
-        shares = tuple(policy.layer_budget(most, layer, num_layers) for layer in range(num_layers))
-        start = replace(start, layer_budgets=shares)
+        start = replace(start, layer_budgets=_first_budgets(start_from, policy, budget, most, num_layers))
+    asked = {"metric": metric, **how} | ({} if start_from == "base" else {"start": list(start.layer_budgets)})
+    identity = {**identity_of(config, model, text), "search": asked}
+    run = Run(output, identity, session_now())
     runs = [PromptRun(model=model, tokenizer=tokenizer, prompt=prompt, config=config) for prompt in prompts]
     objective = Objective([Candidates(run=each, base=policy) for each in runs], model, run, metric)
     least: list[float] = []
@@ -153,6 +170,19 @@ def _search(
             **how,
         )
     return loss, best, identity["model"]["name"]
+
+
+def _first_budgets(start: str, policy: Policy, budget: int, most: int, num_layers: int) -> tuple[int, ...]:
+    """Return the layer budgets that the search starts from, which add up exactly."""
+    if start == "base":
+        return tuple(policy.layer_budget(most, layer, num_layers) for layer in range(num_layers))
+    named = start == "pyramid-infer"
+    shares: Sequence[float] = cut_again(num_layers) if named else load_preset(Path(start)).layer_budgets
+    if len(shares) != num_layers:
+        raise ArgumentError(
+            f"--start must have layer_budgets for each of the model's {num_layers} layers; {start} has {len(shares)}"
+        )
+    return tuple(allocate(shares, num_layers * budget, most, min(policy.protection(budget).count, budget)))
 
 
 def _comparison(records: Sequence[Record], metric: str, preset: str, base: str) -> Table:

@@ -93,16 +93,21 @@ class BudgetSpace:
         Tokens per KV head in the average layer.
     least, most : int
         Bounds of a layer's budget.
+    first : tuple of int or float
+        Budgets of those layers to start from. Empty: the average.
     """
 
     layers: range
     budget: int
     least: int
     most: int
+    first: tuple[int | float, ...] = ()
 
     def start(self) -> list[float]:
-        """Return the point of average budgets."""
-        return [0.5] * len(self.layers)
+        """Return the point of the first budgets, as far as the cube reaches."""
+        first = self.first or (self.budget,) * len(self.layers)
+        points = [log(max(each, 1) / self.budget, WIDEST) / 2 + 0.5 for each in first]
+        return [min(1.0, max(0.0, point)) for point in points]
 
     def place(self, preset: Preset, point: Sequence[float], /) -> Preset:
         """Put the budgets of a point into a preset; all layers together keep layers x budget tokens, exactly."""
@@ -207,7 +212,13 @@ def search(
         spaces.append(graph)
     if group_size:
         spaces += [
-            BudgetSpace(layers=range(low, min(low + group_size, num_layers)), budget=budget, least=least, most=most)
+            BudgetSpace(
+                layers=range(low, min(low + group_size, num_layers)),
+                budget=budget,
+                least=least,
+                most=most,
+                first=start.layer_budgets[low : low + group_size],
+            )
             for low in range(0, num_layers, group_size)
         ]
     losses = [float(loss) for loss in evaluate(first)]

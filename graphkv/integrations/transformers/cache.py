@@ -59,6 +59,10 @@ class EvictingCache(Cache):  # type: ignore[misc]
         Evict again whenever that many tokens have come since the last eviction: after each chunk of a prompt that comes
         in chunks, while decoding, and in later turns. A layer then never stores more than its budget, `every` - 1
         tokens and the call at hand. None: only once.
+    protect_prompt : bool
+        Never evict what the model reads: the prompt, and in later turns what `generate` is given anew. Outside of
+        `generate`, that is what comes in calls of more than one token. Those tokens count in the budget, which must
+        leave room for them. Needs `every`, because right after the prompt there is nothing else to evict.
     rerotate : bool
         Turn the kept keys to contiguous positions, ending at the last token seen. Distances in the rotary embedding
         then count stored tokens, not all that have been seen.
@@ -94,6 +98,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         policy: Policy | None = None,
         *,
         every: int | None = None,
+        protect_prompt: bool = False,
         rerotate: bool = False,
         record: bool = False,
         num_queries: int = 0,
@@ -107,9 +112,12 @@ class EvictingCache(Cache):  # type: ignore[misc]
                     f"policy must do without probes to evict by itself; {name_of(policy)} needs some. Read the text "
                     "into an EvictingCache without a policy, then call probe() and evict(policy)"
                 )
+        if checks.flag("protect_prompt", protect_prompt) and policy is not None and every is None:
+            raise ArgumentError("every must be given with protect_prompt=True, or nothing is ever evicted; got None")
         self.settings = Settings(
             policy=policy,
             every=None if every is None else checks.count("every", every, minimum=1),
+            protect_prompt=protect_prompt,
             rerotate=checks.flag("rerotate", rerotate),
             record=checks.flag("record", record),
             num_queries=checks.count("num_queries", num_queries),
@@ -117,6 +125,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
         # Not a method: a cache that holds itself keeps its memory until the garbage collector comes.
         super().__init__(layer_class_to_replicate=partial(EvictingLayer, self.settings))
+        _check_rotation(policy, self.settings)
         # Whether evictions wait for crop().
         self.is_waiting = False
         self._start()
@@ -128,6 +137,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         self.history = History()
         # How many of the tokens that come next are guesses, which a crop may take back.
         self.num_guessed = 0
+        # How many of the tokens up to now `generate` was given: they are read, also one at a time.
+        self.num_given = 0
         self.seen_before = 0
         self._opened_by = 0
         self._latest = Handout()
@@ -191,7 +202,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
                 f"some and is a {type(layer).__name__}"
             )
         is_out_of_step = self._begin(layer, layer_idx, num_new)
-        keys, values = layer.update(key_states, value_states)
+        num_pinned = self._num_read(num_new, layer.num_seen) if self.settings.protect_prompt else 0
+        keys, values = layer.update(key_states, value_states, num_pinned=num_pinned)
         # The attention receives these very tensors, and so finds its way back.
         handout = Handout(self, layer_idx, num_new, is_out_of_step=is_out_of_step)
         for tensor in (keys, values):
@@ -219,6 +231,11 @@ class EvictingCache(Cache):  # type: ignore[misc]
         # Either keys of a picture, for example, or a pass that broke off: the attention will show which.
         return True
 
+    def _num_read(self, num_new: int, start: int) -> int:
+        """Return how many of the new tokens are a prompt's, neither written by the model nor guessed."""
+        certain = num_new - self.num_guessed
+        return certain if certain > 1 else min(max(0, certain), max(0, self.num_given - start))
+
     def set_apart(self, handout: Handout) -> None:
         """Leave a layer to itself that does not cache keys of the text; called by the attention function."""
         if self._opened_by == handout.index and self.num_seen == handout.num_seen:
@@ -229,10 +246,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
     def _check_attended(self) -> None:
         """Refuse to go on if a layer's keys went unseen by our attention function."""
         if self._latest.is_open and self._latest.layer.awaits_queries:
+            has_mass = self._latest.mass is not None
             raise ArgumentError(
                 f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function: either the "
                 'model runs neither inside evicting() or observing() nor with attn_implementation="graphkv_sdpa", or '
                 "the attention of this layer does not go through transformers' attention interface"
+                + "; its slots count as several tokens, which only graphkv's attention knows"
+                * has_mass
             )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:
@@ -352,6 +372,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None:
             raise ArgumentError("policy must be given to evict a cache that has none")
         checks.instance("policy", policy, Policy)
+        _check_rotation(policy, self.settings)
         backend = load(backend) if isinstance(backend, str) else backend
         if not self.num_seen:
             raise ArgumentError("the cache must hold a prompt before it is evicted; it is empty")
@@ -791,6 +812,14 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
     if len(given) != len(layers):
         raise ArgumentError(f"{name} must have one entry for each of {len(layers)} layers; got {len(given)}")
     return list(zip(layers, given, strict=True))
+
+
+def _check_rotation(policy: Policy | None, settings: Settings) -> None:
+    """Refuse to turn keys that are rounded: every turn would round them once more."""
+    if settings.rerotate and policy is not None and policy.needs().demotes:
+        raise ArgumentError(
+            f"rerotate must be False for a policy that keeps tokens in fewer bits; got True with {policy}"
+        )
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:

@@ -44,6 +44,7 @@ def evicting(
     *,
     budget: int | float | str | None = None,
     every: int | None = None,
+    protect_prompt: bool = False,
     rerotate: bool = False,
     record: bool = False,
     backend: Backend | str | None = None,
@@ -66,7 +67,7 @@ def evicting(
         with `budget`.
     budget : int, float or str, optional
         Of a policy that is given by name: tokens, a share, or a percentage such as ``"25%"``.
-    every, rerotate, record, backend
+    every, protect_prompt, rerotate, record, backend
         As for `EvictingCache`, which every call without a cache of its own gets. An empty ``DynamicCache`` that is
         passed to the model becomes one.
 
@@ -100,7 +101,10 @@ def evicting(
     if isinstance(model, Policy):
         raise ArgumentTypeError(f"model must come first and the policy second; got {type(model).__name__} as model")
     made = policy_of(policy, budget)
-    return EvictingRun(model, EvictingCache(made, every=every, rerotate=rerotate, record=record, backend=backend))
+    blank = EvictingCache(
+        made, every=every, protect_prompt=protect_prompt, rerotate=rerotate, record=record, backend=backend
+    )
+    return EvictingRun(model, blank)
 
 
 class EvictingRun:
@@ -447,7 +451,7 @@ class _Hooks:
 
     def check_settings(self, own: Settings, asked: Settings) -> None:
         """Refuse a cache that would not do what the block asks for."""
-        for name in ("policy", "every", "rerotate", "record"):
+        for name in ("policy", "every", "protect_prompt", "rerotate", "record"):
             wanted, found = getattr(asked, name), getattr(own, name)
             if wanted and wanted != found:
                 raise ArgumentError(f"{self.name} must have the {name} of evicting(), {wanted}; its own is {found}")
@@ -493,11 +497,15 @@ class _Hooks:
         @wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
             cache = next((kwargs[name] for name in versions.CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+            given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+            ids, mask = (
+                next((each for each in given if isinstance(each, torch.Tensor)), None),
+                kwargs.get("attention_mask"),
+            )
+            # With a mask of more columns they are no history: they go on after what the cache has seen.
+            goes_on = mask is not None and ids is not None and mask.shape[-1] > ids.shape[-1]
             if isinstance(cache, EvictingCache):
-                given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-                ids, mask = next((each for each in given if each is not None), None), kwargs.get("attention_mask")
-                # With a mask of more columns they are no history: they go on after what the cache has seen.
-                if mask is None or ids is None or mask.shape[-1] <= ids.shape[-1]:
+                if not goes_on:
                     cache.check_history(ids)
             elif self.new_cache is not None and not self.is_over:
                 self.check_implementation(args, kwargs)
@@ -506,6 +514,8 @@ class _Hooks:
                 elif _uses_cache(self.module, args, kwargs):
                     cache = self.new_cache()
                     kwargs = {**kwargs, self.name: cache}
+            if isinstance(cache, EvictingCache) and ids is not None:
+                cache.num_given = ids.shape[-1] + (cache.num_seen if goes_on else 0)
             if isinstance(cache, EvictingCache) and _guesses(self.module, args, kwargs):
                 # transformers does that itself from 5.20 on.
                 cache.activate_past_recording()

@@ -19,6 +19,7 @@ class Settings:
 
     policy: Policy | None
     every: int | None
+    protect_prompt: bool
     rerotate: bool
     record: bool
     num_queries: int
