@@ -35,6 +35,8 @@ class Assessment:
         The last graph that changed the scores.
     counts : array, shape (batch, kv_heads), integer, or None
         Tokens to keep per head, where a policy settles them by the scores of its own stage.
+    pivots : array, shape (batch, kv_heads, N), integer, or None
+        The token that stands for each token, where a policy makes sets of them before the choice.
     """
 
     importance: Array
@@ -42,6 +44,7 @@ class Assessment:
     protected: Array | None = None
     graph: Graph | None = None
     counts: Array | None = None
+    pivots: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
