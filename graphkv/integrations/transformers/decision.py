@@ -204,8 +204,8 @@ class Decider:
         lost = int((marks.sum(dim=-1) - found.sum(dim=-1)).max())
         if lost:
             raise ArgumentError(
-                f"policy must keep the prompt with protect_prompt=True; {type(policy).__name__} dropped {lost} tokens of "
-                f"it in layer {self.layer}"
+                f"policy must keep the prompt with protect_prompt=True; {type(policy).__name__} dropped {lost} tokens "
+                f"of it in layer {self.layer}"
             )
 
     def policy_of(self, policy: Policy, part: Part) -> Policy:
