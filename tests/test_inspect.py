@@ -22,6 +22,7 @@ from graphkv.demo.page import write_page
 from graphkv.demo.picture import draw_findings
 from graphkv.integrations.transformers import EvictingCache, Fate, LayerStats, Suppressions, fates, observing
 from graphkv.integrations.transformers.versions import with_cache
+from tests.integrations.folding import Folded
 from tests.integrations.tiny import FAMILIES, save_tiny_llama, tiny_llama
 
 N = 61  # no multiple of 4: the last byte of the fates is not full
@@ -179,7 +180,7 @@ def test_a_long_text_in_a_deep_model_stays_small(tmp_path):
     stats = [
         LayerStats(
             layer=layer, evicts=True, num_seen=tokens, num_stored=500, num_kept=np.full((1, heads), 500),
-            num_evictions=1, num_dropped=1500, budget=500, nbytes=1, bytes_freed=3, seconds=0.1,
+            num_evictions=1, num_dropped=1500, budget=500, budgets_found=None, nbytes=1, bytes_freed=3, seconds=0.1,
             redundancy_before=np.full((1, heads), 0.5), redundancy_after=np.full((1, heads), 0.4),
             num_suppressed=np.full((1, heads), suppressed), suppressions=found,
         )
@@ -187,12 +188,45 @@ def test_a_long_text_in_a_deep_model_stays_small(tmp_path):
     ]  # fmt: skip
     findings = Findings(
         title="", policy="", words=["a word, "] * tokens, fates=rng.integers(0, 4, shape, dtype=np.uint8),
-        importance=rng.random(shape), scores=rng.random(shape), stats=tuple(stats), row=0, chosen=(0, 0), fact=None,
+        importance=rng.random(shape), scores=rng.random(shape), absorbers=np.full(shape, -1),
+        masses=np.ones(shape, dtype=np.float32), stats=tuple(stats), row=0, chosen=(0, 0), fact=None,
     )  # fmt: skip
     write_page(tmp_path / "page.html", findings)
 
     assert (tmp_path / "page.html").stat().st_size < 3e6
     assert len(unpacked(content(tmp_path / "page.html")["edges"]["token"])) == layers * heads * suppressed
+
+
+def test_the_page_shows_what_went_into_what(tmp_path):
+    findings = find(read(Folded(POLICIES["snapkv+graphkv"])), words(), row=1)
+    write_page(tmp_path / "page.html", findings)
+
+    found, total = content(tmp_path / "page.html"), int((findings.absorbers >= 0).sum())
+    assert ["absorbed", f"{total:,}"] in found["numbers"]
+    assert f"{total:,} times a token went into one like it, which counts for both." in found["lead"]
+    merges = {name: unpacked(packed) for name, packed in found["merges"].items()}
+    for layer, head in np.ndindex(findings.fates.shape[:2]):
+        first, last = merges["start"][2 * layer + head : 2 * layer + head + 2]
+        pairs = list(zip(merges["token"][first:last], merges["into"][first:last], strict=True))
+        assert pairs == [(i, into) for i, into in enumerate(findings.absorbers[layer, head].tolist()) if into >= 0]
+        # Each token counts for itself and for all that went into it.
+        assert pairs
+        for token, mass in enumerate(findings.masses[layer, head].tolist()):
+            is_there = findings.fates[layer, head, token] >= Fate.KEPT
+            assert mass == is_there + sum(into == token for _, into in pairs)
+    flat = findings.masses.ravel()
+    assert merges["place"] == [place for place, mass in enumerate(flat) if mass not in (0, 1)]
+    assert merges["mass"] == flat[merges["place"]].tolist()
+    assert re.search(r"\d+ dropped tokens are in kept ones, which count as up to \d+\.0 tokens", found["stats"][0])
+
+
+def test_a_page_without_merges_does_not_speak_of_them(tmp_path):
+    write_page(tmp_path / "page.html", find(read(POLICIES["snapkv+graphkv"]), words()))
+
+    found = content(tmp_path / "page.html")
+    assert "absorbed" not in dict(found["numbers"])
+    assert not any("went into" in said or "in kept ones" in said for said in (found["lead"], *found["stats"]))
+    assert unpacked(found["merges"]["place"]) == unpacked(found["merges"]["token"]) == []
 
 
 def test_what_is_looked_at_first():

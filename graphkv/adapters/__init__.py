@@ -35,6 +35,7 @@ from .rkv import RKV as RKV
 from .roco import RoCo as RoCo
 from .sagekv import SAGEKV as SAGEKV
 from .shared import Shared as Shared
+from .smallkv import SmallKV as SmallKV
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA

@@ -85,9 +85,9 @@ class Absorb(Wrapper):
         checks.count("window", self.window, minimum=1)
 
     def needs(self) -> Requirements:
-        """Return the needs of the base, and the window's queries for weights by attention."""
+        """Return the needs of the base; weights by attention need some queries, fewer than the window too."""
         needs = super().needs()
-        return needs if self.weights == "count" else replace(needs, queries="window").joined(needs)
+        return needs if self.weights == "count" else replace(needs, queries="all")
 
     def num_queries(self, num_tokens: int, /) -> int:
         """Return how many queries the base and the weights use."""

@@ -274,6 +274,14 @@ ENTRIES = (
         holds_arrays=True,
     ),
     Entry(
+        policy=adapters.SmallKV,
+        paper="2508.02751",
+        importance="attention that the token received in a smaller model, in the head that matches",
+        protects="the newest `num_recent` tokens",
+        checked="loops, a larger model with the weights of the smaller one",
+        holds_arrays=True,
+    ),
+    Entry(
         policy=GraphKV,
         name="graphkv",
         paper="2509.00388",

@@ -142,6 +142,10 @@ class MiKV(Wrapper):
         """Return what the base protects among the tokens that stay as they are."""
         return self.base.protection(self._high(budget))
 
+    def num_queries(self, num_tokens: int, /) -> int:
+        """Return how many queries the base uses; one at least where a cache has to see some, for the balance."""
+        return max(self.base.num_queries(num_tokens), min(num_tokens, int(self.balanced)))
+
     def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
         """Return the base's scores for the tokens that stay as they are."""
         return self.base.rescore(found, layer, self._high(budget))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ArgumentError
-from ..integrations.transformers import EvictingCache, Fate, LayerStats, fates, scored
+from ..integrations.transformers import EvictingCache, Fate, LayerStats, absorbers, fates, masses, scored
 
 __all__ = ["Findings", "find"]
 
@@ -26,6 +26,10 @@ class Findings:
         A `Fate` each.
     importance, scores : numpy.ndarray, shape (layers, kv_heads, N), float64
         Before and after the graph; NaN where nothing was scored.
+    absorbers : numpy.ndarray, shape (layers, kv_heads, N), int64
+        The token that each one went into, -1 where it did not.
+    masses : numpy.ndarray, shape (layers, kv_heads, N), float32
+        As how many tokens each one counts; 0 where it is gone.
     stats : tuple of LayerStats
         As `EvictingCache.stats`, for the whole batch.
     row : int
@@ -42,6 +46,8 @@ class Findings:
     fates: Any
     importance: Any
     scores: Any
+    absorbers: Any
+    masses: Any
     stats: tuple[LayerStats, ...]
     row: int
     chosen: tuple[int, int]
@@ -124,6 +130,8 @@ def find(
         fates=found,
         importance=np.stack([importance[row] for importance, _ in scores]),
         scores=np.stack([final[row] for _, final in scores]),
+        absorbers=np.stack([absorbers(each)[row] for each in cache.attention_layers]),
+        masses=np.stack([masses(each)[row] for each in cache.attention_layers]),
         stats=stats,
         row=row,
         chosen=(int(best_layer) if layer is None else layer, int(best_head) if head is None else head),

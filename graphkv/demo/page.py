@@ -58,6 +58,7 @@ def _content(findings: Findings) -> dict[str, Any]:
         },
         "rows": [{"ranked": count, "places": free} for count, free in zip(ranked, places, strict=True)],
         "edges": _edges(findings),
+        "merges": _merges(findings),
         "stats": [_sentence(findings, index) for index in range(num_layers)],
     }
 
@@ -99,10 +100,26 @@ def _edges(findings: Findings) -> dict[str, Any]:
     }
 
 
+def _merges(findings: Findings) -> dict[str, Any]:
+    """Collect which token went into which, with where those of each layer and head start; and what slots count as."""
+    went = findings.absorbers >= 0
+    counts = (findings.masses > 0) & (findings.masses != 1)
+    return {
+        "start": _packed(np.cumsum([0, *went.sum(axis=-1).ravel()]), "uint32"),
+        "token": _packed(np.nonzero(went)[2], "uint32"),
+        "into": _packed(findings.absorbers[went], "uint32"),
+        "place": _packed(np.flatnonzero(counts), "uint32"),
+        "mass": _packed(findings.masses[counts], "float32"),
+    }
+
+
 def _lead(findings: Findings) -> str:
     num_layers, num_heads, num_tokens = findings.fates.shape
     suppressed = int((findings.fates == Fate.SUPPRESSED).sum())
     said = f"What {num_layers} layers with {num_heads} KV heads each kept of {num_tokens:,} tokens."
+    absorbed = int((findings.absorbers >= 0).sum())
+    if absorbed:
+        said += f" {absorbed:,} times a token went into one like it, which counts for both."
     if not suppressed:
         return f"{said} Nothing was suppressed."
     return (
@@ -118,6 +135,7 @@ def _numbers(findings: Findings) -> list[tuple[str, str]]:
         ("tokens", f"{findings.fates.shape[-1]:,}"),
         ("kept per head", _span(kept)),
         ("suppressed", f"{int((findings.fates == Fate.SUPPRESSED).sum()):,}"),
+        *([("absorbed", f"{int((findings.absorbers >= 0).sum()):,}")] if (findings.absorbers >= 0).any() else []),
         ("MB stored", f"{sum(each.nbytes for each in stats) / 1e6:.1f}"),
         ("MB freed", f"{sum(each.bytes_freed for each in stats) / 1e6:.1f}"),
         ("ms in evictions", f"{sum(each.seconds for each in stats) * 1e3:,.0f}"),
@@ -131,6 +149,11 @@ def _sentence(findings: Findings, layer: int) -> str:
     if not each.evicts:
         return f"{said}: its sliding window, which is left to itself."
     said += f"; suppressed {_span((here == Fate.SUPPRESSED).sum(axis=-1))} per head."
+    if each.num_absorbed is not None and each.largest_mass is not None:
+        said += (
+            f" {int(each.num_absorbed[findings.row].sum()):,} dropped tokens are in kept ones, which count as up to "
+            f"{each.largest_mass[findings.row].max():.1f} tokens."
+        )
     before, after = findings.redundancy[layer]
     if not np.isnan(before):
         said += f" Mean cosine of two keys: {before:.3f} before, {after:.3f} after."

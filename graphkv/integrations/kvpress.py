@@ -21,10 +21,11 @@ from ..core.errors import ArgumentError
 from ..core.eviction import Eviction, evict
 from ..core.extras import needs
 from ..core.graphkv import GraphKV
+from ..core.needs import name_of
 from ..core.policy import Policy
 from ..core.signals import Decay, Signal
 
-with needs("graphkv.integrations.kvpress", "kvpress"):
+with needs("graphkv.integrations.kvpress", "kvpress", "kvpress", "torch"):
     import torch
     from kvpress import BasePress, PyramidKVPress, ScorerPress
     from kvpress.utils import compute_n_kept
@@ -52,7 +53,8 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         If `policy` is no Policy.
     ArgumentError
         If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`. If
-        layers share what they keep.
+        layers share what they keep. If it merges tokens, as `Absorb` does: a merged slot counts as several tokens, and
+        kvpress's caches and attention have no place for that.
         While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
         heads different budgets, or the cache does not hold exactly the tokens of the prompt, or it cannot be seen that
         the model's heads attend to the keys and values that it caches under them.
@@ -86,6 +88,8 @@ class PolicyPress(BasePress):  # type: ignore[misc]
                 "policy must know each layer's budget beforehand: kvpress evicts a layer before the next one has read "
                 f"anything; {type(self.policy).__name__} does not, so wrap it in LayerBudgets"
             )
+        if self.policy.needs().merges:
+            self._refuse_merges()
         if self.policy.needs().couples_layers:
             raise ArgumentError(
                 "policy must choose for each layer alone, because kvpress evicts a layer before the next one has read "
@@ -168,9 +172,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             num_kept = float(decision.counts.double().mean())
         self._evicted[layer.layer_idx] = 1 - num_kept / num_tokens
         if decision.merge is not None:
-            raise ArgumentError(
-                f"policy must drop tokens, not merge them, in kvpress; {type(self.policy).__name__} merges"
-            )
+            self._refuse_merges()
         if decision.levels is not None:
             raise ArgumentError(
                 f"policy must keep tokens as they are in kvpress; {type(self.policy).__name__} demotes them"
@@ -184,6 +186,13 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             )
         layer.masked_key_indices = _evicted_places(decision)
         return keys, values
+
+    def _refuse_merges(self) -> None:
+        """Raise for a policy that merges, at construction or as soon as one does it undeclared."""
+        raise ArgumentError(
+            "policy must drop tokens, not merge them, in kvpress, whose attention would count a merged slot once "
+            f"and not by its mass; {name_of(self.policy)} merges. graphkv.integrations.transformers counts masses"
+        )
 
 
 _PAPER = Decay()

@@ -181,7 +181,7 @@ def test_absorb_says_what_is_wrong():
         Absorb(SNAPKV, weights="mean")
     with pytest.raises(ArgumentError, match="window must be at least 1; got 0"):
         Absorb(SNAPKV, window=0)
-    with pytest.raises(ArgumentError, match=r"queries must hold the last 18 positions for Absorb\(KNorm\); got none"):
+    with pytest.raises(ArgumentError, match=r"queries must hold the last position for Absorb\(KNorm\); got none"):
         evict(Absorb(KNorm(budget=6)), layer["keys"])
     assert Absorb(KNorm(budget=6)).needs().merges
     assert not KNorm(budget=6).needs().merges

@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from graphkv import H2O, AdaKV, SnapKV
+from graphkv import H2O, AdaKV, KNorm, SnapKV
 from graphkv.evaluation.runs import prompt_run
+from graphkv.evaluation.runs.closeness import make_probe
 from graphkv.evaluation.runs.config import Config
 from graphkv.evaluation.runs.prompt_run import evaluate
 from graphkv.integrations.transformers import EvictingCache, observing
 from graphkv.integrations.transformers.versions import with_cache
 from graphkv.naming.policies import BASES, make_policy
+from tests.integrations.folding import Folded
 from tests.integrations.reference import reference_logits
-from tests.integrations.tiny import tiny_gemma3
+from tests.integrations.tiny import tiny_gemma3, tiny_llama
 
 LENGTH = 240
 EVERYBODY = (*BASES, *(f"{base}+graphkv" for base in BASES))
@@ -259,6 +261,33 @@ def test_closeness_against_plain_loops(model, tokenizer, prompt):
 
     assert found.output_error == pytest.approx(float(torch.stack(errors).mean()), abs=1e-4)
     assert found.attention_mass == pytest.approx(float(torch.stack(masses).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("policy", [Folded(KNorm(budget=12)), Folded(AdaKV(KNorm(budget=12)))])
+def test_closeness_asks_merged_slots_as_often_as_they_count(policy):
+    """Keys and values that were averaged, and their masses, one query at a time."""
+    model, ids = tiny_llama(), torch.arange(1, 49)[None]
+    with observing(model), torch.inference_mode():
+        full, small = EvictingCache(num_queries=8), EvictingCache()
+        model(ids, **with_cache(model, full))
+        model(ids[:, :40], **with_cache(model, small))
+        small.evict(policy)
+        error, _ = make_probe(full, 40, 8).compare(small)
+    errors = []
+    for whole, layer in zip(full.layers, small.layers, strict=True):
+        for head in range(6):
+            mine = head // 3
+            shown = [slot for slot, at in enumerate(layer.true_positions[0, mine].tolist()) if at >= 0]
+            for place in range(8):
+                query, later = whole.queries[0, head, place], slice(40, 41 + place)
+                keys = torch.cat([layer.keys[0, mine, shown], whole.keys[0, mine, later]])
+                values = torch.cat([layer.values[0, mine, shown], whole.values[0, mine, later]])
+                mass = torch.cat([layer.mass[0, mine, shown], torch.ones(place + 1)])
+                weights = mass * (keys @ query / 8**0.5).exp()
+                everything = (whole.keys[0, mine, : 41 + place] @ query / 8**0.5).softmax(-1)
+                expected = everything @ whole.values[0, mine, : 41 + place]
+                errors.append((weights @ values / weights.sum() - expected).norm() / expected.norm())
+    assert error == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
 
 
 def test_running_sums_leave_the_sliding_layers_of_a_mixed_model_alone():

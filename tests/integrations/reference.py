@@ -2,7 +2,8 @@
 
 The whole text goes through the model in one forward call. In every layer, `SlowReference` replays the calls in which a
 cache would have read it: what was stored before each call, what was evicted after it. Each query then attends, in
-float64 and head by head, to exactly the positions that were left for it.
+float64 and head by head, to exactly the positions that were left for it; where an eviction merges, to what their slots
+held then, each as often as its mass says.
 """
 
 from contextlib import contextmanager
@@ -17,6 +18,33 @@ from graphkv import LayerBudgets, Memory, evict, wants
 NAME = "slow_reference"
 
 
+class Merged:
+    """What the slots of one head hold in place of their own tokens: keys, values and masses by position."""
+
+    def __init__(self):
+        self.keys, self.values, self.masses = {}, {}, {}
+
+    @classmethod
+    def of(cls, merge, head, positions, keys, values):
+        """Sum slot by slot what goes into the slots of a head, which stand at these positions."""
+        made, into = cls(), merge.into[0, head].tolist()
+        for slot, position in enumerate(positions):
+            mine = [token for token, where in enumerate(into) if where == slot]
+            key_weights, value_weights = (x[0, head].tolist() for x in (merge.key_weights, merge.value_weights))
+            made.keys[position] = sum(key_weights[token] * keys[token] for token in mine)
+            made.values[position] = sum(value_weights[token] * values[token] for token in mine)
+            made.masses[position] = float(merge.mass[0, head, slot])
+        return made
+
+    def over(self, key, value):
+        """Return keys, values and masses of all positions, those of the slots over a head's own."""
+        key, value, mass = key.clone(), value.clone(), torch.ones(len(key), dtype=torch.float64)
+        for where, mine in ((key, self.keys), (value, self.values), (mass, self.masses)):
+            for position, held in mine.items():
+                where[position] = held
+        return key, value, mass
+
+
 class SlowReference:
     """Attention over what `policy` leaves, for one row of tokens read in calls of the given lengths."""
 
@@ -25,6 +53,8 @@ class SlowReference:
         # What gives the keys of a layer at other positions, for keys that are turned when they are kept.
         self.turned_keys = turned_keys
         self.kept = {}
+        # Per layer: per head, the mass by position after the last call.
+        self.masses = {}
         self.layer_budgets = None
         self.wants = {}
 
@@ -37,17 +67,28 @@ class SlowReference:
         is_mixed = len(set(getattr(config, "layer_types", None) or [])) > 1
         evicts = not (is_mixed and sliding_window is not None)
         policy = self._policy_of(layer, query * scaling * size**0.5, key, value, config) if evicts else None
-        before, places = self._replay(
+        before, places, held = self._replay(
             policy, layer, config.num_hidden_layers, query * scaling * size**0.5, key, value, sliding_window
         )
         left = self._left(before, count, sliding_window)
         out = torch.zeros(heads, count, value.shape[-1], dtype=torch.float64)
         for head in range(heads):
-            mine = head // groups
-            logits = query[head] @ key[mine].T * scaling
-            if self.turned_keys is not None:
-                logits = self._turned_logits(query[head], layer, mine, before, places) * scaling
-            out[head] = logits.masked_fill(~left[mine], -torch.inf).softmax(-1) @ value[mine]
+            mine, start = head // groups, 0
+            turned = self._turned_logits if self.turned_keys is not None else None
+            if turned is not None:
+                logits = turned(query[head], layer, mine, before, places) * scaling
+            # What the slots hold changes from call to call.
+            for slots, length in zip(held, self.calls, strict=True):
+                keys, values, mass = slots[mine].over(key[mine], value[mine])
+                now = slice(start, start + length)
+                if turned is None:
+                    seen = query[head, now] @ keys.T * scaling
+                else:
+                    assert not slots[mine].masses
+                    seen = logits[now]
+                seen = (seen + mass.log()).masked_fill(~left[mine, now], -torch.inf)
+                out[head, now] = seen.softmax(-1) @ values
+                start += length
         return out.transpose(0, 1)[None].to(kwargs.get("dtype", torch.float32)), None
 
     def _left(self, before, count, sliding_window):
@@ -105,8 +146,9 @@ class SlowReference:
         return (torch.tensor(rows) >= self.num_pads)[None].numpy()
 
     def _replay(self, policy, layer, num_layers, query, key, value, sliding_window):
-        """Return what is left before each call: lists of positions, one per head, and where their keys stand."""
+        """Return what is left before each call: lists of positions, one per head, where keys stand, what slots hold."""
         kv_heads = key.shape[0]
+        merged, held = [Merged() for _ in range(kv_heads)], []
         stored = [[] for _ in range(kv_heads)]
         stands = [[] for _ in range(kv_heads)]
         before, places, state = [], [], None
@@ -115,6 +157,7 @@ class SlowReference:
         for length in self.calls:
             before.append([list(row) for row in stored])
             places.append([list(row) for row in stands])
+            held.append(list(merged))
             new = list(range(seen, seen + length))
             stored = [row + new for row in stored]
             stands = [row + new for row in stands]
@@ -130,7 +173,9 @@ class SlowReference:
             where = index.clamp(min=0)
             # Queries reach back across an eviction as far as tokens are kept for sure.
             wanted = min(policy.num_queries(width), carried + since, width)
-            keys = key[rows, where]
+            over = [each.over(key[head], value[head]) for head, each in enumerate(merged)]
+            keys, values, mass = (torch.stack([each[part] for each in over])[rows, where] for part in range(3))
+            has_mass = any(each.masses for each in merged)
             if self.turned_keys is not None:
                 keys = torch.zeros_like(keys)
                 for head, row in enumerate(stored):
@@ -138,7 +183,8 @@ class SlowReference:
             decision = evict(
                 policy.with_base(lambda base, number=number: base.renewed(number)),
                 keys[None].float().numpy(),
-                values=value[rows, where][None].float().numpy(),
+                values=values[None].float().numpy(),
+                mass=mass[None].float().numpy() if has_mass else None,
                 queries=query[None, :, seen - wanted : seen].float().numpy() if wanted else None,
                 layer=layer,
                 num_layers=num_layers,
@@ -150,13 +196,12 @@ class SlowReference:
             protection = policy.protection(decision.budget)
             carried = protection.newest if protection.room <= decision.budget and not policy.needs().state else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
-            if decision.state is not None:
-                widest = max(map(len, kept))
-                tokens = {name: np.zeros_like(sums[:, :, :widest]) for name, sums in decision.state.tokens.items()}
-                for name, sums in decision.state.tokens.items():
-                    for head, row in enumerate(kept):
-                        tokens[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
-                state = Memory(tokens, decision.state.layer)
+            state = _at_the_end(decision.state, kept)
+            if decision.merge is not None:
+                merged = [
+                    Merged.of(decision.merge, head, index[head, row].tolist(), keys[head], values[head])
+                    for head, row in enumerate(kept)
+                ]
             if any(len(row) < width for row in kept):
                 stored = [[int(index[h, i]) for i in row] for h, row in enumerate(kept)]
                 if self.turned_keys is not None:
@@ -164,7 +209,20 @@ class SlowReference:
                 else:
                     stands = [list(row) for row in stored]
         self.kept[layer] = stored
-        return before, places
+        self.masses[layer] = [dict(each.masses) for each in merged]
+        return before, places, held
+
+
+def _at_the_end(state, kept):
+    """Move what is remembered of heads that keep less than the widest to the end, where their tokens are."""
+    if state is None:
+        return None
+    widest = max(map(len, kept))
+    tokens = {name: np.zeros_like(sums[:, :, :widest]) for name, sums in state.tokens.items()}
+    for name, sums in state.tokens.items():
+        for head, row in enumerate(kept):
+            tokens[name][0, head, widest - len(row) :] = sums[0, head, : len(row)]
+    return Memory(tokens, state.layer)
 
 
 @torch.inference_mode()

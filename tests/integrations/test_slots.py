@@ -31,6 +31,9 @@ def full():
         positions=numbers(dtype=torch.int64),
         places=numbers(2, dtype=torch.int64) + 1000,
         valid=numbers(dtype=torch.int64) % 3 > 0,
+        pinned=numbers(dtype=torch.int64) % 5 > 2,
+        mass=numbers() + 1.5,
+        absorbed=numbers(dtype=torch.int32),
         state={"sums": numbers(6) + 0.25, "counts": numbers() + 0.125},
     )
 
@@ -115,7 +118,14 @@ def test_what_new_slots_lack_does_not_grow_and_is_filled_when_it_matters():
     )
 
     late = bare.append(vars(full()))
-    for name, fill in (("positions", -1), ("places", UNKNOWN), ("valid", True)):
+    for name, fill in (
+        ("positions", -1),
+        ("places", UNKNOWN),
+        ("valid", True),
+        ("pinned", False),
+        ("mass", 1),
+        ("absorbed", 0),
+    ):
         assert (getattr(late, name)[:, :, :STORED] == fill).all()
         assert torch.equal(getattr(late, name)[:, :, STORED:], getattr(full(), name))
     assert not late.state["sums"][:, :, :STORED].any()
@@ -133,6 +143,7 @@ def test_a_stack_fills_up_what_some_of_its_parts_lack():
     stacked = Slots.stack([bare, full()])
     assert stacked.keys.shape[0] == 2 * BATCH
     assert stacked.valid[:BATCH].all()
+    assert (stacked.mass[:BATCH] == 1).all()
     assert (stacked.places[:BATCH] == UNKNOWN).all()
     assert torch.equal(stacked.positions[BATCH:], full().positions)
     assert not stacked.state["sums"][:BATCH].any()

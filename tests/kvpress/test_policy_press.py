@@ -30,6 +30,7 @@ from graphkv import (
 )
 from graphkv.integrations.kvpress import PolicyPress
 from graphkv.integrations.transformers import evicting
+from tests.integrations.folding import Folded
 from tests.integrations.reference import reference_generate, reference_logits
 from tests.integrations.tiny import FAMILIES, tiny_llama
 from tests.kvpress.models import MODELS, generate, lengths, num_hooks, prefill, prompts, same
@@ -280,6 +281,12 @@ def test_the_model_is_as_it_was_after_an_error(model):
 
     assert num_hooks(model) == hooks
     assert generate(model, prompts()).tolist() == plain.tolist()
+
+
+def test_merges_are_refused_by_name_before_anything_runs():
+    for policy in (Folded(SNAPKV), GraphKV(Folded(SNAPKV))):
+        with pytest.raises(ArgumentError, match=r"not merge them, in kvpress, .* by its mass; .*Folded.* merges"):
+            PolicyPress(policy)
 
 
 def test_budgets_that_depend_on_all_layers_are_refused(model):

@@ -21,7 +21,8 @@ with needs("graphkv.integrations.transformers", "transformers", "torch", "transf
     from .models import EvictingRun, evicting, observing
     from .record import EvictionRecord
     from .repeating import RepeatPrompt, ask_to_repeat
-    from .report import Fate, LayerStats, Suppressions, fates, scored
+    from .report import Fate, LayerStats, Suppressions, absorbers, fates, masses, scored
+    from .smaller import SmallerModel
 
 __all__ = [
     "EpisodeCaches",
@@ -33,11 +34,14 @@ __all__ = [
     "Fate",
     "LayerStats",
     "RepeatPrompt",
+    "SmallerModel",
     "Suppressions",
+    "absorbers",
     "ask_to_repeat",
     "evicting",
     "fates",
     "find_episodes",
+    "masses",
     "mean_hidden_state",
     "observing",
     "read_episodes",

@@ -125,6 +125,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
         # Not a method: a cache that holds itself keeps its memory until the garbage collector comes.
         super().__init__(layer_class_to_replicate=partial(EvictingLayer, self.settings))
+        _check_rotation(policy, self.settings)
         # Whether evictions wait for crop().
         self.is_waiting = False
         self._start()
@@ -245,10 +246,13 @@ class EvictingCache(Cache):  # type: ignore[misc]
     def _check_attended(self) -> None:
         """Refuse to go on if a layer's keys went unseen by our attention function."""
         if self._latest.is_open and self._latest.layer.awaits_queries:
+            has_mass = self._latest.mass is not None
             raise ArgumentError(
                 f"layer {self._latest.index} does not hand its cached keys to graphkv's attention function: either the "
                 'model runs neither inside evicting() or observing() nor with attn_implementation="graphkv_sdpa", or '
                 "the attention of this layer does not go through transformers' attention interface"
+                + "; its slots count as several tokens, which only graphkv's attention knows"
+                * has_mass
             )
 
     def note_tokens(self, ids: torch.Tensor | None) -> None:
@@ -368,6 +372,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None:
             raise ArgumentError("policy must be given to evict a cache that has none")
         checks.instance("policy", policy, Policy)
+        _check_rotation(policy, self.settings)
         backend = load(backend) if isinstance(backend, str) else backend
         if not self.num_seen:
             raise ArgumentError("the cache must hold a prompt before it is evicted; it is empty")
@@ -807,6 +812,14 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
     if len(given) != len(layers):
         raise ArgumentError(f"{name} must have one entry for each of {len(layers)} layers; got {len(given)}")
     return list(zip(layers, given, strict=True))
+
+
+def _check_rotation(policy: Policy | None, settings: Settings) -> None:
+    """Refuse to turn keys that are rounded: every turn would round them once more."""
+    if settings.rerotate and policy is not None and policy.needs().demotes:
+        raise ArgumentError(
+            f"rerotate must be False for a policy that keeps tokens in fewer bits; got True with {policy}"
+        )
 
 
 def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None) -> None:

@@ -14,13 +14,17 @@ from ...core.errors import ArgumentError
 from ...core.eviction import Eviction, evict, evict_layers, observe, wants
 from ...core.layer import Layer, Memory, Probe
 from ...core.policy import Assessment, Policy, Requirements, Wrapper
+from ...core.precision import Precision
 from . import rotary
 from .handover import from_backend, to_backend
 from .pinned import check_room, with_pinned
 from .queries import Queries
-from .slots import Slots, gathered, in_line, padding_first
+from .slots import FILLS, Slots, gathered, in_line, padding_first
 
-__all__ = ["Decider", "Part", "are_ragged", "evict_together", "parted"]
+__all__ = ["LEVELS", "Decider", "Part", "are_ragged", "evict_together", "parted", "precision_of"]
+
+# Not the name of anything that a policy remembers.
+LEVELS = "levels of the tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +208,8 @@ class Decider:
         lost = int((marks.sum(dim=-1) - found.sum(dim=-1)).max())
         if lost:
             raise ArgumentError(
-                f"policy must keep the prompt with protect_prompt=True; {type(policy).__name__} dropped {lost} tokens "
-                f"of it in layer {self.layer}"
+                f"policy must keep the prompt with protect_prompt=True; {type(policy).__name__} dropped {lost} of its "
+                f"tokens in layer {self.layer}"
             )
 
     def policy_of(self, policy: Policy, part: Part) -> Policy:
@@ -295,7 +299,7 @@ class Decider:
         wanted = min(policy.num_queries(slots.count), slots.count)
         if part.num_queries is not None:
             wanted = min(wanted, part.num_queries)
-        arrays = {"values": slots.values if needs.values else None, "valid": slots.valid}
+        arrays = {"values": slots.values if needs.values else None, "valid": slots.valid, "mass": slots.mass}
         if self.queries is not None and wanted:
             arrays["queries"] = self.queries.queries[part.rows, :, -wanted:]
         given = {name: to_backend(each, self.backend) for name, each in arrays.items() if each is not None}
@@ -321,19 +325,50 @@ class Decider:
         """Return a tensor (batch, kv_heads, stored, ...) with padding first where rows have holes."""
         return tensor if self.order is None else gathered(tensor, self.order)
 
-    def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and the sums that go with them."""
+    def kept(self, decisions: Sequence[Eviction]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return kept slots (batch, kv_heads, b), -1 at the front of shorter rows, and their arrays that are new.
+
+        These are the state; after a merge, keys, values, mass and absorbed, see `Slots`; and `LEVELS` where
+        some tokens are demoted.
+        """
         device, valid = self.slots.keys.device, self.slots.valid
         kept = _below([each.kept for each in decisions], self.backend, device, -1).to(torch.int64)
-        state = self.of_tokens([each.state for each in decisions])
+        others: dict[str, Any] = {"state": self.of_tokens([each.state for each in decisions])}
+        if any(each.merge is not None for each in decisions):
+            others |= self._merged(decisions)
+        if any(each.levels is not None for each in decisions):
+            # A row at rest has no levels: what it demoted before stays so.
+            levels = [
+                each.backend.xp.zeros_like(each.kept) if each.levels is None else each.levels for each in decisions
+            ]
+            others[LEVELS] = _below(levels, self.backend, device, 0).to(torch.uint8)
         if are_ragged(decisions):
             # The newest tokens of all rows are aligned at the end.
-            kept, state = in_line(kept, state)
+            kept, others = in_line(kept, others)
         if self.order is None or valid is None:
-            return kept, state
+            return kept, others
         first = torch.tensor([self.slots.count - decision.num_tokens for decision in decisions], device=device)
         index = self.order.gather(2, kept.clamp(min=0) + first[:, None, None])
-        return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), state)
+        return in_line(torch.where((kept >= 0) & valid.gather(2, index), index, -1), others)
+
+    def _merged(self, decisions: Sequence[Eviction]) -> dict[str, torch.Tensor]:
+        """Return what the kept slots hold after a merge, the parts below each other."""
+        device = self.slots.keys.device
+        found: dict[str, list[Any]] = {name: [] for name in ("keys", "values", "mass", "absorbed")}
+        for part, decision in zip(self.parts, decisions, strict=True):
+            slots = part.of(self.slots, self.order)
+            given = (to_backend(slots.keys, self.backend), to_backend(slots.values, self.backend))
+            keys, values = decision.compress(*given)
+            mass = torch.ones(tuple(decision.kept.shape), device=device)
+            if decision.mass is not None:
+                # Slots that a row does not use count as none, and have no logarithm.
+                given_mass = from_backend(decision.mass, self.backend, device)
+                mass = torch.where(given_mass > 0, given_mass, mass)
+            found["keys"].append(from_backend(keys, self.backend, device).to(slots.keys.dtype))
+            found["values"].append(from_backend(values, self.backend, device).to(slots.values.dtype))
+            found["mass"].append(mass.float())
+            found["absorbed"].append(_absorbed(decision, slots, self.backend))
+        return {name: _put_below(each, FILLS[name]) for name, each in found.items()}
 
     def of_tokens(self, memories: Sequence[Memory | None]) -> dict[str, torch.Tensor]:
         """Put what is remembered of each part's tokens below each other."""
@@ -379,10 +414,18 @@ def evict_together(policy: Policy, deciders: Sequence[Decider]) -> list[tuple[Ev
 def _check(policy: Policy, decision: Eviction) -> None:
     """Refuse what a cache cannot store."""
     name = type(policy).__name__
-    if decision.merge is not None:
-        raise ArgumentError(f"policy must drop tokens in a model's cache, which has no mass yet; {name} merges them")
-    if decision.choice.levels is not None:
-        raise ArgumentError(f"policy must keep tokens as they are in a model's cache; {name} demotes them")
+    if decision.merge is not None and decision.levels is not None:
+        raise ArgumentError(f"policy must either merge tokens or demote them in a model's cache; {name} does both")
+    if decision.levels is not None and len(decision.choice.precisions) != 1:
+        raise ArgumentError(
+            f"policy must demote tokens to one precision in a model's cache; {name} has "
+            f"{len(decision.choice.precisions)}"
+        )
+
+
+def precision_of(decisions: Sequence[Eviction]) -> Precision | None:
+    """Return how demoted tokens are stored; None where none is demoted."""
+    return next((each.choice.precisions[0] for each in decisions if each.levels is not None), None)
 
 
 def are_ragged(decisions: Sequence[Eviction]) -> bool:
@@ -392,7 +435,26 @@ def are_ragged(decisions: Sequence[Eviction]) -> bool:
 
 def _below(arrays: Sequence[Any], backend: Backend, device: torch.device, fill: int) -> torch.Tensor:
     """Put arrays of the backend below each other; shorter rows are filled up at the front."""
-    rows = [from_backend(each, backend, device) for each in arrays]
+    return _put_below([from_backend(each, backend, device) for each in arrays], fill)
+
+
+def _put_below(rows: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+    """Put tensors below each other; shorter rows are filled up at the front."""
     width = max(row.shape[2] for row in rows)
     sides = (0, 0) * (rows[0].ndim - 3)
     return torch.cat([pad(row, (*sides, 0, width - row.shape[2]), value=fill) for row in rows])
+
+
+def _absorbed(decision: Eviction, slots: Slots, backend: Backend) -> torch.Tensor:
+    """Count the dropped tokens in each kept slot (batch, kv_heads, b): those of now, and those of earlier evictions."""
+    device = slots.keys.device
+    kept = from_backend(decision.kept, backend, device).to(torch.int64)
+    earlier = kept.new_zeros(slots.keys.shape[:3]) if slots.absorbed is None else slots.absorbed.to(torch.int64)
+    counted = kept.new_zeros(kept.shape)
+    if decision.merge is None:
+        return torch.where(kept >= 0, earlier.gather(2, kept.clamp(min=0)), counted).to(torch.int32)
+    into = from_backend(decision.merge.into, backend, device).to(torch.int64)
+    # One place more, for the fills.
+    is_kept = kept.new_zeros((*into.shape[:2], into.shape[2] + 1)).scatter(2, kept.where(kept >= 0, into.shape[2]), 1)
+    tokens = torch.where(into >= 0, earlier + 1 - is_kept[:, :, :-1], 0)
+    return counted.scatter_add(2, into.clamp(min=0), tokens).to(torch.int32)

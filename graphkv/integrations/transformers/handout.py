@@ -28,7 +28,7 @@ class Handout:
     ----------
     num_seen, num_stored, num_new : int
         Tokens seen, slots stored, and how many of them this call brought.
-    positions, valid : torch.Tensor or None
+    positions, valid, mass : torch.Tensor or None
         As those of `EvictingLayer`.
     is_open : bool
         Whether the attention that the keys were handed out for is still to come.
@@ -48,7 +48,7 @@ class Handout:
         if cache is not None:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
-            self.positions, self.valid = layer.slots.positions, layer.slots.valid
+            self.positions, self.valid, self.mass = layer.slots.positions, layer.slots.valid, layer.slots.mass
 
     def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
         """Forget the cache."""

@@ -14,14 +14,16 @@ from ...core.backend import Backend, load
 from ...core.errors import ArgumentError
 from ...core.eviction import Eviction
 from ...core.policy import Policy
+from ...core.precision import Precision
 from . import rotary, versions
-from .decision import Decider, are_ragged, parted
+from .decision import LEVELS, Decider, are_ragged, parted, precision_of
 from .probes import HeldProbe
 from .queries import Queries
 from .record import EvictionRecord, redundancy
 from .settings import Settings
-from .slots import OfSlots, Slots
+from .slots import FILLS, OfSlots, Slots
 from .source import Source
+from .tiers import TieredSlots, demoted, query_peaks
 
 __all__ = ["EvictingLayer"]
 
@@ -52,12 +54,19 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         True for the tokens of the prompt, in a cache with ``protect_prompt=True``.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
         Running sums per token of policies like H2O, for the first S stored tokens. Empty for others.
+    mass : torch.Tensor, shape (batch, kv_heads, stored), float32, or None
+        How many tokens each slot counts as, in attention and in the next eviction. None as long as nothing was merged.
+    absorbed : torch.Tensor, shape (batch, kv_heads, stored), int32, or None
+        How many dropped tokens went into each slot. None as long as nothing was merged.
     probes : tuple of HeldProbe
         What `EvictingCache.probe` has asked; until the next eviction, and as long as no token comes or goes.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
+    query_peaks : torch.Tensor, shape (batch, kv_heads, D), or None
+        The largest absolute query of every channel so far, where keys may be demoted and have to be balanced with them.
     slots : Slots
-        Everything per token in one value: keys, values, positions, places, valid, pinned and state.
+        Everything per token in one value: keys, values, positions, places, valid, pinned, mass, absorbed and
+        state.
     budget : int or None
         Tokens per row that the last eviction aimed at, or found; the most of any row where rows differ.
     budgets_found : torch.Tensor, shape (batch,), int64, or None
@@ -77,6 +86,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     positions = OfSlots["torch.Tensor | None"]()
     places = OfSlots["torch.Tensor | None"]()
     valid = OfSlots["torch.Tensor | None"]()
+    mass = OfSlots["torch.Tensor | None"]()
+    absorbed = OfSlots["torch.Tensor | None"]()
     pinned = OfSlots["torch.Tensor | None"]()
     state = OfSlots[Mapping[str, torch.Tensor]]()
     is_initialized = False
@@ -96,6 +107,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.num_seen = 0
         self.num_new = 0
         self.rotation: rotary.Rotation | None = None
+        self.query_peaks: torch.Tensor | None = None
         self.row_budgets: torch.Tensor | None = None
         self.shared_by: Policy | None = None
         self.budget: int | None = None
@@ -145,8 +157,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.probes = ()
         if slots.positions is not None:
             arrays["positions"] = torch.arange(start, end, device=keys.device).expand(keys.shape[:3])
-        if slots.valid is not None and arrays.get("valid") is None:
-            arrays["valid"] = keys.new_ones(keys.shape[:3], dtype=torch.bool)
+        for name in ("valid", "mass", "absorbed"):
+            held = getattr(slots, name)
+            if held is not None and arrays.get(name) is None:
+                arrays[name] = held.new_full(keys.shape[:3], FILLS[name])
         self.slots = slots.append(arrays)
 
     def note_padding(self, padding: torch.Tensor | None, num_new: int) -> None:
@@ -211,9 +225,17 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         if self.record_past:
             wanted += query.shape[2]
         held = Queries.of(query, scaling, self.slots.valid, self.num_seen)
+        self._note_peaks(held)
         if self.held is not None:
             held = self.held.append(held, self.num_seen - query.shape[2])
         self.held = (held.padding_first() if self.has_holes else held).last(wanted)
+
+    def _note_peaks(self, new: Queries) -> None:
+        """Keep the largest queries of every channel, until they have balanced the keys that are demoted."""
+        policy = self.settings.policy
+        if isinstance(self.slots, TieredSlots) or not (policy is None or policy.needs().demotes):
+            return
+        self.query_peaks = query_peaks(new.queries, new.asked, self.slots.keys.shape[1], self.query_peaks)
 
     def note_places(self, module: torch.nn.Module, num_new: int) -> None:
         """Note how the keys are rotated and where the new ones are, if they may have to be rotated."""
@@ -296,8 +318,12 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"got a budget of {budget}"
             )
         positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
-        kept, state = decider.kept(decisions)
-        self._gather(kept, state, is_ragged=are_ragged(decisions))
+        kept, others = decider.kept(decisions)
+        if "mass" in others and isinstance(self.slots, TieredSlots):
+            raise ArgumentError(
+                f"policy must not merge tokens in a cache that holds some in fewer bits; {type(policy).__name__} does"
+            )
+        self._gather(kept, others, precision_of(decisions), is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
         self.held = self._queries_after(policy, budget)
         self.budgets_found = None
@@ -377,15 +403,25 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return [self.num_seen] * self.slots.keys.shape[0]
         return [int(x) for x in (self.num_seen - self.num_hidden).tolist()]
 
-    def _gather(self, kept: torch.Tensor, state: Mapping[str, torch.Tensor], *, is_ragged: bool) -> None:
-        """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one."""
-        before = self.slots
+    def _gather(
+        self, kept: torch.Tensor, others: Mapping[str, Any], precision: Precision | None, *, is_ragged: bool
+    ) -> None:
+        """Gather what is kept, shape (batch, kv_heads, b); -1 at the front of the shorter rows of a ragged one.
+
+        `others` are the arrays of the kept slots that the eviction made anew.
+        """
+        before, levels = self.slots, others.get(LEVELS)
+        others = {name: each for name, each in others.items() if name != LEVELS}
         if kept.shape[-1] == before.count and not is_ragged:
-            self.slots = before.having(state=state)
+            after = before
+            if levels is not None:
+                after = demoted(before, before, kept, levels, precision, self.query_peaks)
+            self.bytes_freed += before.nbytes - after.nbytes
+            self.slots = after.having(**others)
             return
         rotation = rotary.check(self.rotation, before.places) if self.settings.rerotate else None
         positions, num_dropped = self.true_positions, before.count - kept.shape[-1]
-        after = before.having(positions=positions, state={}).take(kept, has_unused=is_ragged)
+        after = before.having(positions=positions, state={}).take(kept, has_unused=is_ragged).having(**others)
         if is_ragged and after.positions is not None:
             # Reads numbers back from the device, which equal heads and rows never do.
             num_dropped = int(((positions >= 0).sum(dim=-1) - (after.positions >= 0).sum(dim=-1)).max())
@@ -393,9 +429,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             # Contiguous up to the last token seen: new tokens go on at their true positions.
             to = rotary.contiguous(before.places, before.valid, after.count, after.valid)
             after = after.having(keys=rotary.rotate(after.keys, rotation, after.places, to), places=to)
+        after = demoted(after, before, kept, levels, precision, self.query_peaks)
         self.num_dropped += num_dropped
         self.bytes_freed += before.nbytes - after.nbytes
-        self.slots = after.having(state=state)
+        self.slots = after
 
     def _queries_after(self, policy: Policy, budget: int) -> Queries | None:
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
@@ -458,7 +495,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def _is_whole(self) -> bool:
         """Whether nothing was dropped and nothing summed up: as if there had been no eviction."""
-        remembers = self.slots.state or self.layer_state
+        remembers = self.slots.state or self.layer_state or isinstance(self.slots, TieredSlots)
         return self.num_seen == self.num_stored and not self.num_dropped and not remembers
 
     @property
@@ -541,6 +578,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.slots = self.slots.rows(change)
         self.layer_state = {name: change(x) for name, x in self.layer_state.items()}
         self.held = None if self.held is None else self.held.rows(change)
+        self.query_peaks = None if self.query_peaks is None else change(self.query_peaks)
         self.probes = tuple(each.rows(change) for each in self.probes)
         self.num_hidden = None if self.num_hidden is None else change(self.num_hidden)
         self.row_budgets = None if self.row_budgets is None else change(self.row_budgets)

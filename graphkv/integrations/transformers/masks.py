@@ -129,8 +129,17 @@ def layer_mask(mask: Any, handout: Handout, query: torch.Tensor, *, is_causal: b
     Returns
     -------
     torch.Tensor or None
-        Of shape (batch or 1, query_heads or 1, Q, stored); exactly `mask` where nothing was dropped.
+        Of shape (batch or 1, query_heads or 1, Q, stored); exactly `mask` where nothing was dropped. In numbers where
+        slots count as several tokens: the logarithms of their masses are in it.
     """
+    if handout.mass is not None:
+        visible = _visible(mask, handout, query, is_causal=is_causal, as_numbers=True)
+        return _with_mass(visible, handout.mass, query)
+    return _visible(mask, handout, query, is_causal=is_causal, as_numbers=as_numbers)
+
+
+def _visible(mask: Any, handout: Handout, query: torch.Tensor, *, is_causal: bool, as_numbers: bool) -> Any:
+    """Compute which stored tokens each query sees, see `layer_mask`."""
     padding = mask.padding if isinstance(mask, Mask) else None
     if handout.is_whole and (padding is None or padding.shape[1] == handout.num_seen):
         return mask.written if isinstance(mask, Mask) else mask
@@ -142,6 +151,16 @@ def layer_mask(mask: Any, handout: Handout, query: torch.Tensor, *, is_causal: b
         rule = causal_mask_function if is_causal else _see_everything
     visible = _by_rule(rule, handout, query, as_numbers=as_numbers)
     return _lowered(visible, query.dtype) if as_numbers and visible is not None else visible
+
+
+def _with_mass(mask: torch.Tensor | None, mass: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Add the logarithm of what each slot counts as: exp(q k) then counts once for every token in it."""
+    groups, lowest = query.shape[1] // mass.shape[1], torch.finfo(query.dtype).min
+    # In the queries' precision, as attention kernels ask for.
+    bias = mass.log().to(query.dtype).repeat_interleave(groups, dim=1)[:, :, None, :]
+    if mask is None:
+        return bias.expand(-1, -1, query.shape[2], -1)
+    return torch.where(mask, bias, lowest) if mask.dtype == torch.bool else mask + bias
 
 
 def _see_everything(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

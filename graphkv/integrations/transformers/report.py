@@ -15,11 +15,13 @@ from ...core.eviction import Eviction
 from ...core.policy import Policy
 from .layer import EvictingLayer
 from .record import EvictionRecord
+from .tiers import TieredSlots
 
-__all__ = ["Fate", "LayerStats", "Suppressions", "describe", "fates", "layer_stats", "scored"]
+__all__ = ["Fate", "LayerStats", "Suppressions", "absorbers", "describe", "fates", "layer_stats", "masses", "scored"]
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
 COLUMNS = ("layer", "seen", "stored", "kept per head", "evicted", "MB", "MB freed", "ms")
+MERGED_COLUMNS = ("absorbed", "largest mass")
 FOUND_COLUMNS = ("budget found",)
 RECORDED_COLUMNS = ("cosine before", "after", "suppressed")
 # More rows than that are described by the least and the most.
@@ -82,6 +84,8 @@ class LayerStats:
         Slots per row and head that are stored.
     num_kept : numpy.ndarray, shape (batch, kv_heads), int64
         Of those, the ones that hold a token: neither padding nor unused.
+    num_demoted : numpy.ndarray, shape (batch, kv_heads), int64
+        Of those, the ones that are kept in fewer bits.
     num_evictions, num_dropped : int
         Evictions that ran; tokens that they dropped per row, in the head that lost most.
     budget : int or None
@@ -92,6 +96,10 @@ class LayerStats:
         Bytes of stored keys and values, and of those that evictions freed.
     seconds : float
         Time that the evictions took on the host.
+    num_absorbed : numpy.ndarray, shape (batch, kv_heads), int64, or None
+        Dropped tokens that are now in kept ones, see `absorbers` and `masses` for where. None where nothing was merged.
+    largest_mass : numpy.ndarray, shape (batch, kv_heads), float32, or None
+        As how many tokens a kept one counts at most. None where nothing was merged.
     redundancy_before, redundancy_after : numpy.ndarray, shape (batch, kv_heads), float32, or None
         Mean cosine of two different cached keys before and after the last eviction. None in a cache without
         ``record=True``.
@@ -106,6 +114,7 @@ class LayerStats:
     num_seen: int
     num_stored: int
     num_kept: HostArray
+    num_demoted: HostArray
     num_evictions: int
     num_dropped: int
     budget: int | None
@@ -113,6 +122,8 @@ class LayerStats:
     nbytes: int
     bytes_freed: int
     seconds: float
+    num_absorbed: HostArray | None = None
+    largest_mass: HostArray | None = None
     redundancy_before: HostArray | None
     redundancy_after: HostArray | None
     num_suppressed: HostArray | None
@@ -126,13 +137,23 @@ def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
         num_kept = _host(layer.valid.sum(dim=-1))
     else:
         num_kept = np.full(tuple(layer.slots.keys.shape[:2]), layer.num_stored, dtype=np.int64)
+    num_demoted = np.zeros_like(num_kept)
+    if isinstance(layer.slots, TieredSlots):
+        is_low, valid = layer.slots.tiers.is_low, layer.slots.valid
+        num_demoted = _host((is_low if valid is None else is_low & valid).sum(dim=-1))
     suppressed = None if record is None else _suppressed(record)
+    num_absorbed = largest_mass = None
+    if layer.mass is not None and layer.absorbed is not None:
+        shown = torch.ones_like(layer.mass) if layer.valid is None else layer.valid.float()
+        num_absorbed = _host((layer.absorbed * shown).sum(dim=-1).to(torch.int64))
+        largest_mass = _host((layer.mass * shown).amax(dim=-1))
     return LayerStats(
         layer=index,
         evicts=layer.evicts,
         num_seen=layer.num_seen,
         num_stored=layer.num_stored,
         num_kept=num_kept,
+        num_demoted=num_demoted,
         num_evictions=layer.num_evictions,
         num_dropped=layer.num_dropped,
         budget=layer.budget,
@@ -140,6 +161,8 @@ def layer_stats(index: int, layer: EvictingLayer) -> LayerStats:
         nbytes=layer.nbytes,
         bytes_freed=layer.bytes_freed,
         seconds=layer.seconds,
+        num_absorbed=num_absorbed,
+        largest_mass=largest_mass,
         redundancy_before=None if record is None else _host(record.redundancy_before),
         redundancy_after=None if record is None else _host(record.redundancy_after),
         num_suppressed=None if suppressed is None else suppressed.sum(axis=-1),
@@ -197,6 +220,50 @@ def scored(layer: EvictingLayer) -> tuple[HostArray, HostArray]:
     return importance, scores
 
 
+def masses(layer: EvictingLayer) -> HostArray:
+    """Return as how many tokens each one counts.
+
+    Parameters
+    ----------
+    layer : EvictingLayer
+
+    Returns
+    -------
+    numpy.ndarray, shape (batch, kv_heads, num_seen), float32
+        At true positions: 1 for a kept token that absorbed nothing, 0 for one that is gone.
+    """
+    found = np.zeros((*layer.slots.keys.shape[:2], layer.num_seen), dtype=np.float32)
+    stored, visible = _host(layer.true_positions), None if layer.valid is None else _host(layer.valid)
+    mass = np.ones(stored.shape, dtype=np.float32) if layer.mass is None else _host(layer.mass)
+    _mark(found, stored, mass, visible)
+    return found
+
+
+def absorbers(layer: EvictingLayer) -> HostArray:
+    """Return which kept token each dropped one went into at the last eviction.
+
+    Parameters
+    ----------
+    layer : EvictingLayer
+
+    Returns
+    -------
+    numpy.ndarray, shape (batch, kv_heads, num_seen), int64
+        True positions; -1 for tokens that were kept or are gone, and for all without a record of the eviction.
+    """
+    found = np.full((*layer.slots.keys.shape[:2], layer.num_seen), -1, dtype=np.int64)
+    if layer.record is not None:
+        positions = _host(layer.record.positions)
+        for decision, part in _parts(layer.record):
+            if decision.merge is not None:
+                into, kept = map(decision.backend.to_numpy, (decision.merge.into, decision.kept))
+                target = np.take_along_axis(kept, np.maximum(into, 0), axis=-1)
+                goes = (into >= 0) & (target != np.arange(decision.num_tokens))
+                here = positions[part]
+                _mark(found[part[0]], here, np.take_along_axis(here, target, axis=-1), goes)
+    return found
+
+
 def describe(
     policy: Policy | None, layers: Sequence[EvictingLayer], stats: Sequence[LayerStats], *, num_seen: int, nbytes: int
 ) -> str:
@@ -221,6 +288,14 @@ def describe(
         return "\n".join(lines)
     freed, seconds = sum(each.bytes_freed for each in stats), sum(each.seconds for each in stats)
     lines.append(f"{nbytes / 1e6:.2f} MB stored, {freed / 1e6:.2f} MB freed, {seconds * 1e3:.1f} ms in evictions.")
+    merged = [each for each in stats if each.num_absorbed is not None and each.largest_mass is not None]
+    if merged:
+        count = sum(int(each.num_absorbed.sum()) for each in merged if each.num_absorbed is not None)
+        most = max(float(each.largest_mass.max()) for each in merged if each.largest_mass is not None)
+        lines.append(f"{count} dropped tokens are in kept ones, which count as up to {most:.1f} tokens each.")
+    if any(_is_tiered(layer) for layer in layers):
+        demoted, kept = (sum(int(getattr(each, name).sum()) for each in stats) for name in ("num_demoted", "num_kept"))
+        lines.append(f"{demoted} of {kept} tokens in all heads are kept in {_bits(layers)} bits.")
     pinned = [int(layer.pinned.sum(dim=-1).max()) for layer in layers if layer.pinned is not None]
     if pinned:
         lines.append(f"{max(pinned)} tokens of the prompt are protected: no eviction drops them.")
@@ -229,18 +304,36 @@ def describe(
         count = sum(int(each.num_suppressed.sum()) for each in recorded if each.num_suppressed is not None)
         lines.append(f"{count} tokens were suppressed: the importance alone would have kept them.")
     found = any(each.budgets_found is not None for each in stats)
-    table = [(*COLUMNS, *(FOUND_COLUMNS if found else ()), *(RECORDED_COLUMNS if recorded else ()))]
-    table += _grouped([_row(each, with_found=found, with_record=bool(recorded)) for each in stats])
+    table = [
+        (
+            *COLUMNS,
+            *(FOUND_COLUMNS if found else ()),
+            *(MERGED_COLUMNS if merged else ()),
+            *(RECORDED_COLUMNS if recorded else ()),
+        )
+    ]
+    table += _grouped([
+        _row(each, with_found=found, with_merges=bool(merged), with_record=bool(recorded)) for each in stats
+    ])  # fmt: skip
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines.append("")
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n".join(lines)
 
 
+def _is_tiered(layer: EvictingLayer) -> bool:
+    return isinstance(layer.slots, TieredSlots)
+
+
+def _bits(layers: Sequence[EvictingLayer]) -> str:
+    found = {layer.slots.tiers.precision.bits for layer in layers if isinstance(layer.slots, TieredSlots)}
+    return " or ".join(map(str, sorted(found)))
+
+
 def _verdict(policy: Policy | None, layers: Sequence[EvictingLayer], seen: int) -> str:
     """Describe in a sentence whether anything was dropped, and why not if not."""
     ran = [layer for layer in layers if layer.num_evictions]
-    if any(layer.num_dropped for layer in ran):
+    if any(layer.num_dropped or _is_tiered(layer) for layer in ran):
         times = sum(layer.num_evictions for layer in ran)
         said = f"{times} evictions ran in {len(ran)} of {len(layers)} layers, over {seen} tokens."
     elif ran:
@@ -275,7 +368,7 @@ def _grouped(rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
         yield (f"{first[0]} to {others[-1][0]}", *first[1:time], f"{mean:.1f}", *first[time + 1 :])
 
 
-def _row(layer: LayerStats, *, with_found: bool, with_record: bool) -> tuple[str, ...]:
+def _row(layer: LayerStats, *, with_found: bool, with_merges: bool, with_record: bool) -> tuple[str, ...]:
     least, most = (int(layer.num_kept.min()), int(layer.num_kept.max())) if layer.num_kept.size else (0, 0)
     cells: tuple[str, ...] = (
         str(layer.layer),
@@ -289,6 +382,9 @@ def _row(layer: LayerStats, *, with_found: bool, with_record: bool) -> tuple[str
     )
     if with_found:
         cells += (_found_words(layer.budgets_found),)
+    if with_merges:
+        absorbed, mass = layer.num_absorbed, layer.largest_mass
+        cells += ("-", "-") if absorbed is None or mass is None else (str(int(absorbed.sum())), f"{mass.max():.1f}")
     if not with_record:
         return cells
     before, after, suppressed = layer.redundancy_before, layer.redundancy_after, layer.num_suppressed
@@ -377,10 +473,13 @@ def _edges(decision: Eviction, suppressed: HostArray, first_row: int, first_slot
 
 
 def _mark(found: HostArray, where: HostArray, value: Any, which: HostArray | None = None) -> None:
-    """Set `found` (batch, kv_heads, N) at some positions (batch, kv_heads, b), but not outside 0 to N - 1."""
+    """Set `found` (batch, kv_heads, N) at some positions (batch, kv_heads, b), but not outside 0 to N - 1.
+
+    `value` is one for all, or one for each position.
+    """
     is_there = (where >= 0) & (where < found.shape[-1])
     row, head, slot = np.nonzero(is_there if which is None else is_there & which)
-    found[row, head, where[row, head, slot]] = value
+    found[row, head, where[row, head, slot]] = value[row, head, slot] if isinstance(value, np.ndarray) else value
 
 
 def _host(tensor: torch.Tensor) -> HostArray:

@@ -32,7 +32,7 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
             none.expand(layer.slots.keys.shape[0]) if layer.num_hidden is None else layer.num_hidden for layer in layers
         ])  # fmt: skip
     result.has_holes = any(layer.has_holes for layer in layers)
-    result.layer_state = {}
+    result.layer_state, result.query_peaks = {}, None
     result.held = result.row_budgets = result.budgets_found = result.shared_by = result.record = None
     result.probes = ()
     return result
@@ -58,7 +58,7 @@ def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) 
     twin, positions = layer.copy(), torch.arange(stored[2], device=keys.device)
     twin.slots, twin.held = Slots(keys=keys, values=values, positions=positions.expand(stored)), None
     twin.probes = ()
-    twin.layer_state = {}
+    twin.layer_state, twin.query_peaks = {}, None
     return twin
 
 

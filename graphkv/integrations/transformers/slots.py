@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from . import rotary
 
-__all__ = ["OfSlots", "Slots", "gathered", "in_line", "padding_first"]
+__all__ = ["FILLS", "OfSlots", "Slots", "gathered", "in_line", "padding_first"]
 
 # A tensor, a mapping of tensors by name, or None.
 Stored = TypeVar("Stored")
@@ -47,6 +47,11 @@ class Slots:
         The positions that the first P stored keys are rotated by, which may be the caller's own.
     valid : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         False for padding and unused slots. None if there are none.
+    mass : torch.Tensor, shape (batch, kv_heads, stored), float32, or None
+        How many tokens a slot counts as: attention adds its logarithm to the slot's logit. None as long as nothing was
+        merged.
+    absorbed : torch.Tensor, shape (batch, kv_heads, stored), int32, or None
+        How many dropped tokens went into a slot. None as long as nothing was merged.
     pinned : torch.Tensor, shape (batch, kv_heads, stored), bool, or None
         True for the tokens of the prompt, in a cache that protects them.
     state : dict of str to torch.Tensor, shape (batch, kv_heads, S, ...)
@@ -60,6 +65,8 @@ class Slots:
         default=None, metadata=per_token("axes", dtype=torch.int64, fill=rotary.UNKNOWN)
     )
     valid: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=True))
+    mass: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.float32, fill=1.0))
+    absorbed: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.int32, fill=0))
     pinned: torch.Tensor | None = field(default=None, metadata=per_token(dtype=torch.bool, fill=False))
     state: dict[str, torch.Tensor] = field(default_factory=dict, metadata=per_token())
 
@@ -90,7 +97,7 @@ class Slots:
 
     def append(self, new: Mapping[str, Any]) -> Slots:
         """Add slots at the end, given by their arrays; arrays that they lack do not grow."""
-        arrays, count = {**self.__dict__}, self.keys.shape[2]
+        arrays, count = {**self.__dict__}, self.count
         for name, array in new.items():
             if array is not None:
                 arrays[name] = _joined(arrays[name], array, count, FILLS[name])
@@ -223,8 +230,11 @@ def padding_first(valid: torch.Tensor) -> torch.Tensor:
     return valid.to(torch.uint8).argsort(dim=-1, stable=True)
 
 
-def in_line(kept: torch.Tensor, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def in_line(kept: torch.Tensor, arrays: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Sort kept slots and what goes with them, and cut off the front where no row holds anything."""
     kept, order = kept.sort(dim=-1, stable=True)
     unused = kept.shape[-1] - int((kept >= 0).sum(dim=-1).max())
-    return kept[..., unused:], {name: gathered(sums, order)[:, :, unused:] for name, sums in state.items()}
+    sorted_too = {
+        name: _changed(each, lambda x, _: gathered(x, order)[:, :, unused:], None) for name, each in arrays.items()
+    }
+    return kept[..., unused:], sorted_too

@@ -29,6 +29,7 @@ from .queries import Queries
 from .settings import Settings
 from .slots import Slots
 from .source import Source
+from .tiers import TieredSlots
 
 __all__ = ["load_cache", "save_cache"]
 
@@ -56,6 +57,7 @@ FIELDS = {each.name: each.metadata for each in fields(Slots) if each.name != "st
 TENSORS: dict[str, tuple[str, ...]] = {name: each["axes"] for name, each in FIELDS.items()} | {
     "queries": ("batch", "query_heads", "num_queries", "head_size"),
     "asked": ("batch", "num_queries"),
+    "query_peaks": ("batch", "kv_heads", "head_size"),
     "num_hidden": ("batch",),
     "budgets_found": ("batch",),
 }
@@ -223,6 +225,7 @@ def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         return
     counts = {name: getattr(layer, name) for name in COUNTS}
     found = vars(layer.slots) | ({} if layer.held is None else layer.held._asdict()) | counts
+    found["query_peaks"] = layer.query_peaks
     for name in TENSORS:
         if found.get(name) is not None:
             yield name, found[name]
@@ -251,6 +254,11 @@ def _layer_header(layer: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any]:
+    if isinstance(layer.slots, TieredSlots):
+        raise ArgumentError(
+            "a cache with tokens in fewer bits cannot be saved; save it before the policy demotes any, or evict by "
+            f"another policy than {settings.policy}"
+        )
     shared_by = to_plain(layer.shared_by)
     if not is_known(shared_by) and layer.shared_by != settings.policy:
         raise ArgumentError(
@@ -484,6 +492,7 @@ def _fill_attention(
         _check_tensors(found, state, layer_state, name, {} if layer.is_apart else batch)
         if not layer.is_apart:
             _check_positions(found, layer, name)
+        _check_mass(found, name)
         # As if the first tokens came: what transformers notes then differs from release to release.
         found = {key: tensor.to(device) for key, tensor in found.items()}
         layer.lazy_initialization(found["keys"], found["values"])
@@ -491,6 +500,7 @@ def _fill_attention(
         layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
         layer.layer_state = {key: tensor.to(device) for key, tensor in layer_state.items()}
         layer.num_hidden, layer.budgets_found = (found.get(key) for key in COUNTS)
+        layer.query_peaks = found.get("query_peaks")
         if "queries" in found:
             layer.held = Queries(queries=found["queries"], asked=found.get("asked"))
     size = found["keys"].shape[-1] if found else 0
@@ -584,6 +594,13 @@ def _check_tensors(
                 f"{tuple(tensor.shape)}"
             )
     lengths["batch"] = own["batch"]
+
+
+def _check_mass(found: Mapping[str, torch.Tensor], name: str) -> None:
+    """Check that every slot counts as something: attention takes the logarithm."""
+    mass = found.get("mass")
+    if mass is not None and not bool((mass.isfinite() & (mass > 0)).all()):
+        raise ArgumentError(f"its {name}.mass must be finite and above 0; it is not")
 
 
 def _check_positions(found: Mapping[str, torch.Tensor], layer: EvictingLayer, name: str) -> None:

@@ -10,7 +10,7 @@ from ...core.errors import GraphKVWarning
 __all__ = ["warn"]
 
 # What lies between a user's line and ours.
-LIBRARIES = ("graphkv", "torch", "transformers", "contextlib", "accelerate", "peft")
+LIBRARIES = ("graphkv", "torch", "transformers", "contextlib", "accelerate", "kvpress", "peft")
 
 
 def warn(message: str, /) -> None:
