@@ -143,6 +143,19 @@ def test_slots_that_shorter_heads_leave_unused_count_as_bytes_and_not_as_tokens(
     assert found["snapkv+adakv"].cache_bytes > found["snapkv+caote"].cache_bytes == found["snapkv"].cache_bytes
 
 
+def test_caches_that_find_their_budgets_or_share_them_are_recorded_with_what_they_kept(model, tokenizer, prompt):
+    names = ("snapkv+lossless(tolerance=0.9)", "h2o+lossless(tolerance=0.9)", "h2o+anyquery(threshold=0.1)")
+    shared = ("snapkv+shared(over=layers)", "snapkv+chunkkv(reuse=2)", "snapkv+shared(block=16)")
+    records = evaluate(model, tokenizer, prompt, Config(budgets=(100,), policies=(*names, *shared)))
+
+    for record in records:
+        if record.policy in names:
+            assert 0 < record.tokens_kept < 100
+        elif record.policy in shared:
+            assert record.tokens_kept == 100 if "block" not in record.policy else 84 < record.tokens_kept <= 100
+    assert len({record.tokens_kept for record in records if record.policy in names}) > 1
+
+
 def test_a_budget_that_holds_the_prompt_is_left_out(model, tokenizer, prompt):
     found = evaluate(model, tokenizer, prompt, Config(budgets=(64, LENGTH), policies=("knorm",)))
 
