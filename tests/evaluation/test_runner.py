@@ -118,6 +118,20 @@ def test_every_policy_keeps_exactly_its_budget(model, tokenizer, prompt, monkeyp
     assert not any(record.is_off_budget for record in found)
 
 
+def test_fewer_bits_are_compared_at_equal_bytes(model, tokenizer, prompt):
+    names = ("snapkv", "snapkv+mikv(high=0.5,low_bits=4,full_bits=32)", "h2o+mikv(high=0.25,low_bits=2,full_bits=32)")
+    found = evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=names))
+
+    for mode in ("aware", "agnostic"):
+        base, *tiered = (find(found, mode=mode, policy=name, budget=64, task="needle-number") for name in names)
+        assert base.tokens_kept == 64
+        for each in tiered:
+            # Less by less than one packed token in each head.
+            assert 0 <= base.cache_bytes - each.cache_bytes < 3 * 2 * 2 * (4 + 8)
+            assert each.tokens_kept > 64
+            assert each.nll != base.nll
+
+
 def test_a_policy_that_keeps_more_is_recorded_with_what_it_kept(model, tokenizer, prompt, monkeypatch):
     def one_more(name, budget, **_):
         return SnapKV(budget=budget + 1) if name == "snapkv" else make_policy(name, budget)
