@@ -185,6 +185,21 @@ def test_a_padded_row_asks_and_is_asked_like_the_row_alone(model, ids, where):
         assert ours.num_hidden.tolist() == [0, 6]
 
 
+def test_a_row_with_holes_is_asked_about_the_same_tokens(model, ids):
+    shown = torch.ones(2, N, dtype=torch.int64)
+    shown[1, 20:] = 0
+    cache, policy = EvictingCache(), Asking(budget=9)
+    read(model, cache, ids[:, :N], attention_mask=shown)
+    read(model, cache, ids[:, :2])
+    ask(cache, model, ids[:, N:], about=(18, 31))
+    cache.evict(policy)
+
+    first, second = policy.seen[:2]
+    assert first.probes[0].about[0, 0].nonzero().flatten().tolist() == list(range(18, 31))
+    # Twenty tokens and two more: of the thirteen that are asked about, it has 18, 19 and 30.
+    assert second.probes[0].about[0, 0].nonzero().flatten().tolist() == [18, 19, 20]
+
+
 def test_rows_of_the_batch_take_their_probes_along(model, ids):
     cache = filled(model, ids[:, :N])
     ask(cache, model, ids[:, N:])
