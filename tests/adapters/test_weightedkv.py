@@ -136,8 +136,6 @@ def test_the_toy_of_the_paper():
 def test_weightedkv_says_what_is_wrong():
     with pytest.raises(ArgumentError, match=r"mass must be one of \['attention', 'one'\]; got 'count'"):
         WeightedKV(SNAPKV, mass="count")
-    with pytest.raises(
-        ArgumentError, match=r"queries must hold the last 6 positions for WeightedKV\(KNorm\); got none"
-    ):
+    with pytest.raises(ArgumentError, match=r"queries must hold the last position for WeightedKV\(KNorm\); got none"):
         evict(WeightedKV(KNorm(budget=3)), np.ones((1, 1, 6, 2)))
     assert WeightedKV(H2O(budget=3)).needs().queries == "new"
