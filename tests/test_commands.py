@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -132,6 +133,16 @@ def test_the_command_line_itself_names_the_extra_of_its_command():
         [sys.executable, "-c", code.format(["--version"])], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"graphkv {graphkv.__version__}\n"
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_a_missing_package():
+    from graphkv.core.extras import needs
+
+    with pytest.raises(ImportError, match="cannot import name") as found, needs("this", "demo"):
+        from graphkv.core.layer import nothing_of_that_name  # noqa: F401
+    assert not isinstance(found.value, graphkv.BackendUnavailableError)
+    with pytest.raises(graphkv.BackendUnavailableError, match="this needs: pip install"), needs("this", "demo"):
+        raise ImportError("a library of C is damaged")
 
 
 def test_an_installed_copy_tells_where_it_came_from(monkeypatch):
@@ -325,11 +336,11 @@ def test_bfloat16_on_the_cpu(tiny, tmp_path, capsys, command):
 def test_our_warnings_are_one_line_too(tiny, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("One paragraph of some text.\n\nAnother one of other text.\n\n")
     options = ["--model", str(tiny), "--text", str(tmp_path / "text.txt"), "--budget", "20", "--policy", "snapkv"]
-    arguments = ["demo", *options, "--output", str(tmp_path)]
-    code = f"from graphkv.__main__ import main; import sys; sys.exit(main({arguments!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "graphkv: warning: 32 newest tokens are kept before all others" in done.stderr
-    assert "site-packages" not in done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["demo", *options, "--output", str(tmp_path)]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "kept before all others" in line]
+    assert line.startswith("graphkv: warning: 32 newest tokens are kept before all others")
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_a_long_text_in_a_deep_model_stays_small(tmp_path):
     stats = [
         LayerStats(
             layer=layer, evicts=True, num_seen=tokens, num_stored=500, num_kept=np.full((1, heads), 500),
-            num_evictions=1, num_dropped=1500, budget=500, nbytes=1, bytes_freed=3, seconds=0.1,
+            num_evictions=1, num_dropped=1500, budget=500, budgets_found=None, nbytes=1, bytes_freed=3, seconds=0.1,
             redundancy_before=np.full((1, heads), 0.5), redundancy_after=np.full((1, heads), 0.4),
             num_suppressed=np.full((1, heads), suppressed), suppressions=found,
         )

@@ -14,6 +14,7 @@ from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
 from .chunkkv import ChunkKV as ChunkKV
 from .compactor import Compactor as Compactor
+from .d2o import D2O as D2O
 from .defensivekv import DefensiveKV as DefensiveKV
 from .epicache import EpiCache as EpiCache
 from .expected_attention import ExpectedAttention as ExpectedAttention
@@ -21,6 +22,7 @@ from .given import Given as Given
 from .h2o import H2O as H2O
 from .keydiff import KeyDiff as KeyDiff
 from .knorm import KNorm as KNorm
+from .kvmerger import KVMerger as KVMerger
 from .kvzip import KVzip as KVzip
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
@@ -39,6 +41,7 @@ from .smallkv import SmallKV as SmallKV
 from .snapkv import SnapKV as SnapKV
 from .streaming_llm import StreamingLLM as StreamingLLM
 from .tova import TOVA as TOVA
+from .weightedkv import WeightedKV as WeightedKV
 
 # Type checkers take the names from the imports, and would take a list that they cannot read for an empty one.
 if not TYPE_CHECKING:

@@ -9,7 +9,7 @@ from ..core import budgets, checks, primitives
 from ..core.attention import window_attention
 from ..core.errors import ArgumentError
 from ..core.layer import Cost, Layer, LayerShape
-from ..core.needs import chooses, has_rows, name_of
+from ..core.needs import chooses, name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.selection import Choice, select_in_tiers, tiers_of
 from ..core.types import Array
@@ -149,24 +149,26 @@ class AnyQuery(Wrapper):
 
     def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
         """Bar what no query attends to."""
-        if not has_rows(layer):
+        rows = layer.attention if layer.attention is not None else layer.queries
+        given, asked = 0 if rows is None else int(rows.shape[2]), budgets.count_of(self.window, layer.num_tokens)
+        if given < min(asked, layer.num_tokens):
             # With a base that remembers, the door asks for the queries of new positions only.
-            raise ArgumentError("queries must hold the last positions for AnyQuery; got none")
+            raise ArgumentError(f"queries must hold the last {asked} positions for AnyQuery; got {given or 'none'}")
         found, xp = self.base.rescore(found, layer, budget), layer.xp
-        may_stay = (strongest(layer, self.window) >= self.threshold)[:, None, :]
+        barred = (strongest(layer, self.window) < self.threshold)[:, None, :] & layer.valid
         if found.protected is not None:
-            may_stay = may_stay | found.protected
-        return replace(found, scores=xp.where(may_stay, found.scores, xp.full_like(found.scores, -xp.inf)))
+            barred = barred & ~found.protected
+        scores = xp.where(barred, xp.full_like(found.scores, -xp.inf), found.scores)
+        return replace(found, scores=scores, barred=barred)
 
     def choose(self, found: Assessment, layer: Layer, budget: int, /) -> Choice:
         """Fill the budget with what is not barred."""
         xp = layer.xp
-        stays = found.scores > -xp.inf
-        if found.protected is not None:
-            stays = stays | found.protected
-        counts = xp.sum(xp.astype(stays & layer.valid, xp.int64), axis=-1)
+        # Without what `rescore` barred, nothing is.
+        stays = layer.valid if found.barred is None else layer.valid & ~found.barred
+        counts = xp.sum(xp.astype(stays, xp.int64), axis=-1)
         counts = xp.minimum(counts, xp.full_like(counts, budget))
-        tiers = tiers_of(found.scores, found.protected, layer.valid, xp=xp)
+        tiers = tiers_of(found.scores, found.protected, stays, xp=xp)
         return Choice(kept=select_in_tiers(found.scores, counts, budget, tiers, backend=layer.backend), counts=counts)
 
     def cost(self, shape: LayerShape, /) -> Cost:

@@ -85,7 +85,13 @@ class EpiCache(SinkPolicy):
         result = xp.zeros_like(layer.keys[..., 0])
         for probe in layer.probes:
             found = highest_attention(
-                probe, layer.keys, layer.valid, sees_itself=False, block_size=self.block_size, xp=xp
+                probe,
+                layer.keys,
+                layer.valid,
+                mass=layer.mass,
+                sees_itself=False,
+                block_size=self.block_size,
+                xp=xp,
             )
             result = xp.maximum(result, found)
         return result

@@ -100,7 +100,13 @@ class KVzip(SinkPolicy):
         for probe in layer.probes:
             about = layer.valid if probe.about is None else layer.valid & probe.about
             found = highest_attention(
-                probe, layer.keys, about | sinks, sees_itself=True, block_size=self.block_size, xp=xp
+                probe,
+                layer.keys,
+                about | sinks,
+                mass=layer.mass,
+                sees_itself=True,
+                block_size=self.block_size,
+                xp=xp,
             )
             result = xp.maximum(result, xp.where(about, found, xp.zeros_like(found)))
         return result

@@ -73,6 +73,10 @@ def key_similarity(keys: Array, others: Array, /, *, window: int = 100, backend:
     return xp.mean(cosines, axis=(1, 2))
 
 
+# Layers of an imagined model.
+FEW = 12
+
+
 @dataclass(frozen=True)
 class SettledBudgets(Wrapper):
     """Any policy, with budgets that are fixed before a layer is read."""
@@ -284,7 +288,7 @@ class PerLayer(Wrapper):
     Raises
     ------
     ArgumentError
-        If there are no policies, or one of them is not built on `base`.
+        If there are no policies, or one of them is not built on `base` or shares a choice with other layers.
     ArgumentTypeError
         If `base` or a policy is not a Policy.
 
@@ -310,6 +314,12 @@ class PerLayer(Wrapper):
             checks.instance(f"policies[{number}]", policy, Policy)
             if not _is_built_on(policy, self.base):
                 raise ArgumentError(f"policies[{number}] must be base or a wrapper around it; got {policy!r}")
+            # The base says which layers share a choice; a few of them show it.
+            if any(policy.voters(layer, FEW) != self.base.voters(layer, FEW) for layer in range(FEW)):
+                raise ArgumentError(
+                    f"policies[{number}] must choose for its layer alone; put what layers share around PerLayer, or in "
+                    f"its base; got {policy!r}"
+                )
         object.__setattr__(self, "policies", tuple(self.policies))
 
     def at(self, layer: int, num_layers: int, /) -> Policy:

@@ -9,7 +9,7 @@ from ..core.attention import received_attention, window_attention
 from ..core.layer import Layer, Memory
 from ..core.types import Array, Namespace
 
-__all__ = ["accumulate", "grown", "new_rows", "newly_received", "sums_of", "visible_queries"]
+__all__ = ["accumulate", "grown", "mean_attention", "new_rows", "newly_received", "sums_of", "visible_queries"]
 
 
 def accumulate(total: Array, rows: Array, /, *, xp: Namespace) -> Array:
@@ -150,3 +150,26 @@ def _given_rows(rows: Array, valid: Array, /, *, xp: Namespace) -> Array:
     position = xp.arange(end, dtype=xp.int64, device=primitives.device_of(rows))
     sees = (position[None, :] <= position[end - block :, None]) & valid[:, :, None, None, :]
     return xp.where(sees & valid[:, :, None, end - block :, None], rows, xp.zeros_like(rows))
+
+
+def mean_attention(memory: Memory | None, layer: Layer, /) -> Array:
+    """Return the mean attention that each token received so far from the queries that could see it.
+
+    Parameters
+    ----------
+    memory : Memory or None
+        With the arrays ``"attention"``, per query head or not, and ``"queries"``.
+    layer : Layer
+
+    Returns
+    -------
+    array, shape (batch, kv_heads, N)
+        0 for padding, and where nothing is remembered.
+    """
+    xp, sums = layer.xp, sums_of(memory)
+    if "attention" not in sums:
+        return xp.zeros_like(layer.keys[..., 0])
+    total, number = sums["attention"], sums["queries"]
+    total = xp.mean(total, axis=-1) if total.ndim > number.ndim else total
+    mean = total / xp.where(number > 0, number, xp.ones_like(number))
+    return xp.where(layer.valid & (mean > 0), mean, xp.zeros_like(mean))

@@ -221,7 +221,12 @@ class Shared(Wrapper):
         valid = _in_any(layer.valid, xp=xp)
         scores = _for_all(mean_of_heads(found.scores, layer.valid, xp=xp), found.scores, xp=xp)
         protected = None if found.protected is None else _in_any(found.protected & layer.valid, xp=xp)
-        choice = self.base.choose(replace(found, scores=scores, protected=protected), layer.having(valid=valid), budget)
+        barred = found.barred
+        if barred is not None and protected is not None:
+            barred = barred & ~protected
+        choice = self.base.choose(
+            replace(found, scores=scores, protected=protected, barred=barred), layer.having(valid=valid), budget
+        )
         if self.block == 1:
             return choice
         return self._whole_blocks(scores, protected, valid, choice.counts, layer, budget)

@@ -60,7 +60,15 @@ def window_attention(
 
 
 def highest_attention(
-    probe: Probe, keys: Array, seen: Array, /, *, sees_itself: bool, block_size: int, xp: Namespace
+    probe: Probe,
+    keys: Array,
+    seen: Array,
+    /,
+    *,
+    mass: Array | None = None,
+    sees_itself: bool,
+    block_size: int,
+    xp: Namespace,
 ) -> Array:
     """Compute the most attention that any query of a probe gives each token, over the query heads of its KV head.
 
@@ -74,6 +82,8 @@ def highest_attention(
         N at least 1.
     seen : array, shape (batch, kv_heads, N), bool
         The tokens that the softmax runs over. Keys and queries that hold an infinity or NaN count as padding.
+    mass : array, shape (batch, kv_heads, N), optional
+        As for `window_attention`; a token of the probe counts once.
     sees_itself : bool
         Whether it runs over the probe's own tokens as well, those up to the query's.
     block_size : int
@@ -94,6 +104,10 @@ def highest_attention(
     if before is None:
         before = xp.arange(num_tokens, 0, -1, dtype=xp.int64, device=device)[None, None, :]
     highest = xp.zeros((batch, kv_heads, num_tokens), dtype=keys.dtype, device=device)
+    log_mass = None
+    if mass is not None:
+        seen, one = seen & (mass > 0), xp.ones_like(mass)
+        log_mass = xp.astype(xp.log(xp.where(mass > 0, mass, one)), keys.dtype)[:, :, None, None, :]
     for start in range(0, probe.num_queries, block_size):
         end = min(start + block_size, probe.num_queries)
         queries, gives = primitives.finite_rows(probe.queries[:, :, start:end, :], xp=xp)
@@ -102,14 +116,17 @@ def highest_attention(
             gives = gives & probe.valid[:, None, start:end]
         rows = (batch, kv_heads, query_heads // kv_heads, number)
         folded = xp.reshape(queries, (batch, kv_heads, rows[2] * number, head_size))
-        logits = xp.reshape(folded @ xp.matrix_transpose(keys), (*rows, num_tokens))
+        scale = sqrt(max(head_size, 1))
+        logits = xp.reshape(folded @ xp.matrix_transpose(keys), (*rows, num_tokens)) / scale
+        if log_mass is not None:
+            logits = logits + log_mass
         at = xp.arange(start, end, dtype=xp.int64, device=device)[:, None]
         sees = seen[:, :, None, None, :]
         if probe.window is not None:
             sees = sees & (before[:, :, None, None, :] + at < probe.window)
         sees = xp.broadcast_to(sees, (*rows, num_tokens))
         if own is not None:
-            to_own = xp.reshape(folded @ xp.matrix_transpose(own[:, :, :end, :]), (*rows, end))
+            to_own = xp.reshape(folded @ xp.matrix_transpose(own[:, :, :end, :]), (*rows, end)) / scale
             position = xp.arange(end, dtype=xp.int64, device=device)
             causal = position[None, :] <= at
             if probe.window is not None:
@@ -118,7 +135,7 @@ def highest_attention(
             logits = xp.concat([logits, to_own], axis=-1)
             sees = xp.concat([sees, xp.broadcast_to(sees_own, (*rows, end))], axis=-1)
         sees = sees & xp.reshape(gives, (*rows, 1))
-        weights = _softmax(logits / sqrt(max(head_size, 1)), sees, xp=xp)[..., :num_tokens]
+        weights = _softmax(logits, sees, xp=xp)[..., :num_tokens]
         highest = xp.maximum(highest, xp.max(weights, axis=(2, 3)))
     return highest
 

@@ -49,6 +49,9 @@ def needs(what: str, extra: str, /, *modules: str) -> Iterator[None]:
     except BackendUnavailableError:
         raise
     except ImportError as error:
+        # A name that one of our own modules lacks is a mistake of ours, and no package brings it.
+        if not isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "graphkv":
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackendUnavailableError(f"{what} needs: {install(extra)} ({reason})") from error
 

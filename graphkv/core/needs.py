@@ -51,18 +51,20 @@ def check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
         raise ArgumentError(f"unrotated_keys must be given for {name_of(policy)}; got None")
     if scores and needs.probes and not layer.probes:
         raise ArgumentError(f"probes must be given for {name_of(policy)}; got None")
-    if needs.queries == "none" or not (scores or needs.state):
+    # A memory that no attention goes into needs no more than the scores do.
+    observes = bool(needs.state) and needs.queries != "window"
+    if needs.queries == "none" or not (scores or observes):
         return
     has_rows = layer.attention is not None and not needs.logits
     rows, argument = (layer.attention, "attention") if has_rows else (layer.queries, "queries")
     given = 0 if rows is None else int(rows.shape[2])
     least = {"window": policy.num_queries(layer.num_tokens), "new": layer.num_new, "all": min(1, layer.num_tokens)}
     wanted = least[needs.queries]
-    if needs.state:
+    if observes:
         wanted = max(layer.num_new, wanted if scores and needs.queries != "new" else 0)
     if given < wanted:
         last = "the last position" if wanted == 1 else f"the last {wanted} positions"
-        what = f"all {wanted} new positions" if needs.state else last
+        what = f"all {wanted} new positions" if observes else last
         raise ArgumentError(f"{argument} must hold {what} for {name_of(policy)}; got {given if given else 'none'}")
 
 

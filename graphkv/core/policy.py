@@ -35,6 +35,10 @@ class Assessment:
         The last graph that changed the scores.
     counts : array, shape (batch, kv_heads), integer, or None
         Tokens to keep per head, where a policy settles them by the scores of its own stage.
+    barred : array, shape (batch, kv_heads, N), bool, or None
+        Tokens that may not stay, whatever later stages make of their scores.
+    pivots : array, shape (batch, kv_heads, N), integer, or None
+        The token that stands for each token, where a policy makes sets of them before the choice.
     """
 
     importance: Array
@@ -42,6 +46,8 @@ class Assessment:
     protected: Array | None = None
     graph: Graph | None = None
     counts: Array | None = None
+    barred: Array | None = None
+    pivots: Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,6 +431,10 @@ class Wrapper(Policy):
         """Return this wrapper over the base's policy of the layer."""
         base = self.base.at(layer, num_layers)
         return self if base is self.base else replace(self, base=base)
+
+    def renewed(self, number: int, /) -> Policy:
+        """Return this wrapper over the base of that eviction."""
+        return self.with_base(lambda base: base.renewed(number))
 
     def with_base(self, change: Callable[[Policy], Policy], /) -> Policy:
         """Return this wrapper over another base."""

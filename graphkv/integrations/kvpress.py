@@ -25,7 +25,7 @@ from ..core.needs import name_of
 from ..core.policy import Policy
 from ..core.signals import Decay, Signal
 
-with needs("graphkv.integrations.kvpress", "kvpress", "kvpress", "torch"):
+with needs("graphkv.integrations.kvpress", "kvpress", "torch", "kvpress"):
     import torch
     from kvpress import BasePress, PyramidKVPress, ScorerPress
     from kvpress.utils import compute_n_kept

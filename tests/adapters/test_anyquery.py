@@ -9,6 +9,8 @@ from graphkv import (
     AnyQuery,
     ArgumentError,
     ArgumentTypeError,
+    ChunkKV,
+    Degree,
     GraphKV,
     KNorm,
     Shared,
@@ -89,7 +91,14 @@ def test_a_graph_and_a_shared_set_on_top_bring_nothing_back(backend):
     policy = AnyQuery(SnapKV(budget=1.0, window=4, kernel_size=3), 0.12, 0.5)
 
     alone, *others = (
-        evict(each, keys, queries=queries, backend=backend) for each in (policy, GraphKV(policy), Shared(policy))
+        evict(each, keys, queries=queries, backend=backend)
+        for each in (
+            policy,
+            GraphKV(policy),
+            GraphKV(policy, Degree(fusion="max_rank")),
+            ChunkKV(policy, chunk=4),
+            Shared(policy),
+        )
     )
 
     for other in others:
@@ -110,8 +119,10 @@ def test_wrong_options_are_refused():
     with pytest.raises(ArgumentError, match=r"queries must hold the last 6 positions for AnyQuery\(KNorm\)"):
         evict(AnyQuery(base), KEYS)
     done = evict(AnyQuery(H2O(budget=20)), KEYS, queries=QUERIES)
-    with pytest.raises(ArgumentError, match="queries must hold the last positions for AnyQuery"):
-        evict(AnyQuery(H2O(budget=20)), done.apply(KEYS), state=done.state)
+    kept, number = done.apply(KEYS), done.kept.shape[-1]
+    for queries, given in ((None, "none"), (QUERIES[:, :, :1], 1)):
+        with pytest.raises(ArgumentError, match=f"queries must hold the last {number // 5} positions .* got {given}"):
+            evict(AnyQuery(H2O(budget=20)), kept, queries=queries, state=done.state)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,16 @@ def test_shared_sets_and_blocks_on_top_lose_no_more_than_the_tolerance(backend):
             assert block == 1 or all(count % 4 == 2 for count in counts[row])
 
 
+def test_blocks_of_protected_tokens_stay_even_where_the_budget_found_is_smaller():
+    """Six protected tokens lie in three blocks of four."""
+    rng = np.random.default_rng(6)
+    policy = Shared(Lossless(SnapKV(budget=1.0, window=5, kernel_size=3, num_sinks=1), 0.99), block=4)
+
+    done = evict(policy, rng.normal(size=(1, 2, 32, 6)), queries=rng.normal(size=(1, 2, 5, 6)))
+
+    assert done.kept[0, 0, :13].tolist() == [0, 1, 2, 3, *range(24, 32), -1]
+
+
 def test_layers_that_reuse_a_choice_keep_its_size():
     rng = np.random.default_rng(5)
     layers = [{"keys": rng.normal(size=(2, 3, 30, 6)), "queries": rng.normal(size=(2, 6, 30, 6))} for _ in range(3)]

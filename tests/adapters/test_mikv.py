@@ -15,6 +15,7 @@ from graphkv import (
     BackendError,
     Decay,
     Degree,
+    Given,
     GraphKV,
     KNorm,
     LayerBudgets,
@@ -287,6 +288,11 @@ def test_protected_tokens_come_first_in_both_tiers():
 
     assert (done.kept[..., -3:] == [18, 19, 20]).all()
     assert (done.levels[..., -3:].sum(axis=-1) == 1).all()
+    # Whatever the scores of the protected are.
+    scores, marks = np.asarray([[[5.0, 4.0, 3.0, 0.0, 1.0, 2.0]]]), np.asarray([[[False] * 3 + [True] * 3]])
+    base = Given(budget=3, importance=scores, protected=marks, num_protected=3)
+    done = evict(MiKV(base, high=2, balanced=False), np.ones((1, 1, 6, 8)))
+    assert (done.kept.tolist(), done.levels.tolist()) == ([[[0, 3, 4, 5]]], [[[1, 1, 0, 0]]])
 
 
 def test_wrappers_and_layers_hand_the_tiers_on():

@@ -17,6 +17,7 @@ from graphkv import (
     GraphKV,
     KeyDiff,
     KNorm,
+    PerLayer,
     PyramidKV,
     Shared,
     SnapKV,
@@ -320,6 +321,17 @@ def test_layers_that_share_must_be_evicted_together_with_one_budget():
     with pytest.raises(ArgumentError, match="queries must hold the last 4 positions"):
         evict_layers(policy, [*layers[:2], {"keys": KEYS}])
     assert evict_layers(policy, []) == ()
+
+
+def test_a_group_of_layers_cannot_share_with_all_unless_all_do():
+    shared = Shared(SNAPKV, over="layers")
+    with pytest.raises(ArgumentError, match=r"policies\[1\] must choose for its layer alone"):
+        PerLayer(SNAPKV, policies=(SNAPKV, shared))
+    layers = layers_of(NUMPY)
+    for policy in (Shared(PerLayer(SNAPKV, policies=(SNAPKV, GraphKV(SNAPKV))), over="layers"),
+                   PerLayer(shared, policies=(shared, GraphKV(shared)))):  # fmt: skip
+        done = evict_layers(policy, layers)
+        assert done[0].kept.tolist() == done[2].kept.tolist()
 
 
 def test_what_fits_and_what_shares_nothing_is_as_in_single_calls():

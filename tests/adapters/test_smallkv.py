@@ -53,6 +53,18 @@ def test_of_heads_that_match_alike_the_first_is_taken(backend):
     assert backend.to_numpy(found).tolist() == [1, 0]
 
 
+def test_one_row_that_matches_wholly_counts_more_than_two_that_match_in_part():
+    """Jaccard's index is 3/5 and 2/6 for the first, 1 and 0 for the second; tokens in common are 5 and 4."""
+
+    def marked(*rows):
+        return np.asarray([[np.isin(np.arange(8), row)] for row in rows], dtype=float)
+
+    both = marked([0, 1, 2, 3], [0, 1, 2, 3])
+    small = np.concatenate([marked([0, 1, 2, 4], [0, 1, 4, 5]), marked([0, 1, 2, 3], [4, 5, 6, 7])], axis=1)
+
+    assert match_heads(both, small, num_tokens=4).tolist() == [1]
+
+
 @each_library
 def test_every_layer_keeps_by_its_own_scores_and_the_newest(backend):
     scores = [None, make(backend, SCORES), make(backend, -SCORES)]

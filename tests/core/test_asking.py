@@ -17,9 +17,10 @@ VALID = np.arange(9) >= np.asarray([[0], [3]])
 BEFORE = np.sort(RNG.integers(1, 30, size=(2, 2, 9)), axis=-1)[..., ::-1].copy()
 
 
-def most_by_loops(probe, keys, seen, sees_itself):
+def most_by_loops(probe, keys, seen, sees_itself, mass=None):
     """The most attention of one row, one number at a time; probe arrays without batch, keys (H, N, D), seen (H, N)."""
     heads, tokens, size = keys.shape
+    mass = np.ones((heads, tokens)) if mass is None else mass
     result = np.zeros((heads, tokens))
     for query_head, queries in enumerate(probe.queries):
         head = query_head // (len(probe.queries) // heads)
@@ -35,7 +36,8 @@ def most_by_loops(probe, keys, seen, sees_itself):
 
             before = range(tokens, 0, -1) if probe.before is None else probe.before[head]
             weights = [
-                weight(keys[head][j]) if seen[head][j] and is_near(before[j] + i) else 0.0 for j in range(tokens)
+                mass[head][j] * weight(keys[head][j]) if seen[head][j] and is_near(before[j] + i) else 0.0
+                for j in range(tokens)
             ]
             total = sum(weights)
             if sees_itself and probe.keys is not None:
@@ -94,6 +96,30 @@ def test_the_most_attention_equals_loops(backend, name, sees_itself, block_size)
     for row in range(2):
         expected = most_by_loops(of_row(probe, row), KEYS[row], seen[row], sees_itself)
         np.testing.assert_allclose(backend.to_numpy(found)[row], expected, rtol=1e-12)
+
+
+@each_library
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_a_merged_token_counts_as_often_as_its_mass_says(backend, sees_itself):
+    """The probe's own tokens count once; without a mass a token is not there."""
+    mass, probe = RNG.uniform(0.5, 4, size=(2, 2, 9)), PROBES["with keys"]
+    mass[:, :, 4] = 0
+    layer = Layer(
+        make(backend, KEYS, np.float64),
+        valid=make(backend, VALID, bool),
+        mass=make(backend, mass, np.float64),
+        probes=in_library(probe, backend),
+        backend=backend,
+    )
+
+    found = highest_attention(
+        layer.probes[0], layer.keys, layer.valid, mass=layer.mass, sees_itself=sees_itself, block_size=2, xp=layer.xp
+    )
+
+    for row in range(2):
+        seen = np.broadcast_to(VALID[row], (2, 9))
+        expected = most_by_loops(of_row(probe, row), KEYS[row], seen, sees_itself, mass[row])
+        np.testing.assert_allclose(backend.to_numpy(found)[row], expected, rtol=1e-10)
 
 
 def test_infinite_keys_and_queries_count_as_padding():

@@ -118,6 +118,20 @@ def test_every_policy_keeps_exactly_its_budget(model, tokenizer, prompt, monkeyp
     assert not any(record.is_off_budget for record in found)
 
 
+def test_fewer_bits_are_compared_at_equal_bytes(model, tokenizer, prompt):
+    names = ("snapkv", "snapkv+mikv(high=0.5,low_bits=4,full_bits=32)", "h2o+mikv(high=0.25,low_bits=2,full_bits=32)")
+    found = evaluate(model, tokenizer, prompt, Config(budgets=(64,), policies=names))
+
+    for mode in ("aware", "agnostic"):
+        base, *tiered = (find(found, mode=mode, policy=name, budget=64, task="needle-number") for name in names)
+        assert base.tokens_kept == 64
+        for each in tiered:
+            # Less by less than one packed token in each head.
+            assert 0 <= base.cache_bytes - each.cache_bytes < 3 * 2 * 2 * (4 + 8)
+            assert each.tokens_kept > 64
+            assert each.nll != base.nll
+
+
 def test_a_policy_that_keeps_more_is_recorded_with_what_it_kept(model, tokenizer, prompt, monkeypatch):
     def one_more(name, budget, **_):
         return SnapKV(budget=budget + 1) if name == "snapkv" else make_policy(name, budget)
@@ -141,6 +155,19 @@ def test_slots_that_shorter_heads_leave_unused_count_as_bytes_and_not_as_tokens(
 
     assert {found[name].tokens_kept for name in config.policies[1:]} == {64}
     assert found["snapkv+adakv"].cache_bytes > found["snapkv+caote"].cache_bytes == found["snapkv"].cache_bytes
+
+
+def test_caches_that_find_their_budgets_or_share_them_are_recorded_with_what_they_kept(model, tokenizer, prompt):
+    names = ("snapkv+lossless(tolerance=0.9)", "h2o+lossless(tolerance=0.9)", "h2o+anyquery(threshold=0.1)")
+    shared = ("snapkv+shared(over=layers)", "snapkv+chunkkv(reuse=2)", "snapkv+shared(block=16)")
+    records = evaluate(model, tokenizer, prompt, Config(budgets=(100,), policies=(*names, *shared)))
+
+    for record in records:
+        if record.policy in names:
+            assert 0 < record.tokens_kept < 100
+        elif record.policy in shared:
+            assert record.tokens_kept == 100 if "block" not in record.policy else 84 < record.tokens_kept <= 100
+    assert len({record.tokens_kept for record in records if record.policy in names}) > 1
 
 
 def test_a_budget_that_holds_the_prompt_is_left_out(model, tokenizer, prompt):

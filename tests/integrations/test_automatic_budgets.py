@@ -77,6 +77,29 @@ def test_rows_answer_as_they_would_alone(model, rows):
             assert [[p for p in head if p >= 0] for head in layer.true_positions[row].tolist()] == kept[number]
 
 
+def test_a_row_without_new_tokens_keeps_all_that_it_found(model, rows):
+    """Looking for a budget in what is left would find a smaller one each time."""
+    mask = torch.ones(2, N + 4, dtype=torch.long)
+    mask[1, N:] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with observing(model), torch.inference_mode():
+        cache = EvictingCache(Lossless(SNAPKV, 0.4), every=2)
+        kept = []
+        for start, end in ((0, N), (N, N + 2), (N + 2, N + 4)):
+            options = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+            model(rows[:2, start:end], **options, **with_cache(model, cache))
+            kept.append(
+                [
+                    [p for p, seen in zip(*pair, strict=True) if seen and p >= 0]
+                    for layer in cache.layers
+                    for pair in zip(layer.true_positions[1].tolist(), layer.valid[1].tolist(), strict=True)
+                ]
+            )
+
+    assert cache.layers[0].num_evictions == 3
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_what_was_found_follows_rows_copies_and_files(model, rows, tmp_path):
     with observing(model):
         cache = EvictingCache(POLICIES["lossless"])

@@ -116,6 +116,17 @@ def test_generation_and_models_whose_sliding_layers_are_left_alone(ids):
         assert all(positions(layer) == positions(evicted[0]) for layer in evicted[:2])
 
 
+def test_a_window_that_may_lose_a_block_is_not_taken_for_kept(model, ids):
+    """Its queries would be those of tokens that are gone."""
+    policy = Shared(SNAPKV, block=6)
+    assert policy.protection(14).count <= 14 < policy.protection(14).room
+    with observing(model):
+        cache = EvictingCache(policy, every=4)
+        read(model, cache, ids[:N], [N])
+        with pytest.raises(ArgumentError, match="queries must hold the last 6 positions"):
+            read(model, cache, ids[N : N + 8], [4, 4])
+
+
 def test_layers_with_budgets_of_their_own_cannot_share_and_the_cache_stays_as_it_was(model, ids):
     with observing(model):
         cache = EvictingCache(num_queries=6)

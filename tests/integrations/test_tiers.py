@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphkv import H2O, AdaKV, ArgumentError, Decay, GraphKV, KNorm, MiKV, Precision, SnapKV, evict
+from graphkv import H2O, Absorb, AdaKV, ArgumentError, Decay, GraphKV, KNorm, MiKV, Precision, SnapKV, evict
 from graphkv.backends.torch import BACKEND as TORCH
 from graphkv.core.precision import demote, key_balance, peaks
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
@@ -284,7 +284,16 @@ def test_what_cannot_be_is_refused(model, ids, tmp_path):
     read(model, cache, ids[:, :N])
     with pytest.raises(ArgumentError, match="the cache must have seen queries to balance the keys"):
         cache.evict(MiKV(KNorm(budget=9)))
+    for wrap in (lambda base: Absorb(MiKV(base)), lambda base: MiKV(Absorb(base))):
+        with pytest.raises(
+            ArgumentError, match="policy must either merge tokens or keep them in fewer bits in a model's"
+        ):
+            cache.evict(wrap(KNorm(budget=9)))
     cache.evict(MiKV(KNorm(budget=9), balanced=False))
+    with pytest.raises(
+        ArgumentError, match="policy must not merge tokens of which some are kept in fewer bits; got Absorb"
+    ):
+        cache.evict(Absorb(KNorm(budget=8)))
     with pytest.raises(ArgumentError, match="a cache with tokens in fewer bits cannot be saved"):
         cache.save(tmp_path / "cache.safetensors")
     assert not list(tmp_path.iterdir())

@@ -42,3 +42,5 @@ def test_requests_of_it_run_side_by_side():
 def test_a_config_that_cannot_be_met_is_refused_when_the_request_comes():
     with pytest.raises(ArgumentError, match="equally many tokens"):
         built(CONFIG | {"policy": "knorm+adakv"})
+    with pytest.raises(ArgumentError, match=r"policy must keep tokens as they are; .* keeps some in fewer bits"):
+        built(CONFIG | {"policy": "knorm+mikv"})

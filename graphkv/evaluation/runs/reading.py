@@ -94,8 +94,9 @@ def read_caches(
     context = EvictingCache(num_queries=max(wanted, default=0))
     read(model, torch.tensor([prompt.ids], device=model.device), context)
     states = _states(policies, context, {})
-    # Only running sums need all queries, and those are computed.
-    context.keep_queries(max((each.num_queries(longest) for each in policies if not each.needs().state), default=0))
+    # Only running sums need all queries, and those are computed; budgets are found by the queries themselves.
+    kept = (each for each in policies if not each.needs().state or each.needs().automatic)
+    context.keep_queries(max((each.num_queries(longest) for each in kept), default=0))
     later = {index: prompt.questions[index].ids for mode, index in asked if mode == "agnostic"}
     if later:
         ask(model, tokenizer, torch.tensor([prompt.ids], device=model.device), context, policies)

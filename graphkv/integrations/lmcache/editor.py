@@ -48,10 +48,10 @@ def editor(policy: Policy, config: Any, /, *, chunk_size: int = 256) -> Edit:
     Raises
     ------
     ArgumentError
-        If the policy gives heads or layers different numbers of tokens, finds budgets by itself or merges tokens, its
-        budget is below one chunk or below what it protects, or the model's keys cannot be turned. When editing: if a
-        tensor is missing or is not of this model's shape, which is also that of one of several workers or of one of
-        several groups of layers, or LMCache is of a version that was not tested. Nothing is edited then.
+        If the policy gives heads or layers different numbers of tokens, finds budgets by itself, merges or demotes
+        tokens, its budget is below one chunk or below what it protects, or the model's keys cannot be turned. When
+        editing: if a tensor is missing or is not of this model's shape, which is also that of one of several workers or
+        of one of several groups of layers, or LMCache is of a version that was not tested. Nothing is edited then.
     ArgumentTypeError
         If `policy` is not a Policy or `chunk_size` not an integer.
 
@@ -104,6 +104,10 @@ class _Editor:
         needs = policy.needs()
         if needs.merges:
             raise ArgumentError(f"policy must drop tokens in LMCache, which stores no masses; {name_of(policy)} merges")
+        if needs.demotes:
+            raise ArgumentError(
+                f"policy must keep tokens as they are in LMCache; {name_of(policy)} keeps some in fewer bits"
+            )
         if needs.state:
             raise ArgumentError(
                 f"policy must not need the attention of all positions in LMCache; {name_of(policy)} adds it up"

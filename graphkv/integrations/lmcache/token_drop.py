@@ -67,6 +67,8 @@ class TokenDrop:
                 f"policy must keep equally many tokens in every layer and head, each by itself; {name_of(policy)} "
                 "does not"
             )
+        if needs.demotes:
+            raise ArgumentError(f"policy must keep tokens as they are; {name_of(policy)} keeps some in fewer bits")
         if needs.unrotated_keys:
             raise ArgumentError(f"policy must go by keys as they are cached; {name_of(policy)} needs unrotated ones")
         protected = policy.protection(budget).count

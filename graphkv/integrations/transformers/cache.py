@@ -125,7 +125,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         )
         # Not a method: a cache that holds itself keeps its memory until the garbage collector comes.
         super().__init__(layer_class_to_replicate=partial(EvictingLayer, self.settings))
-        _check_rotation(policy, self.settings)
+        _check_tiers(policy, self.settings)
         # Whether evictions wait for crop().
         self.is_waiting = False
         self._start()
@@ -372,7 +372,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         if policy is None:
             raise ArgumentError("policy must be given to evict a cache that has none")
         checks.instance("policy", policy, Policy)
-        _check_rotation(policy, self.settings)
+        _check_tiers(policy, self.settings)
         backend = load(backend) if isinstance(backend, str) else backend
         if not self.num_seen:
             raise ArgumentError("the cache must hold a prompt before it is evicted; it is empty")
@@ -814,11 +814,17 @@ def _one_each(name: str, given: Sequence[Given], layers: list[EvictingLayer]) ->
     return list(zip(layers, given, strict=True))
 
 
-def _check_rotation(policy: Policy | None, settings: Settings) -> None:
-    """Refuse to turn keys that are rounded: every turn would round them once more."""
-    if settings.rerotate and policy is not None and policy.needs().demotes:
+def _check_tiers(policy: Policy | None, settings: Settings) -> None:
+    """Refuse to turn or to merge keys that are rounded: every time would round them once more."""
+    if policy is None or not policy.needs().demotes:
+        return
+    if settings.rerotate:
         raise ArgumentError(
             f"rerotate must be False for a policy that keeps tokens in fewer bits; got True with {policy}"
+        )
+    if policy.needs().merges:
+        raise ArgumentError(
+            f"policy must either merge tokens or keep them in fewer bits in a model's cache; got {policy}"
         )
 
 

@@ -301,6 +301,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             raise ArgumentError("the cache must hold a prompt before it is evicted; a layer has seen nothing")
         if not self.evicts:
             return ()
+        if policy.needs().merges and isinstance(self.slots, TieredSlots):
+            raise ArgumentError(f"policy must not merge tokens of which some are kept in fewer bits; got {policy}")
         decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
         self.shrink(policy, decider, decisions, seconds=perf_counter() - started)
