@@ -183,6 +183,7 @@ def test_a_long_text_in_a_deep_model_stays_small(tmp_path):
             num_evictions=1, num_dropped=1500, budget=500, budgets_found=None, nbytes=1, bytes_freed=3, seconds=0.1,
             redundancy_before=np.full((1, heads), 0.5), redundancy_after=np.full((1, heads), 0.4),
             num_suppressed=np.full((1, heads), suppressed), suppressions=found,
+            num_demoted=np.zeros((1, heads), dtype=np.int64),
         )
         for layer in range(layers)
     ]  # fmt: skip
@@ -318,6 +319,15 @@ def test_inspect_prints_the_report_and_writes_picture_and_page(tiny, text, tmp_p
     assert f"3 evictions ran in 3 of 3 layers, over {data['tokens']} tokens." in printed
     assert str(out / "inspect.png") in printed
     assert str(out / "inspect.html") in printed
+
+
+def test_a_policy_that_asks_can_be_inspected(tiny, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("A word, and another.", encoding="utf-8")
+
+    options = ("--budget", 30, "--output", out)
+    assert inspect("--model", tiny, "--text", text, "--policy", "kvzip+adakv", *options) == 0
+    assert "3 evictions ran in 3 of 3 layers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

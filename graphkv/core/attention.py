@@ -128,9 +128,8 @@ def highest_attention(
         if own is not None:
             to_own = xp.reshape(folded @ xp.matrix_transpose(own[:, :, :end, :]), (*rows, end)) / scale
             position = xp.arange(end, dtype=xp.int64, device=device)
+            # A query that a window parts from its own probe sees nothing of the text either.
             causal = position[None, :] <= at
-            if probe.window is not None:
-                causal = causal & (at - position[None, :] < probe.window)
             sees_own = causal[None, None, None, :, :] & own_seen[:, :, None, None, :end]
             logits = xp.concat([logits, to_own], axis=-1)
             sees = xp.concat([sees, xp.broadcast_to(sees_own, (*rows, end))], axis=-1)

@@ -14,6 +14,8 @@ __all__ = ["Merge", "add_up", "compressed", "nearest", "shares", "slots"]
 
 # Similarities are computed for this many tokens at a time.
 CHUNK_SIZE = 1024
+# Added to the cosine with what may not be found. No cosine comes near it.
+EXCLUDED = -(2.0**100)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,8 +90,8 @@ def compressed(x: Array, gathered: Array, kept: Array, into: Array, weights: Arr
     """
     xp, num_slots = backend.xp, kept.shape[-1]
     wide = primitives.widen(x, xp=xp)
-    # What is dropped, or padding, must not bring a NaN into a sum.
-    is_used = ((weights != 0) & (into >= 0))[..., None]
+    # What has no weight must not bring a NaN into a sum.
+    is_used = (weights != 0)[..., None]
     parts = xp.where(is_used, wide, xp.zeros_like(wide)) * weights[..., None]
     total = primitives.sum_rows(parts, into, num_slots, backend=backend)
     own = (slots(kept, x.shape[-2], backend=backend) == into) & (into >= 0)
@@ -129,16 +131,21 @@ def nearest(
         return xp.zeros_like(own), nothing
     directions = normalize(keys, xp=xp)
     place = xp.where(kept >= 0, kept, xp.zeros_like(kept))
-    targets = xp.matrix_transpose(primitives.take_rows(directions, place, xp=xp))
-    may_be = ((kept >= 0) & xp.take_along_axis(is_target, place, axis=-1))[..., None, :]
+    may_be = (kept >= 0) & xp.take_along_axis(is_target, place, axis=-1)
+    # One more entry of every direction excludes what may not be found: the product adds it.
+    bias = xp.where(may_be, xp.zeros_like(nothing[..., :1]), xp.full_like(nothing[..., :1], EXCLUDED))
+    targets = xp.concat([primitives.take_rows(directions, place, xp=xp), bias[..., None]], axis=-1)
+    targets = xp.matrix_transpose(targets)
+    directions = xp.concat([directions, xp.ones_like(directions[..., :1])], axis=-1)
     slot, similarity = [], []
     for start in range(0, num_tokens, chunk_size):
         cosines = directions[..., start : min(start + chunk_size, num_tokens), :] @ targets
-        cosines = xp.where(may_be, cosines, xp.full_like(cosines, -xp.inf))
-        slot.append(xp.astype(xp.argmax(cosines, axis=-1), kept.dtype))
-        similarity.append(xp.max(cosines, axis=-1))
-    is_kept = own >= 0
-    return xp.where(is_kept, own, xp.concat(slot, axis=-1)), xp.where(is_kept, nothing, xp.concat(similarity, axis=-1))
+        best = xp.argmax(cosines, axis=-1, keepdims=True)
+        slot.append(xp.astype(best[..., 0], kept.dtype))
+        similarity.append(xp.take_along_axis(cosines, best, axis=-1)[..., 0])
+    found = xp.concat(similarity, axis=-1)
+    found = xp.where((own >= 0) | (found < EXCLUDED / 2), nothing, found)
+    return xp.where(own >= 0, own, xp.concat(slot, axis=-1)), found
 
 
 def add_up(weights: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:

@@ -115,6 +115,7 @@ def test_the_nearest_kept_token_is_found_in_chunks(backend, chunk_size):
     keys = random.choice([-1.0, 1.0], (2, 2, 14, 4)) * random.integers(0, 3, (2, 2, 14, 1))
     kept = kept_tokens(random, (2, 2, 5), 14, True)
     is_target = random.random((2, 2, 14)) < 0.7
+    is_target[1, 1] = False
 
     slot, similarity = nearest(
         make(backend, keys), make(backend, kept, int), make(backend, is_target, bool), backend=backend,
@@ -151,10 +152,10 @@ def test_a_slot_is_the_weighted_sum_of_its_tokens_and_alone_it_is_copied(backend
     kept = kept_tokens(random, (2, 3, 4), 15, True)
     own, into, weights = random_merge(random, kept, 15, np.float32)
     x = random.normal(size=(2, 3, 15, 5))
-    x[0, 0, kept[0, 0][0]] = -0.0
-    # What goes nowhere may hold anything.
-    x[into < 0] = np.nan
-    weights = np.where(own >= 0, 1.0, weights)
+    x[..., 0] = -0.0
+    weights = np.where(own >= 0, 1.0, np.where(random.random(own.shape) < 0.3, 0.0, weights))
+    # What goes nowhere, or has no weight, may hold anything.
+    x[(into < 0) | (weights == 0)] = np.nan
     gathered = np.where((kept >= 0)[..., None], np.take_along_axis(x, np.maximum(kept, 0)[..., None], axis=2), 0)
 
     made = [make(backend, array) for array in (x, gathered)]

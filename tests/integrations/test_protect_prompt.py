@@ -273,7 +273,7 @@ class NewestOnly(Wrapper):
 
 
 def test_a_choice_that_drops_the_prompt_all_the_same_is_refused(model, ids):
-    message = "policy must keep the prompt with protect_prompt=True; NewestOnly dropped 4 tokens of it in layer 0"
+    message = "policy must keep the prompt with protect_prompt=True; NewestOnly dropped 4 of its tokens in layer 0"
     with (
         evicting(model, NewestOnly(KNorm(budget=20)), every=4, protect_prompt=True),
         pytest.raises(ArgumentError, match=message),

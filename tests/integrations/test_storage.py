@@ -440,6 +440,7 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         layer.slots = dataclasses.replace(
             layer.slots,
             places=torch.arange(100, 100 + stored).expand(*rows, stored)[..., None],
+            pinned=(torch.arange(stored) % 3 == 0).expand(*rows, stored),
             mass=1 + torch.rand(*rows, stored),
             absorbed=torch.randint(9, (*rows, stored), dtype=torch.int32),
             state={"a.b": torch.rand(*rows, stored - 1, 3), "c": torch.rand(*rows, stored)},

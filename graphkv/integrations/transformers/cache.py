@@ -566,7 +566,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
         -------
         EvictingCache
             The rows of the first, then those of the second, and so on: each goes on as it would in its own cache.
-            Queries, running sums and histories stay behind, so policies that ask for them cannot evict it.
+            Queries, probes, running sums and histories stay behind, so policies that ask for them cannot evict it.
 
         Raises
         ------
@@ -720,8 +720,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
         """Write the cache into a file that `load` reads, without pickle: safetensors, with settings in its header.
 
         Everything that the cache needs to go on is saved: keys and values, positions, queries, running sums, budgets,
-        counters, the policy and the other settings. The records of ``record=True`` are not; the next eviction makes a
-        new one. A copy of the tensors is made on the host.
+        counters, the policy and the other settings. The records of ``record=True`` are not, because the next
+        eviction makes a new one, nor is what `probe` has asked. A copy of the tensors is made on the host.
 
         Parameters
         ----------
