@@ -16,7 +16,7 @@ from reports import records
 from systems import table
 
 PAGE = Path(__file__).parent / "serving.md"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results-1-thread.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results-lmcache.json"
 BASES = ("snapkv+degree", "keydiff")
 FORMS = ("", "+shared", "+shared(over='layers')", "+shared(over='layers',block=16)")
 NUM_TOKENS, KEPT, CORES = 32768, 8192, 8

@@ -288,8 +288,11 @@ class RKV(WindowPolicy):
         return self.mix * received - (1 - self.mix) * repeated[..., :num_past]
 
     def cost(self, shape: LayerShape, /) -> Cost:
-        """Attend from the window, and compare (2 D) and search (3) all pairs of tokens, one block at a time."""
+        """Compare (2 D) and search (3) all pairs of tokens; the window's attention is little beside that.
+
+        In memory: one block of cosines, or the window's attention.
+        """
         heads, num_tokens = shape.batch * shape.kv_heads, shape.num_tokens
         pairs = heads * num_tokens * num_tokens * (2 * shape.head_size + 3 * self.num_exempt)
         block = heads * min(self.block_size, num_tokens) * num_tokens
-        return attention.window_cost(shape, self.window).then(Cost(pairs, 4 * block))
+        return Cost(pairs, max(4 * block, attention.window_cost(shape, self.window).bytes))

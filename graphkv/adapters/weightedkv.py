@@ -127,7 +127,7 @@ class WeightedKV(Wrapper):
     def needs(self) -> Requirements:
         """Return the needs of the base, and the window's queries where it remembers no attention."""
         needs = super().needs()
-        return needs if remembers_attention(self.base) else replace(needs, queries="window").joined(needs)
+        return needs if remembers_attention(self.base) else replace(needs, queries="all")
 
     def num_queries(self, num_tokens: int, /) -> int:
         """Return how many queries the base and the weights use."""

@@ -73,7 +73,7 @@ class Precision:
         head_size : int
             D.
         full_bits : int
-            Of a scale, of an offset, and of a number that is not demoted.
+            Of a scale, of an offset, and of a number that is not demoted. 0 counts the codes alone.
 
         Returns
         -------

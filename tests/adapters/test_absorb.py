@@ -193,3 +193,15 @@ def test_absorb_costs_a_product_with_the_kept_tokens():
     cost = Absorb(KNorm(budget=100), weights="count").cost(shape)
     assert cost.flops == KNorm(budget=100).cost(shape).flops + 2 * 2 * 5000 * 100 * 8
     assert cost.bytes == 4 * 2 * 1024 * 100
+
+
+def test_a_kept_token_without_attention_absorbs_by_counts():
+    rows = np.asarray([[[[0.0, 0.5, 0.25, 0.25]]]])
+    values = np.asarray([[[[1.0], [3.0], [5.0], [7.0]]]])
+    base = Given(budget=3, importance=np.asarray([[[3.0, 0.0, 2.0, 1.0]]]))
+    keys = np.asarray([[[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]]])
+
+    done = evict(Absorb(base, window=1), keys, attention=rows)
+
+    assert done.mass.tolist() == [[[2.0, 1.0, 1.0]]]
+    assert done.compress(keys, values)[1].tolist() == [[[[2.0], [5.0], [7.0]]]]

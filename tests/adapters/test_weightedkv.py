@@ -136,8 +136,18 @@ def test_the_toy_of_the_paper():
 def test_weightedkv_says_what_is_wrong():
     with pytest.raises(ArgumentError, match=r"mass must be one of \['attention', 'one'\]; got 'count'"):
         WeightedKV(SNAPKV, mass="count")
-    with pytest.raises(
-        ArgumentError, match=r"queries must hold the last 6 positions for WeightedKV\(KNorm\); got none"
-    ):
+    with pytest.raises(ArgumentError, match=r"queries must hold the last position for WeightedKV\(KNorm\); got none"):
         evict(WeightedKV(KNorm(budget=3)), np.ones((1, 1, 6, 2)))
     assert WeightedKV(H2O(budget=3)).needs().queries == "new"
+
+
+@pytest.mark.parametrize("mass", ["one", "attention"])
+def test_where_nobody_received_attention_the_mean_is_plain(mass):
+    rows = np.asarray([[[[0.0, 0.0, 0.75, 0.25]]]])
+    values = np.asarray([[[[1.0], [3.0], [5.0], [7.0]]]])
+    base = Given(budget=3, importance=np.asarray([[[0.0, 3.0, 2.0, 1.0]]]))
+
+    done = evict(WeightedKV(base, mass=mass, window=1), np.ones((1, 1, 4, 2)), attention=rows)
+
+    assert done.compress(values, values)[1].tolist() == [[[[2.0], [5.0], [7.0]]]]
+    assert done.mass.tolist() == [[[1.0 if mass == "one" else 2.0, 1.0, 1.0]]]

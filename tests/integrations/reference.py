@@ -194,7 +194,8 @@ class SlowReference:
             )
             evicted, since, number = True, 0, number + 1
             protection = policy.protection(decision.budget)
-            carried = protection.newest if protection.room <= decision.budget and not policy.needs().state else 0
+            sums_up = policy.needs().state and policy.needs().queries != "window"
+            carried = protection.newest if protection.room <= decision.budget and not sums_up else 0
             kept = [[i for i in row if i >= 0] for row in decision.kept[0].tolist()]
             state = _at_the_end(decision.state, kept)
             if decision.merge is not None:

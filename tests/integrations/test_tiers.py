@@ -8,7 +8,7 @@ from graphkv import H2O, Absorb, AdaKV, ArgumentError, Decay, GraphKV, KNorm, Mi
 from graphkv.backends.torch import BACKEND as TORCH
 from graphkv.core.precision import demote, key_balance, peaks
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
-from graphkv.integrations.transformers.tiers import TieredSlots, packed, unpacked
+from graphkv.integrations.transformers.tiers import TieredSlots, Tiers, packed, unpacked
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.tiny import tiny_llama
 
@@ -277,7 +277,7 @@ def test_eight_bits_are_close_and_two_bits_are_not(model, ids):
     assert errors[0] < errors[1] < errors[2]
 
 
-def test_what_cannot_be_is_refused(model, ids, tmp_path):
+def test_what_cannot_be_is_refused(model, ids):
     with pytest.raises(ArgumentError, match="rerotate must be False for a policy that keeps tokens in fewer bits; got"):
         EvictingCache(MiKV(SNAPKV), rerotate=True)
     cache = EvictingCache()
@@ -294,6 +294,41 @@ def test_what_cannot_be_is_refused(model, ids, tmp_path):
         ArgumentError, match="policy must not merge tokens of which some are kept in fewer bits; got Absorb"
     ):
         cache.evict(Absorb(KNorm(budget=8)))
-    with pytest.raises(ArgumentError, match="a cache with tokens in fewer bits cannot be saved"):
-        cache.save(tmp_path / "cache.safetensors")
-    assert not list(tmp_path.iterdir())
+
+
+@each_policy
+def test_a_file_holds_the_packed_bits(model, ids, policy, tmp_path):
+    cache = EvictingCache(policy, every=4)
+    read(model, cache, ids[:, :N])
+    read(model, cache, ids[:, N : N + 2])
+
+    cache.save(tmp_path / "cache.safetensors")
+    made = EvictingCache.load(tmp_path / "cache.safetensors", model=model)
+
+    assert made.nbytes == cache.nbytes
+    assert [by_position(layer) for layer in made.layers] == [by_position(layer) for layer in cache.layers]
+    for start in range(N + 2, N + 8):
+        found, expected = (read(model, each, ids[:, start : start + 1]) for each in (made, cache))
+        assert torch.equal(found, expected)
+    assert made.layers[0].num_evictions == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found | {"order": found["order"] + 99}, "tiers.order must name places among the"),
+        (lambda found: found | {"low_keys.codes": found["low_keys.codes"][..., 1:]}, "low_keys.codes must have shape"),
+        (
+            lambda found: found | {"low_values.scale": found["low_values.scale"].int()},
+            "low_values.scale must have shape",
+        ),
+        (lambda found: {name: x for name, x in found.items() if name != "balance"}, "tiers must hold balance, keys"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(model, ids, change, message):
+    cache = EvictingCache(POLICIES["all"])
+    read(model, cache, ids[:, :N])
+    tiers = cache.layers[0].slots.tiers
+
+    with pytest.raises(ArgumentError, match=message):
+        Tiers.of_tensors(change(tiers.tensors()), tiers.precision, 0, "layers.0.tiers")

@@ -125,5 +125,6 @@ def _states(policies: Sequence[Policy], cache: EvictingCache, before: States) ->
 
 
 def _without_budget(policy: Policy) -> Policy:
-    """Return the base of a policy, the same for every budget."""
-    return with_budget(base_of(policy), 1)
+    """Return what remembers, the same for every budget: the base, unless a policy on top remembers more."""
+    base = base_of(policy)
+    return with_budget(base if base.needs().state == policy.needs().state else policy, 1)

@@ -440,8 +440,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         """Return the queries of tokens that are kept for sure, for a window that reaches back across the eviction."""
         settings = self.settings
         over = settings.policy is not None and settings.every is None
+        # What has been summed up is not asked again; a memory that no attention goes into sums nothing up.
+        sums_up = bool(policy.needs().state) and policy.needs().queries != "window"
         protection = policy.protection(budget)
-        if self.held is None or over or policy.needs().state or not protection.count or protection.room > budget:
+        if self.held is None or over or sums_up or not protection.count or protection.room > budget:
             return None
         return self.held.last(protection.newest) if protection.newest else None
 

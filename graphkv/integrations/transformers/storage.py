@@ -21,6 +21,7 @@ from ...core.backend import BUILT_IN, Backend, is_found_by_name
 from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from ...core.files import write_whole
 from ...core.policy import Policy
+from ...core.precision import Precision
 from . import fingerprint, rotary
 from .history import History
 from .hybrid import HybridEvictingLayer
@@ -29,7 +30,7 @@ from .queries import Queries
 from .settings import Settings
 from .slots import Slots
 from .source import Source
-from .tiers import TieredSlots
+from .tiers import TieredSlots, Tiers
 
 __all__ = ["load_cache", "save_cache"]
 
@@ -229,6 +230,9 @@ def _tensors_of(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name in TENSORS:
         if found.get(name) is not None:
             yield name, found[name]
+    if isinstance(layer.slots, TieredSlots):
+        for name, tensor in layer.slots.tiers.tensors().items():
+            yield f"tiers.{name}", tensor
     for name, sums in layer.slots.state.items():
         yield f"state.{name}", sums
     for name, tensor in layer.layer_state.items():
@@ -254,11 +258,7 @@ def _layer_header(layer: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any]:
-    if isinstance(layer.slots, TieredSlots):
-        raise ArgumentError(
-            "a cache with tokens in fewer bits cannot be saved; save it before the policy demotes any, or evict by "
-            f"another policy than {settings.policy}"
-        )
+    tiers = layer.slots.tiers if isinstance(layer.slots, TieredSlots) else None
     shared_by = to_plain(layer.shared_by)
     if not is_known(shared_by) and layer.shared_by != settings.policy:
         raise ArgumentError(
@@ -271,6 +271,7 @@ def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any
         "shared_by": shared_by,
         "source": None if layer.source is None else {name: getattr(layer.source, name) for name in SOURCE},
         "rotation": None if layer.rotation is None else asdict(layer.rotation),
+        "tiers": None if tiers is None else asdict(tiers.precision) | {"num_appended": tiers.num_appended},
     }
 
 
@@ -481,11 +482,16 @@ def _fill_attention(
         "shared_by": (dict, NoneType),
         "source": (dict, NoneType),
         "rotation": (dict, NoneType),
+        "tiers": (dict, NoneType),
     }
     _fields(given, kinds, f"{name}.attention")
     for key, value in _fields(given["values"], VALUES, f"{name}.values").items():
         setattr(layer, key, value)
     found = {key: tensors.pop(key) for key in TENSORS if key in tensors}
+    tiers = None if given["tiers"] is None else _tiers(given["tiers"], _taken_out(tensors, "tiers."), f"{name}.tiers")
+    if tiers is not None:
+        # Checked as any others, as they read.
+        found |= {key: tiers.read(key) for key in ("keys", "values")}
     state, layer_state = _taken_out(tensors, "state."), _taken_out(tensors, "layer_state.")
     if found or state or layer_state or layer.num_seen:
         # What is not the text's, such as keys of a picture, may have rows of its own.
@@ -498,6 +504,8 @@ def _fill_attention(
         layer.lazy_initialization(found["keys"], found["values"])
         stored = {each.name: found[each.name] for each in fields(Slots) if each.name in found}
         layer.slots = Slots(**stored, state={key: sums.to(device) for key, sums in state.items()})
+        if tiers is not None:
+            layer.slots = TieredSlots.of(layer.slots, tiers.each(lambda x: x.to(device)))
         layer.layer_state = {key: tensor.to(device) for key, tensor in layer_state.items()}
         layer.num_hidden, layer.budgets_found = (found.get(key) for key in COUNTS)
         layer.query_peaks = found.get("query_peaks")
@@ -517,6 +525,14 @@ def _fill_attention(
         layer.row_budgets = torch.tensor(budgets)
     # One that is not known is the cache's own, see `_attention_header`.
     layer.shared_by = from_plain(given["shared_by"]) if is_known(given["shared_by"]) else layer.settings.policy
+
+
+def _tiers(given: Mapping[str, Any], tensors: dict[str, torch.Tensor], name: str) -> Tiers:
+    """Restore what is packed of a layer."""
+    kinds: dict[str, tuple[type, ...]] = {"bits": (int,), "group": (int,), "balanced": (bool,), "num_appended": (int,)}
+    num_appended = _fields(dict(given), kinds, name)["num_appended"]
+    precision = Precision(**{key: value for key, value in given.items() if key != "num_appended"})
+    return Tiers.of_tensors(tensors, precision, num_appended, name)
 
 
 def _taken_out(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

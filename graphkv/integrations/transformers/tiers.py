@@ -18,6 +18,9 @@ __all__ = ["Packed", "TieredSlots", "Tiers", "demoted", "query_peaks"]
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
+# What is packed, and of which tensors it is made.
+LOW, PARTS = ("low_keys", "low_values"), ("codes", "scale", "offset")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
@@ -170,6 +173,60 @@ class Tiers:
             values=change(self.values),
             order=change(self.order),
             balance=None if self.balance is None else change(self.balance),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor by its name, for a file."""
+        packed = {f"{low}.{part}": getattr(getattr(self, low), part) for low in LOW for part in PARTS}
+        balance = {} if self.balance is None else {"balance": self.balance}
+        return packed | balance | {"keys": self.keys, "values": self.values, "order": self.order}
+
+    @classmethod
+    def of_tensors(cls, found: dict[str, torch.Tensor], precision: Precision, num_appended: int, name: str) -> Tiers:
+        """Put the tensors of a file together.
+
+        Raises
+        ------
+        ArgumentError
+            If they do not fit to each other.
+        """
+        names = {"keys", "values", "order", *(f"{low}.{part}" for low in LOW for part in PARTS)}
+        names |= {"balance"} if precision.balanced else set()
+        if set(found) != names:
+            raise ArgumentError(f"its {name} must hold {', '.join(sorted(names))}; got {sorted(found)}")
+        order, width = found["order"], found["low_keys.codes"].shape[2] if found["low_keys.codes"].ndim == 4 else -1
+        rows, full = tuple(found["keys"].shape[:2]), found["keys"].shape[2] if found["keys"].ndim == 4 else -1
+        for key, tensor in found.items():
+            low, _, part = key.partition(".")
+            size = found[low.removeprefix("low_")].shape[-1] if part else found["keys"].shape[-1]
+            shapes = {
+                "codes": (*rows, width, precision.row_bytes(size, full_bits=0)),
+                "scale": (*rows, width, precision.num_groups(size)),
+                "offset": (*rows, width, precision.num_groups(size)),
+                "keys": (*rows, full, size),
+                "values": (*rows, full, found["values"].shape[-1]),
+                "order": (*rows, order.shape[-1]),
+                "balance": (*rows, size),
+            }
+            dtype = {"codes": torch.uint8, "order": torch.int32, "balance": torch.float32}.get(part or low)
+            is_kind = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+            if tuple(tensor.shape) != shapes[part or low] or not is_kind:
+                raise ArgumentError(
+                    f"its {name}.{key} must have shape {shapes[part or low]} and dtype {dtype or 'float'}; "
+                    f"got {tuple(tensor.shape)} and {tensor.dtype}"
+                )
+        if not bool(((order >= 0) & (order < width + full)).all()) or num_appended > min(full, order.shape[-1]):
+            raise ArgumentError(f"its {name}.order must name places among the {width + full} that are stored")
+        low_keys, low_values = (Packed(**{part: found[f"{low}.{part}"] for part in PARTS}) for low in LOW)
+        return cls(
+            precision=precision,
+            low_keys=low_keys,
+            low_values=low_values,
+            keys=found["keys"],
+            values=found["values"],
+            order=order,
+            balance=found.get("balance"),
+            num_appended=num_appended,
         )
 
     def _with(self, **changes: Any) -> Tiers:
