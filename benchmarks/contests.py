@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import graphkv
-from graphkv import H2O, Degree, GraphKV, SnapKV
+from graphkv import H2O, Absorb, Degree, Given, GraphKV, SnapKV
 
 from .measure import Call, Contest
 
@@ -133,6 +133,20 @@ def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
     return make
 
 
+def _absorb(shape: Shape, library: str) -> Callable[[bool], tuple[Call, Call]]:
+    """Evict by the degree of given scores, with and without absorbing what nearly equals a kept token."""
+
+    def make(tiny: bool) -> tuple[Call, Call]:
+        heads, tokens, head_size, sources, _ = TINY if tiny else shape
+        keys = _normal(library, "cpu", 1, heads, tokens, head_size)
+        importance = _normal(library, "cpu", 1, heads, tokens)
+        base = GraphKV(Given(budget=round(sources / 0.3), importance=importance))
+        policy = Absorb(base, weights="count")
+        return lambda: graphkv.evict(policy, keys), lambda: graphkv.evict(base, keys)
+
+    return make
+
+
 def _edit() -> Callable[[bool], tuple[Call, Call]]:
     """Edit a cache as LMCache stores it, a few layers of an 8B model; and copy it once."""
 
@@ -239,6 +253,16 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
             synchronize=wait,
         )
     )
+    for library in ("torch", "numpy"):
+        found.append(
+            Contest(
+                name=f"Absorb, {library}: {MIDDLE}",
+                make=_absorb(MIDDLE, library),
+                of="the graph and Absorb",
+                to="the graph",
+                at_most=1.3,
+            )
+        )
     found.append(
         Contest(
             name=f"LMCache edit: {EDITED}",
