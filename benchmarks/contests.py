@@ -164,7 +164,7 @@ def _edit() -> Callable[[bool], tuple[Call, Call]]:
         cache = _normal("torch", "cpu", 2, layers, tokens, 8 * 128).to(torch.bfloat16)
         queries = _normal("torch", "cpu", 1, layers, tokens, 32 * 128).to(torch.bfloat16)
         edit, ids = editor(policy, config, chunk_size=chunk), list(range(tokens))
-        return lambda: edit({"kv": cache, "query": queries}, ids), cache.clone
+        return lambda: edit({"kv": cache, "query": queries}, ids)[0], cache.clone
 
     return make
 
