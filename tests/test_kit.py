@@ -89,6 +89,7 @@ SETTLED = {
     "top_k": ("special_scores_have_their_places", "scores_one_bit_apart_keep_their_order"),
     "segment_product": ("segments_of_many_values",),
     "segment_sum": ("segments_of_many_values",),
+    "sum_rows": ("sums_of_many_rows", "a_row_alone_in_its_slot_stays_bit_for_bit"),
     "received_attention": ("attention_received_in_real_shapes",),
     "build_graph": (
         "graphs_of_real_head_sizes",

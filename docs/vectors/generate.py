@@ -22,7 +22,7 @@ import vectors
 
 from graphkv.backends.numpy import BACKEND
 
-PORTABLE = replace(BACKEND, top_k=None, segment_product=None, segment_sum=None)
+PORTABLE = replace(BACKEND, top_k=None, segment_product=None, segment_sum=None, sum_rows=None)
 CLOSE = {"relative": 1e-5, "absolute": 1e-6}
 TIGHT = {"relative": 1e-5, "absolute": 0.0}
 # The rule of cases that float64 would answer otherwise.

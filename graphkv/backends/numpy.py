@@ -9,7 +9,7 @@ from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 from ..core import primitives
 from ..core.backend import Backend
@@ -170,6 +170,21 @@ def _segment_reduce(ufunc: np.ufunc, identity: int, values: Array, index: Array,
     return result
 
 
+def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
+    """Add in order of the rows: a product with a sparse matrix, in which each has a 1 in the place of its slot."""
+    *leading, num_rows, size = rows.shape
+    shape = (*leading, num_slots, size)
+    if 0 in shape or num_rows == 0:
+        return np.zeros(shape, dtype=rows.dtype)
+    into = into.reshape(-1, num_rows)
+    goes_somewhere = into >= 0
+    slot = (into + np.arange(into.shape[0])[:, None] * num_slots)[goes_somewhere]
+    start = np.concatenate([[0], np.cumsum(goes_somewhere)])
+    table = csc_array((np.ones(slot.size, rows.dtype), slot, start), shape=(into.shape[0] * num_slots, into.size))
+    result: Array = (table @ rows.reshape(-1, size)).reshape(shape)
+    return result
+
+
 def to_csr(graph: Graph, /, row: tuple[int, ...] = ()) -> Any:
     """Return one row's graph as a sparse matrix, to draw or inspect it.
 
@@ -249,6 +264,7 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+    sum_rows=sum_rows,
     build_graph=build_graph,
     guard=guard,
     refuse=refuse,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -63,6 +64,21 @@ def segment_sum(values: Array, index: Array, num_segments: int, /, *, backend: B
         return primitives.portable_segment_sum(values, index, num_segments, backend=backend)
     result = torch.zeros((*values.shape[:-1], num_segments), dtype=values.dtype, device=values.device)
     return result.scatter_add(-1, index, values)
+
+
+def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
+    """Add by torch's own sum of rows where its order is fixed: on a GPU it changes from run to run."""
+    if rows.device.type != "cpu":
+        return primitives.portable_sum_rows(rows, into, num_slots, backend=backend)
+    *leading, num_rows, size = rows.shape
+    count = math.prod(leading)
+    into = into.reshape(count, num_rows)
+    place = torch.arange(count, device=rows.device)[:, None] * num_slots + into
+    # One more slot takes what goes nowhere.
+    place = place.masked_fill(into < 0, count * num_slots).reshape(-1)
+    total = torch.zeros((count * num_slots + 1, size), dtype=rows.dtype, device=rows.device)
+    total = total.index_add(0, place, rows.reshape(count * num_rows, size))
+    return total[:-1].reshape(*leading, num_slots, size)
 
 
 def _normalized(keys: Array, /) -> Array:
@@ -233,6 +249,7 @@ BACKEND = Backend(
     top_k=top_k,
     segment_product=segment_product,
     segment_sum=segment_sum,
+    sum_rows=sum_rows,
     received_attention=received_attention,
     build_graph=build_graph,
     guard=guard,

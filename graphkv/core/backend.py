@@ -27,6 +27,7 @@ __all__ = [
     "ReceivedAttention",
     "SegmentReduce",
     "SelectStep",
+    "SumRows",
     "TopK",
     "is_found_by_name",
     "load",
@@ -47,6 +48,12 @@ class SegmentReduce(Protocol):
     """The form of `graphkv.core.primitives.portable_segment_product` and of its sum."""
 
     def __call__(self, values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array: ...
+
+
+class SumRows(Protocol):
+    """The form of `graphkv.core.primitives.portable_sum_rows`."""
+
+    def __call__(self, rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array: ...
 
 
 class ReceivedAttention(Protocol):
@@ -140,6 +147,8 @@ class Backend:
         The best tokens by the order of the specification.
     segment_product, segment_sum : SegmentReduce, optional
         Products and sums of the values that share an index.
+    sum_rows : SumRows, optional
+        Sums of the rows that go into the same slot, for merges.
     received_attention : ReceivedAttention, optional
         The attention that each token receives from the last positions.
     build_graph, propagate, distance, fuse, pagerank, select : optional
@@ -167,6 +176,7 @@ class Backend:
     top_k: TopK | None = None
     segment_product: SegmentReduce | None = None
     segment_sum: SegmentReduce | None = None
+    sum_rows: SumRows | None = None
     received_attention: ReceivedAttention | None = None
     build_graph: BuildGraphStep | None = None
     propagate: PropagateStep | None = None

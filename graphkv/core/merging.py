@@ -96,8 +96,8 @@ def compressed(x: Array, gathered: Array, kept: Array, into: Array, weights: Arr
     total = primitives.sum_rows(parts, into, num_slots, backend=backend)
     own = (slots(kept, x.shape[-2], backend=backend) == into) & (into >= 0)
     change = xp.abs(weights - xp.astype(own, weights.dtype))
-    is_changed = primitives.sum_rows(change[..., None], into, num_slots, backend=backend) > 0
-    return xp.where(is_changed, xp.astype(total, x.dtype), gathered)
+    is_changed = add_up(change, into, num_slots, backend=backend) > 0
+    return xp.where(is_changed[..., None], xp.astype(total, x.dtype), gathered)
 
 
 def nearest(

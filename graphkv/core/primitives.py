@@ -1,8 +1,7 @@
 """Operations that the array API standard lacks, written in the standard.
 
-`top_k`, `segment_product` and `segment_sum` are doors: they call the backend's own form where it brings one, else the
-portable one. A backend's form is called like the portable one and must give the same results. `sum_rows` comes with
-`segment_sum`.
+`top_k`, `segment_product`, `segment_sum` and `sum_rows` are doors: they call the backend's own form where it brings
+one, else the portable one. A backend's form is called like the portable one and must give the same results.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .backend import Backend, SegmentReduce, TopK
+from .backend import Backend, SegmentReduce, SumRows, TopK
 from .types import Array, Namespace
 
 __all__ = [
@@ -19,6 +18,7 @@ __all__ = [
     "packed_top_k",
     "portable_segment_product",
     "portable_segment_sum",
+    "portable_sum_rows",
     "portable_top_k",
     "segment_product",
     "segment_sum",
@@ -209,7 +209,7 @@ def portable_segment_sum(values: Array, index: Array, num_segments: int, /, *, b
 
 
 def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
-    """Add the rows that go into the same slot, row by row of the leading axes: `segment_sum` of each column.
+    """Add the rows that go into the same slot, row by row of the leading axes.
 
     No table of slots by rows exists, and the order of the additions does not change from run to run.
 
@@ -217,15 +217,21 @@ def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -
     ----------
     rows : array, shape (..., N, D), float32 or float64
     into : array, shape (..., N), integer in [-1, num_slots)
-        The slot of each row; -1 for a row that goes nowhere.
+        The slot of each row; -1 for a row that goes nowhere, which may hold anything.
     num_slots : int
     backend : Backend
 
     Returns
     -------
     array, shape (..., num_slots, D), dtype of `rows`
-        Zero where there are none.
+        Zero where there are none, and a row alone in its slot is there bit for bit, but that -0.0 is 0.0.
     """
+    step: SumRows = backend.sum_rows or portable_sum_rows
+    return step(rows, into, num_slots, backend=backend)
+
+
+def portable_sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -> Array:
+    """Add by `segment_sum` of each column: the specification of `sum_rows`."""
     xp = backend.xp
     columns = xp.matrix_transpose(rows)
     index = xp.where(into >= 0, into, xp.full_like(into, num_slots))[..., None, :]

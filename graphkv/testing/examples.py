@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..adapters import Absorb, Given
 from ..core import primitives
 from ..core.attention import received_attention
 from ..core.backend import Backend, load
@@ -177,6 +178,127 @@ def test_segments_of_many_values(backend: Backend) -> None:
                 found = _segment(backend, kind)(x, asserts.make(backend, index), num_segments)
                 expected = _segments(kind, narrow.astype(np.float64), index, num_segments)
                 asserts.close(found, expected.astype(dtype), backend=backend, like=x, scale=1.0)
+
+
+def test_sums_of_many_rows(backend: Backend) -> None:
+    """Heads of 128, hundreds of rows in one slot, tens of thousands in all; to the dtype's last bits."""
+    for leading, num_rows, num_slots, size in (
+        ((), 70_000, 64, 1),
+        ((), 2000, 3000, 3),
+        ((100,), 60, 7, 3),
+        ((2, 2, 3), 17, 9, 128),
+        ((1, 2), 300, 2, 80),
+    ):
+        random = np.random.default_rng(num_rows)
+        shape = (*leading, num_rows)
+        into = random.integers(-1, num_slots, shape)
+        into[..., ::3] = num_slots - 1
+        integers = random.integers(-8, 9, (*shape, size)).astype(np.float64)
+        general = random.normal(size=(*shape, size))
+        for dtype in _dtypes(backend):
+            for index_dtype in ("int64", "int32") if num_rows < 100 else ("int64",):
+                x = asserts.make(backend, integers, dtype)
+                index = asserts.make(backend, into, index_dtype)
+                found = primitives.sum_rows(x, index, num_slots, backend=backend)
+                asserts.equal(found, _rows(integers, into, num_slots).astype(dtype), backend=backend, like=x)
+            if num_rows > 2000:
+                continue  # the rounding of this many terms is not the backend's fault
+            narrow = general.astype(dtype)
+            x = asserts.make(backend, narrow, dtype)
+            found = primitives.sum_rows(x, asserts.make(backend, into), num_slots, backend=backend)
+            wide = narrow.astype(np.float64)
+            wanted, scale = _rows(wide, into, num_slots).astype(dtype), _rows(np.abs(wide), into, num_slots)
+            asserts.close(found, wanted, backend=backend, like=x, scale=scale)
+
+
+def test_a_row_alone_in_its_slot_stays_bit_for_bit(backend: Backend) -> None:
+    """Whatever the others hold, far larger numbers among them; and slots without a row are 0."""
+    random = np.random.default_rng(16)
+    rows = random.normal(size=(2, 60, 5)) * 10.0 ** random.integers(-20, 20, (2, 60, 1))
+    into = np.stack([random.permutation(90)[:60] for _ in range(2)])
+    for dtype in _dtypes(backend):
+        x = asserts.make(backend, rows, dtype)
+        found = primitives.sum_rows(x, asserts.make(backend, into), 90, backend=backend)
+        wanted = np.zeros((2, 90, 5), dtype)
+        np.put_along_axis(wanted, into[..., None], rows.astype(dtype), axis=1)
+        asserts.identical(found, wanted, backend=backend, like=x)
+
+
+def test_rows_that_go_nowhere_are_not_counted(backend: Backend) -> None:
+    """As padding goes nowhere, which may hold an infinity or NaN; and where all do, there is nothing."""
+    random = np.random.default_rng(17)
+    for leading in ((), (2, 3)):
+        rows = random.integers(-8, 9, (*leading, 30, 4)).astype(np.float64)
+        into = random.integers(-1, 5, (*leading, 30))
+        into[..., -3:] = -1
+        wanted = _rows(rows, into, 5)
+        for junk in (np.nan, np.inf, -np.inf, 1e30):
+            spoiled = np.where(into[..., None] < 0, junk, rows)
+            for dtype in _dtypes(backend):
+                x = asserts.make(backend, spoiled, dtype)
+                found = primitives.sum_rows(x, asserts.make(backend, into), 5, backend=backend)
+                asserts.equal(found, wanted.astype(dtype), backend=backend, like=x)
+                nowhere = asserts.make(backend, np.full_like(into, -1))
+                found = primitives.sum_rows(x, nowhere, 5, backend=backend)
+                asserts.equal(found, np.zeros(wanted.shape, dtype), backend=backend, like=x)
+
+
+def test_the_order_of_rows_never_matters_beyond_rounding(backend: Backend) -> None:
+    """Rows in the order of their slots, in the opposite one and in none have the same sums."""
+    random = np.random.default_rng(18)
+    rows, into = random.normal(size=(2, 200, 3)), np.sort(random.integers(-1, 9, (2, 200)), axis=-1)
+    for dtype in _dtypes(backend):
+        wide = rows.astype(dtype).astype(np.float64)
+        wanted, scale = _rows(wide, into, 9).astype(dtype), _rows(np.abs(wide), into, 9)
+        for order in (np.arange(200), np.arange(200)[::-1], random.permutation(200)):
+            x = asserts.make(backend, rows[:, order], dtype)
+            found = primitives.sum_rows(x, asserts.make(backend, into[:, order]), 9, backend=backend)
+            asserts.close(found, wanted, backend=backend, like=x, scale=scale)
+
+
+def test_merges_conserve_mass(backend: Backend) -> None:
+    """Each token that is kept or absorbed counts once and padding never, and averages of a constant are that constant.
+
+    What nothing is absorbed into stays bit for bit.
+    """
+    num_tokens, budget = 40, 6
+    random = np.random.default_rng(19)
+    shape = (2, 2, num_tokens)
+    # Tokens of a kind have one direction, different kinds are orthogonal; of some kinds no token is kept.
+    kind, valid = random.integers(0, 8, shape), random.random(shape) < 0.8
+    keys = np.eye(8)[kind] * 2.0 ** random.integers(-2, 3, shape)[..., None]
+    keys[~valid] = np.nan
+    importance = random.permutation(np.prod(shape)).reshape(shape)
+    values = np.concatenate([random.normal(size=(*shape, 4)), np.full((*shape, 1), 3.25)], axis=-1)
+    values[~valid] = np.nan
+    kept = truth.select(importance.astype(np.float64), budget, valid=valid)
+    slots = np.tile(np.arange(budget), (*shape[:2], 1))
+    into = np.full(shape, -1)
+    for b, h, j in np.argwhere(valid).tolist():
+        same = slots[b, h][kind[b, h][kept[b, h]] == kind[b, h, j]]
+        into[b, h, j] = same[0] if same.size else -1
+    np.put_along_axis(into, kept, slots, axis=-1)
+    mass = _rows(np.ones((*shape, 1)), into, budget)
+    for dtype in _dtypes(backend):
+        narrow = values.astype(dtype)
+        x, v = asserts.make(backend, keys, dtype), asserts.make(backend, narrow, dtype)
+        base = Given(budget=budget, importance=asserts.make(backend, importance.astype(np.float64), dtype))
+        given_valid = asserts.make(backend, valid)
+        done = evict(Absorb(base, weights="count"), x, values=v, valid=given_valid, backend=backend)
+
+        asserts.equal(done.kept, kept, backend=backend, like=x)
+        assert done.merge is not None
+        asserts.equal(done.merge.into, into, backend=backend, like=x)
+        assert done.mass is not None
+        asserts.equal(done.mass, mass[..., 0].astype(dtype), backend=backend, like=x)
+        merged_keys, merged = done.compress(x, v)
+        asserts.identical(merged_keys, done.apply(x), backend=backend, like=x)
+        wide = np.where(valid[..., None], narrow, 0).astype(np.float64)
+        asserts.close(merged, (_rows(wide, into, budget) / mass).astype(dtype), backend=backend, like=x, scale=4.0)
+        alone = mass[..., 0] == 1
+        assert 0 < np.sum(alone) < alone.size
+        copied = np.take_along_axis(narrow, kept[..., None], axis=-2)
+        np.testing.assert_array_equal(asserts.values(backend, merged)[alone], copied[alone])
 
 
 def test_attention_received_in_real_shapes(backend: Backend) -> None:
@@ -813,6 +935,14 @@ def _segments(kind: str, values: NDArray[Any], index: NDArray[Any], num_segments
     return result
 
 
+def _rows(rows: NDArray[Any], into: NDArray[Any], num_slots: int) -> NDArray[np.float64]:
+    """Add the rows of each slot in float64; -1 goes nowhere."""
+    result = np.zeros((*into.shape[:-1], num_slots + 1, rows.shape[-1]))
+    for row in np.ndindex(*into.shape[:-1]):
+        np.add.at(result[row], into[row], rows[row])
+    return result[..., :num_slots, :]
+
+
 def _made(backend: Backend, masks: Mapping[str, NDArray[np.bool_] | None]) -> dict[str, Array]:
     return {name: asserts.make(backend, mask) for name, mask in masks.items() if mask is not None}
 
@@ -945,6 +1075,7 @@ class _Steps:
             "sources": asserts.make(backend, np.sort(random.integers(0, num_tokens, edges[:-1]), axis=-1)),
             "neighbors": asserts.make(backend, random.integers(0, num_tokens, edges)),
             "weights": asserts.make(backend, random.choice([0.0, 0.5, 0.75], edges), "float32"),
+            "into": asserts.make(backend, random.integers(-1, 3, shape)),
         }
         return cls(
             backend=backend,
@@ -991,6 +1122,7 @@ class _Steps:
         values, index = xp.reshape(x["weights"], edges), xp.reshape(x["neighbors"], edges)
         for kind in ("product", "sum"):
             found[f"segment {kind}"] = _segment(backend, kind)(values, index, num_tokens)
+        found["sum of rows"] = primitives.sum_rows(x["keys"], x["into"], 3, backend=backend)
         if x["keys"].ndim == 4 and x["keys"].shape[1]:
             found["received"] = received_attention(x["keys"], x["keys"], x["valid"], block_size=7, backend=backend)
         return found

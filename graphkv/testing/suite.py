@@ -135,6 +135,26 @@ def test_segment_sum_adds_what_shares_an_index(
 
 
 @unhurried
+@given(data=DRAWS, leading=strategies.leading_shapes(), size=st.sampled_from([1, 3]), dtype=st.sampled_from(FLOATS))
+def test_sum_rows_adds_what_goes_into_a_slot(
+    backend: Backend, data: Any, leading: tuple[int, ...], size: int, dtype: str
+) -> None:
+    """Rows of one slot add, -1 goes nowhere, heads are apart, and a slot without rows is 0."""
+    _, into, num_slots = data.draw(_segments(leading, strategies.exact()))
+    into = into - data.draw(arrays(np.int64, into.shape, elements=st.integers(0, 1), fill=st.nothing()))
+    rows = data.draw(strategies.scores((*into.shape, size), elements=strategies.exact()))
+    x = asserts.make(backend, rows, dtype)
+
+    found = primitives.sum_rows(x, asserts.make(backend, into), num_slots, backend=backend)
+
+    wanted = np.zeros((*leading, num_slots, size), dtype=dtype)
+    for *row, j in np.ndindex(*into.shape):
+        if into[(*row, j)] >= 0:
+            wanted[(*row, into[(*row, j)])] += rows[(*row, j)].astype(dtype)
+    asserts.equal(found, wanted, backend=backend, like=x)
+
+
+@unhurried
 @given(data=DRAWS, num_tokens=st.integers(0, 7), groups=st.integers(1, 2), dtype=st.sampled_from(FLOATS))
 def test_received_attention_agrees_with_the_oracle(
     backend: Backend, data: Any, num_tokens: int, groups: int, dtype: str

@@ -84,6 +84,27 @@ def segment(values, index, num_segments, /, *, backend, ufunc, fault=""):
     return result
 
 
+def sum_rows(rows, into, num_slots, /, *, backend, fault=""):
+    total = np.zeros((*into.shape[:-1], num_slots, rows.shape[-1]), rows.dtype)
+    count = np.zeros((*total.shape[:-1], 1), rows.dtype)
+    for *row, j in np.ndindex(*into.shape):
+        slot = into[(*row, j)]
+        if fault == "nowhere is the first slot":
+            slot = max(slot, 0)
+        if fault == "last row lost" and j == into.shape[-1] - 1:
+            continue
+        if slot < 0 and fault != "nowhere is the last slot":
+            continue
+        at = (*(0 for _ in row), slot) if fault == "heads share slots" else (*row, slot)
+        total[at] = rows[(*row, j)] if fault == "last row wins" else total[at] + rows[(*row, j)]
+        count[at] += 1
+    if fault == "a mean for a sum":
+        total = total / np.maximum(count, 1)
+    if fault == "slots without rows are NaN":
+        total = np.where(count > 0, total, np.asarray(np.nan, total.dtype))
+    return total
+
+
 def received_attention(queries, keys, valid, /, *, block_size, backend, fault=""):
     groups = queries.shape[1] // keys.shape[1]
     total = np.zeros((*keys.shape[:2], groups, keys.shape[2]), keys.dtype)
@@ -403,6 +424,7 @@ RIGHT: dict[str, Callable[..., Any]] = {
     "top_k": NUMPY.top_k,
     "segment_product": NUMPY.segment_product,
     "segment_sum": NUMPY.segment_sum,
+    "sum_rows": NUMPY.sum_rows,
     "received_attention": portable_received_attention,
     "build_graph": NUMPY.build_graph,
     "propagate": portable_propagate,
@@ -625,25 +647,78 @@ def tiers_of_two_bits_as_one(step):
     return lambda scores, k, tiers, /, **options: step(scores, k, None if tiers is None else tiers > 0, **options)
 
 
+def number_before(index):
+    """Count, for each value, those of its segment before it."""
+    order = np.argsort(index, axis=-1, kind="stable")
+    ordered = np.take_along_axis(index, order, axis=-1)
+    place = np.broadcast_to(np.arange(index.shape[-1]), index.shape)
+    is_first = np.diff(ordered, axis=-1, prepend=-2) != 0
+    first = np.maximum.accumulate(np.where(is_first, place, 0), axis=-1)
+    before = np.empty_like(place)
+    np.put_along_axis(before, order, place - first, axis=-1)
+    return before
+
+
 def segments_of(most):
     """Room for so many values a segment."""
 
     def spoil(step):
         def wrong(values, index, num_segments, /, *, backend):
-            order = np.argsort(index, axis=-1, kind="stable")
-            ordered = np.take_along_axis(index, order, axis=-1)
-            place = np.broadcast_to(np.arange(index.shape[-1]), index.shape)
-            is_first = np.diff(ordered, axis=-1, prepend=-1) != 0
-            first = np.maximum.accumulate(np.where(is_first, place, 0), axis=-1)
-            before = np.empty_like(place)
-            np.put_along_axis(before, order, place - first, axis=-1)
             neutral = 1 if step is RIGHT["segment_product"] else 0
-            some = np.where(before < most, values, np.asarray(neutral, values.dtype))
+            some = np.where(number_before(index) < most, values, np.asarray(neutral, values.dtype))
             return step(some, index, num_segments, backend=backend)
 
         return wrong
 
     return spoil
+
+
+def into_as(change):
+    """Spoil where rows go."""
+    return lambda step: lambda rows, into, *args, **options: step(rows, change(into), *args, **options)
+
+
+def slots_of(most):
+    """Room for so many rows a slot."""
+    return into_as(lambda into: np.where(number_before(into) < most, into, -1))
+
+
+def last_run(into):
+    """Take slots for sorted: only the last run of equal ones is added."""
+    if not into.size:
+        return into
+    run = np.cumsum(np.diff(into, axis=-1, prepend=into[..., :1]) != 0, axis=-1)
+    same = into[..., None] == into[..., None, :]
+    return np.where(run == np.max(np.where(same, run[..., None, :], 0), axis=-1), into, -1)
+
+
+def running_sum(step):
+    """Sums as differences of one sum over all rows in the order of their slots."""
+
+    def wrong(rows, into, num_slots, /, *, backend):
+        order = np.argsort(into, axis=-1, kind="stable")
+        sums = np.cumsum(np.take_along_axis(rows, order[..., None], axis=-2), axis=-2, dtype=rows.dtype)
+        sums = np.concatenate([np.zeros_like(sums[..., :1, :]), sums], axis=-2)
+        below = np.sum(into[..., None, :] < np.arange(num_slots + 1)[:, None], axis=-1)
+        return np.diff(np.take_along_axis(sums, below[..., None], axis=-2), axis=-2)
+
+    return wrong
+
+
+def nowhere_times_zero(step):
+    """What goes nowhere goes into the first slot, times 0."""
+
+    def wrong(rows, into, num_slots, /, *, backend):
+        with np.errstate(all="ignore"):
+            rows = rows * (into >= 0)[..., None].astype(rows.dtype)
+        return step(rows, np.maximum(into, 0), num_slots, backend=backend)
+
+    return wrong
+
+
+def entries_of_the_result(most):
+    """So many entries of every row of the result; the others are 0."""
+    return on_result(lambda x: np.where(np.arange(x.shape[-1]) < most, x, np.zeros_like(x)))
 
 
 def edges_up_to(most):
@@ -1000,6 +1075,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "top_k": top_k,
     "segment_product": partial(segment, ufunc=np.multiply),
     "segment_sum": partial(segment, ufunc=np.add),
+    "sum_rows": sum_rows,
     "received_attention": received_attention,
     "build_graph": build_graph,
     "propagate": propagate,
@@ -1124,8 +1200,33 @@ FAULTS = [
                 "terms in bfloat16": on_inputs(rounded(7)),
                 "float64 in float32": in_float32,
             },
+            "merges_conserve_mass": {"2 values a segment": segments_of(2)},
         }
         | {name: faults for name, faults in MEMORY.items() if "in_place" not in name},
+    ),
+    *spoiled(
+        "sum_rows",
+        {
+            "sums_of_many_rows": {
+                "32 rows a slot": slots_of(32),
+                "65,536 rows": into_as(lambda into: np.where(np.arange(into.shape[-1]) < 65_536, into, -1)),
+                "entries beyond the 64th ignored": entries_of_the_result(64),
+                "rows beyond the 64th": rows_beyond(64),
+                "two leading axes": third_axis_lost,
+                "terms in TF32": on_inputs(rounded(10)),
+                "terms in bfloat16": on_inputs(rounded(7)),
+                "float64 in float32": in_float32,
+                "indices of 32 bits as 64": index_as_int64,
+            },
+            "a_row_alone_in_its_slot_stays_bit_for_bit": {
+                "differences of a running sum": running_sum,
+                "sums in 20 bits": on_result(rounded(20)),
+            },
+            "rows_that_go_nowhere_are_not_counted": {"nowhere times zero": nowhere_times_zero},
+            "the_order_of_rows_never_matters_beyond_rounding": {"slots taken for sorted": into_as(last_run)},
+            "merges_conserve_mass": {"2 rows a slot": slots_of(2)},
+        }
+        | MEMORY,
     ),
     *spoiled(
         "received_attention",
@@ -1371,6 +1472,18 @@ FAULTS = [
         },
     ),
     *faults_of("segment_sum", {"last write wins": "segment_sum_adds_what_shares_an_index"}),
+    *faults_of(
+        "sum_rows",
+        {
+            "last row wins": "sum_rows_adds_what_goes_into_a_slot",
+            "last row lost": "sum_rows_adds_what_goes_into_a_slot",
+            "heads share slots": "sum_rows_adds_what_goes_into_a_slot",
+            "slots without rows are NaN": "sum_rows_adds_what_goes_into_a_slot",
+            "nowhere is the first slot": "rows_that_go_nowhere_are_not_counted",
+            "nowhere is the last slot": "rows_that_go_nowhere_are_not_counted",
+            "a mean for a sum": "merges_conserve_mass",
+        },
+    ),
     *faults_of(
         "received_attention",
         dict.fromkeys(
