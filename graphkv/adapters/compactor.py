@@ -50,6 +50,7 @@ def leverage(keys: Array, /, *, ridge: float = 0.0, xp: Namespace) -> Array:
     size, device = keys.shape[-1], primitives.device_of(keys)
     place = xp.arange(size, dtype=xp.int64, device=device)
     identity = xp.astype(place[:, None] == place[None, :], keys.dtype)
+    identity = xp.reshape(identity, (*(1 for _ in keys.shape[:-2]), size, size))
     gram = xp.matrix_transpose(keys) @ keys + ridge * identity
     # Leverage does not change with the scale of a column, and columns of one scale lose the least in rounding.
     diagonal = xp.sum(gram * identity, axis=-1)

@@ -164,7 +164,7 @@ def cut_again(num_layers: int, least: float = 0.9, /) -> list[float]:
     r"""Return the shares of PyramidInfer: every layer keeps a part of what the layer below has kept.
 
     Layer :math:`l` of :math:`L` cuts to :math:`\rho_l = \rho + (1 - \rho) (\cos(\pi l / L) + 1) / 2`, so that its share
-    is :math:`\rho_0 \rho_1 \dots \rho_l`. The first layer cuts nothing.
+    is :math:`\prod_{i \le l} \rho_i`. The first layer cuts nothing.
 
     Parameters
     ----------

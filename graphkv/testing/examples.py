@@ -478,8 +478,10 @@ def test_degrees_of_long_rows(backend: Backend) -> None:
                 wanted = truth.degree(narrow, valid=valid, dtype=dtype).astype(dtype)
                 asserts.close(degree(x, **made, backend=backend), wanted, backend=backend, like=x, scale=1.0)
                 if num_tokens == 4096 and valid is None:
-                    exact = truth.degree(signs, dtype=dtype).astype(dtype)
-                    found = degree(asserts.make(backend, signs, dtype), backend=backend)
+                    # Of that many numbers even squares of differences from the mean are exact.
+                    few = signs[..., :16, :]
+                    exact = truth.degree(few, dtype=dtype).astype(dtype)
+                    found = degree(asserts.make(backend, few, dtype), backend=backend)
                     asserts.equal(found, exact, backend=backend, like=x)
 
 
