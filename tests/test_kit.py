@@ -103,7 +103,7 @@ SETTLED = {
         "results_beyond_the_range_are_infinite_or_zero",
         "layouts_never_matter",
     ),
-    "distance": ("keys_of_all_lengths", "degrees_of_long_rows", "batches_and_axes_of_one_stay"),
+    "degree": ("keys_of_all_lengths", "degrees_of_long_rows", "batches_and_axes_of_one_stay"),
     "fuse": (
         "powers_of_small_distances_keep_their_digits",
         "batches_and_axes_of_one_stay",

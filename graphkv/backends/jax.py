@@ -27,7 +27,7 @@ from ..core import primitives
 from ..core.attention import portable_received_attention
 from ..core.backend import Backend
 from ..core.eviction import Eviction
-from ..core.fusion import portable_distance, portable_fuse
+from ..core.fusion import portable_degree, portable_distance, portable_fuse
 from ..core.graph import portable_build_graph
 from ..core.layer import Memory
 from ..core.merging import Merge
@@ -147,6 +147,7 @@ for kind, static in ((Choice, ()), (Merge, ()), (Memory, ()), (Eviction, ("budge
 # One compiled function per step, primitive and shape: a call for each operation would be ten times slower.
 build_graph = jax.jit(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
 propagate = jax.jit(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+degree = jax.jit(portable_degree, static_argnames="backend")
 distance = jax.jit(portable_distance, static_argnames="backend")
 fuse = jax.jit(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
 # The damping is traced, because it is only arithmetic: a search over it compiles once.
@@ -172,6 +173,7 @@ BACKEND = Backend(
     received_attention=received_attention,
     build_graph=build_graph,
     propagate=propagate,
+    degree=degree,
     distance=distance,
     fuse=fuse,
     pagerank=pagerank,

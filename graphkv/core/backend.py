@@ -20,6 +20,7 @@ __all__ = [
     "BUILT_IN",
     "Backend",
     "BuildGraphStep",
+    "DegreeStep",
     "DistanceStep",
     "FuseStep",
     "PageRankStep",
@@ -96,6 +97,12 @@ class PropagateStep(Protocol):
     ) -> Array: ...
 
 
+class DegreeStep(Protocol):
+    """The form of `graphkv.core.fusion.portable_degree`."""
+
+    def __call__(self, keys: Array, valid: Array, /, *, backend: Backend) -> Array: ...
+
+
 class DistanceStep(Protocol):
     """The form of `graphkv.core.fusion.portable_distance`."""
 
@@ -151,7 +158,7 @@ class Backend:
         Sums of the rows that go into the same slot, for merges.
     received_attention : ReceivedAttention, optional
         The attention that each token receives from the last positions.
-    build_graph, propagate, distance, fuse, pagerank, select : optional
+    build_graph, propagate, degree, distance, fuse, pagerank, select : optional
         Replacements of a whole step, for speed: `BuildGraphStep`, `PropagateStep`, and so on. Each is called like the
         portable body of the step, such as `graphkv.core.graph.portable_build_graph`, and must give the same result.
     guard : callable, optional
@@ -180,6 +187,7 @@ class Backend:
     received_attention: ReceivedAttention | None = None
     build_graph: BuildGraphStep | None = None
     propagate: PropagateStep | None = None
+    degree: DegreeStep | None = None
     distance: DistanceStep | None = None
     fuse: FuseStep | None = None
     pagerank: PageRankStep | None = None

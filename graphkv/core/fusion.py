@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import checks, primitives
-from .backend import Backend, DistanceStep, FuseStep, resolve
+from .backend import Backend, DegreeStep, DistanceStep, FuseStep, resolve
 from .errors import ArgumentError
 from .graph import normalize
-from .types import Array
+from .types import Array, Namespace
 
-__all__ = ["EXPONENT", "FUSIONS", "degree", "distance", "fuse", "portable_distance", "portable_fuse"]
+__all__ = ["EXPONENT", "FUSIONS", "degree", "distance", "fuse", "portable_degree", "portable_distance", "portable_fuse"]
 
 # A lower bound, so that duplicates of everything else keep their order by importance; an upper one, so that 0 stays 0.
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
@@ -72,7 +72,19 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     >>> degree(np.asarray([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
     array([0.75, 0.75, 0.25, 0.75])
     """
-    return 1 - distance(keys, valid=valid, backend=backend)
+    backend, valid = _checked(keys, valid, backend)
+    step: DegreeStep = backend.degree or portable_degree
+    with backend.guarded(keys):
+        return step(primitives.widen(keys, xp=backend.xp), valid, backend=backend)
+
+
+def portable_degree(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
+    """Compare keys with their mean: the specification of `degree`, with arguments checked and widened."""
+    xp = backend.xp
+    directions, mean, _ = _mean_direction(keys, valid, xp=xp)
+    # Not a matrix product: equal keys must have equal degrees, whatever their position.
+    found = xp.sum(directions * mean[..., None, :], axis=-1)
+    return xp.minimum(xp.maximum(found, xp.full_like(found, -1.0)), xp.ones_like(found))
 
 
 def distance(keys: Array, /, *, valid: Array | None = None, backend: Backend | str | None = None) -> Array:
@@ -114,28 +126,18 @@ def distance(keys: Array, /, *, valid: Array | None = None, backend: Backend | s
     >>> distance(np.asarray([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
     array([0.25, 0.25, 0.75, 0.25])
     """
-    backend = resolve(backend, keys=keys, valid=valid)
-    *leading, num_tokens, _ = checks.numeric("keys", keys, "(..., N, D)", backend=backend)
-    shape = (*leading, num_tokens)
-    xp = backend.xp
-    if valid is None:
-        valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
-    checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
+    backend, valid = _checked(keys, valid, backend)
     step: DistanceStep = backend.distance or portable_distance
     with backend.guarded(keys):
-        return step(primitives.widen(keys, xp=xp), valid, backend=backend)
+        return step(primitives.widen(keys, xp=backend.xp), valid, backend=backend)
 
 
 def portable_distance(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
     """Compare keys with their mean: the specification of `distance`, with arguments checked and widened."""
     xp = backend.xp
-    directions = normalize(keys, xp=xp)
-    directions = xp.where(valid[..., None], directions, xp.zeros_like(directions))
+    directions, mean, num_valid = _mean_direction(keys, valid, xp=xp)
     has_direction = xp.any(directions != 0, axis=-1)
     counted = xp.astype(valid, keys.dtype)
-    num_valid = xp.sum(counted, axis=-1, keepdims=True)
-    num_valid = xp.maximum(num_valid, xp.ones_like(num_valid))
-    mean = xp.sum(directions, axis=-2) / num_valid[..., 0][..., None]
     # One minus the cosine would cancel where all keys are nearly the same. And not a matrix product: equal keys must
     # have equal distances, whatever their position.
     apart = directions - mean[..., None, :]
@@ -144,6 +146,26 @@ def portable_distance(keys: Array, valid: Array, /, *, backend: Backend) -> Arra
     without = xp.sum(xp.astype(valid & ~has_direction, keys.dtype), axis=-1, keepdims=True) / num_valid
     found = xp.where(has_direction, (square + (spread + without)) / 2, xp.ones_like(square))
     return xp.minimum(found, xp.full_like(found, 2.0))
+
+
+def _checked(keys: Array, valid: Array | None, backend: Backend | str | None, /) -> tuple[Backend, Array]:
+    """Check the arguments of `degree` and `distance`, and make a mask where there is none."""
+    backend = resolve(backend, keys=keys, valid=valid)
+    *leading, num_tokens, _ = checks.numeric("keys", keys, "(..., N, D)", backend=backend)
+    shape = (*leading, num_tokens)
+    if valid is None:
+        valid = backend.xp.ones(shape, dtype=backend.xp.bool, device=primitives.device_of(keys))
+    checks.mask("valid", valid, shape, "the tokens of keys", backend=backend)
+    return backend, valid
+
+
+def _mean_direction(keys: Array, valid: Array, /, *, xp: Namespace) -> tuple[Array, Array, Array]:
+    """Return directions, zero for padding, their mean (..., D) over the valid tokens, and how many these are."""
+    directions = normalize(keys, xp=xp)
+    directions = xp.where(valid[..., None], directions, xp.zeros_like(directions))
+    num_valid = xp.sum(xp.astype(valid, keys.dtype), axis=-1, keepdims=True)
+    num_valid = xp.maximum(num_valid, xp.ones_like(num_valid))
+    return directions, xp.sum(directions, axis=-2) / num_valid, num_valid
 
 
 def fuse(
