@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters import Absorb, Given
+import graphkv
+
 from ..core import primitives
 from ..core.attention import received_attention
 from ..core.backend import Backend, load
@@ -282,9 +283,9 @@ def test_merges_conserve_mass(backend: Backend) -> None:
     for dtype in _dtypes(backend):
         narrow = values.astype(dtype)
         x, v = asserts.make(backend, keys, dtype), asserts.make(backend, narrow, dtype)
-        base = Given(budget=budget, importance=asserts.make(backend, importance.astype(np.float64), dtype))
+        base = graphkv.Given(budget=budget, importance=asserts.make(backend, importance.astype(np.float64), dtype))
         given_valid = asserts.make(backend, valid)
-        done = evict(Absorb(base, weights="count"), x, values=v, valid=given_valid, backend=backend)
+        done = evict(graphkv.Absorb(base, weights="count"), x, values=v, valid=given_valid, backend=backend)
 
         asserts.equal(done.kept, kept, backend=backend, like=x)
         assert done.merge is not None
