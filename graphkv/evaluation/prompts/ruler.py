@@ -135,7 +135,9 @@ class RulerTask:
     def __init__(self, name: str, length: int, split: str, count: Callable[[str], int]) -> None:
         check_ruler(name)
         self.name, self.length, self.split, self.count = name, length, split, count
-        configuration = {"task": "qa", "args": {"dataset": name}} if name in PLAIN else _configurations()[name]
+        configuration: dict[str, Any] = {"task": "qa", "args": {"dataset": name}}
+        if name in OFFICIAL:
+            configuration = _configurations()[name]
         self.kind: str = configuration["task"]
         self.args: dict[str, Any] = configuration["args"]
         template = _templates()[self.kind]
