@@ -864,9 +864,9 @@ def test_four_threads_at_once(backend: Backend) -> None:
 
 def test_batches_and_axes_of_one_stay(backend: Backend) -> None:
     """Shapes are kept, whatever is 1 or 0: batch, heads, tokens, sources, neighbors."""
-    shapes = [(leading, 9) for leading in ((), (1,), (1, 1), (2, 2, 3), (1, 1, 1), (3, 1), (0,), (2, 0))]
+    shapes = [(leading, 9) for leading in ((), (1, 1), (2, 2, 3), (3, 1), (2, 0))]
     # Rows of one and two tokens with some of these only: a library may compile for every shape.
-    shapes += [(leading, num_tokens) for leading in ((), (1, 1), (2, 3)) for num_tokens in (1, 2)]
+    shapes += [(leading, num_tokens) for leading in ((), (2, 3)) for num_tokens in (1, 2)]
     for leading, num_tokens in shapes:
         steps = _Steps.of(backend, leading=leading, num_tokens=num_tokens, seed=3, num_sources=1, num_neighbors=1)
         _same_results(steps.run(), _Steps.of(load("numpy"), **steps.made_from).run(), backend)
