@@ -843,11 +843,17 @@ def test_four_threads_at_once(backend: Backend) -> None:
         try:
             start.wait()
             results = [steps[place].run() for _ in range(4)]
+            # A run sums rows once only: side by side, so that the threads meet there too.
+            start.wait()
+            sums = [steps[place].sum_of_rows() for _ in range(8)]
             # Here, because a lazy library may compute only where it was asked to.
             for found in results:
                 _same_results(found, wanted[place], backend)
+            for found in sums:
+                _same_results({"sum of rows": found}, {"sum of rows": wanted[place]["sum of rows"]}, backend)
         except BaseException as error:  # reported below, in the test's own thread
             errors.append(error)
+            start.abort()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -1125,10 +1131,13 @@ class _Steps:
         values, index = xp.reshape(x["weights"], edges), xp.reshape(x["neighbors"], edges)
         for kind in ("product", "sum"):
             found[f"segment {kind}"] = _segment(backend, kind)(values, index, num_tokens)
-        found["sum of rows"] = primitives.sum_rows(x["keys"], x["into"], 3, backend=backend)
+        found["sum of rows"] = self.sum_of_rows()
         if x["keys"].ndim == 4 and x["keys"].shape[1]:
             found["received"] = received_attention(x["keys"], x["keys"], x["valid"], block_size=7, backend=backend)
         return found
+
+    def sum_of_rows(self) -> Array:
+        return primitives.sum_rows(self.arrays["keys"], self.arrays["into"], 3, backend=self.backend)
 
 
 def _same_results(found: dict[str, Array], wanted: dict[str, Array], backend: Backend) -> None:
