@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from math import isqrt, prod
 from typing import Any
@@ -227,8 +227,8 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
         height = max(1, min(num_rows, largest // max(groups * block_size * num_tokens, 1)))
         starts = range(0, num_queries, block_size)
         blocks = [(start, min(start + block_size, num_queries)) for start in starts]
-    entries = max(((stop - start) * (num_tokens - num_queries + stop) for start, stop in blocks), default=0)
-    block_size = max((stop - start for start, stop in blocks), default=0)
+    entries = max([0, *((stop - start) * (num_tokens - num_queries + stop) for start, stop in blocks)])
+    block_size = max([0, *(stop - start for start, stop in blocks)])
     total = queries.new_zeros((num_rows, groups, num_tokens))
     buffer = queries.new_empty(height * groups * entries)
     # Low enough to vanish next to any logit, and finite, so that a row that sees nothing is not NaN.
@@ -256,12 +256,40 @@ def to_numpy(x: Array) -> Any:
     return x.detach().cpu().numpy()
 
 
+def _switch_of_products(device: str, /) -> tuple[Any, str, Any] | None:
+    """Find the switch by which products of float32 lose digits (TF32, bfloat16), if it is on, and its value for off."""
+    products = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device)
+    products = getattr(products, "matmul", None)
+    # Before torch 2.9 there was one switch, for CUDA.
+    for switch, full in (("fp32_precision", "ieee"), ("allow_tf32", False)):
+        if hasattr(products, switch):
+            return None if getattr(products, switch) in (full, "none") else (products, switch, full)
+    return None
+
+
+@contextmanager
+def _in_full_precision(products: Any, switch: str, full: Any, autocast: AbstractContextManager[Any]) -> Iterator[None]:
+    before = getattr(products, switch)
+    setattr(products, switch, full)
+    try:
+        with autocast:
+            yield
+    finally:
+        setattr(products, switch, before)
+
+
 def guard(array: Array, /) -> AbstractContextManager[Any]:
-    """Return a context without torch.autocast, in which products would be in half precision."""
+    """Return a context in which products are in full float32, whatever autocast and TF32 are set to.
+
+    The switch of TF32 is one for the process: what other threads compute meanwhile is in full precision too. What is
+    compiled follows the switch as it stands when it runs.
+    """
     device = array.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    context: AbstractContextManager[Any] = nullcontext()
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        context = torch.autocast(device, enabled=False)
+    found = None if torch.compiler.is_compiling() else _switch_of_products(device)
+    return context if found is None else _in_full_precision(*found, context)
 
 
 def refuse(array: Array, /) -> str:

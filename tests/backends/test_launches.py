@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphkv import H2O, build_graph, evict
+from graphkv import H2O, GraphKV, build_graph, evict
 from graphkv.backends import streamed
 from graphkv.backends import torch as backend_module
 from graphkv.core import graph as graph_module
@@ -123,3 +123,15 @@ def test_rows_apart_are_rows_together(monkeypatch, largest):
 
     for name in ("sources", "neighbors", "weights"):
         assert torch.equal(getattr(apart, name), getattr(together, name))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_the_forms_of_a_device_compile(as_on_a_device):
+    make = torch.Generator().manual_seed(1)
+    keys, queries = torch.randn((1, 2, 40, 8), generator=make), torch.randn((1, 4, 40, 8), generator=make)
+    policy = GraphKV(H2O(budget=12))
+
+    def kept(keys, queries):
+        return evict(policy, keys, values=keys, queries=queries).kept
+
+    assert torch.equal(torch.compile(kept, backend="eager", fullgraph=True)(keys, queries), kept(keys, queries))
