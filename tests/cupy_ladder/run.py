@@ -13,13 +13,19 @@ from pathlib import Path
 
 import pytest
 import standin
-from hypothesis import settings
 
 KIT = "graphkv.testing.plugin"
 
 
-class Header:
-    """Write at the top of the report what this run is."""
+class ThisRun:
+    """Write at the top of the report what this run is, and draw few examples."""
+
+    def pytest_configure(self) -> None:
+        """Draw few: the values are NumPy's, with which the kit runs in full elsewhere; here the calls count."""
+        from hypothesis import settings  # not before pytest, which rewrites it
+
+        settings.register_profile("standin", max_examples=20, deadline=None, database=None, derandomize=True)
+        settings.load_profile("standin")
 
     def pytest_report_header(self) -> str:
         """Return the line."""
@@ -32,13 +38,10 @@ def main(arguments: list[str], /) -> int:
     if arguments[:1] == ["--calls"]:
         calls, arguments = Path(arguments[1]), arguments[2:]
     standin.install()
-    # The values are NumPy's, with which the kit runs in full elsewhere: here it is the calls that count.
-    settings.register_profile("standin", max_examples=20, deadline=None, database=None, derandomize=True)
-    settings.load_profile("standin")
     brought = {each.value for each in metadata.entry_points(group="pytest11")}
     if any(each.startswith("--graphkv-backend") for each in arguments) and KIT not in brought:
         arguments = ["-p", KIT, *arguments]  # graphkv is on the path but not installed
-    code = pytest.main(arguments, plugins=[Header()])
+    code = pytest.main(arguments, plugins=[ThisRun()])
     if calls is not None:
         calls.write_text("[" + ",\n".join(standin.CALLS) + "]\n")
     print(f"CuPy stand-in: {len(standin.CALLS)} distinct calls")
