@@ -120,5 +120,5 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-5.23 .venv-kvpress .venv-lmcache .venv-lmcache-rc .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf .jax-cache .venv .venv-5.23 .venv-kvpress .venv-lmcache .venv-lmcache-rc .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
 	rm -rf docs/results/*/figures docs/results/*/report.*
