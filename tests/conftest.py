@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -10,7 +11,13 @@ from hypothesis import settings
 from graphkv.testing import describe, label
 from tests.support.subjects import SUBJECTS, strict
 
-settings.register_profile("default", max_examples=50, deadline=None, database=None, derandomize=True, print_blob=True)
+# Nearly all that JAX does here is to compile: quickly, and each program once for all workers and later runs.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+settings.register_profile("default", max_examples=30, deadline=None, database=None, derandomize=True, print_blob=True)
 settings.register_profile("thorough", max_examples=1_000, deadline=None, database=None, print_blob=True)
 # For a library that compiles at every new shape. What must be caught is caught by fixed examples.
 settings.register_profile("quick", max_examples=2, deadline=None, database=None, derandomize=True, print_blob=True)

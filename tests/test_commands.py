@@ -16,8 +16,8 @@ import pytest
 
 import graphkv
 from graphkv.__main__ import PACKAGES, main
-from graphkv.cli import TASKS
-from graphkv.evaluation.prompts import riddles
+from graphkv.cli import RULER, TASKS
+from graphkv.evaluation.prompts import riddles, ruler
 from graphkv.evaluation.records import read_records
 from graphkv.evaluation.runs.config import Config
 from graphkv.naming.listing import list_policies, policy_names
@@ -37,7 +37,7 @@ MODULES = {
 ARGUMENTS = {"report": ["run"]}
 # What graphkv itself brings, what comes with those of PACKAGES, and what one option asks for and names by itself.
 AT_HAND = {"numpy", "scipy", "array_api_compat", "typer", "graphkv"}
-FOR_AN_OPTION = {"kvpress", "gguf", "tomllib", "tomli"}
+FOR_AN_OPTION = {"kvpress", "gguf", "tomllib", "tomli", "long_context_eval", "yaml"}
 # In files that all share: for type checkers, and to write a preset.
 ELSEWHERE = {"typing_extensions", "tomli_w"}
 
@@ -202,6 +202,7 @@ def test_the_defaults_of_eval_are_those_of_its_settings(capsys, monkeypatch):
         assert re.search(rf"--{option} .*?Default: {re.escape(shown)}\.", text), option
     assert f"Default: full, {', '.join(defaults['policies'])}." in text
     assert TASKS.split(", ") == list(riddles.TASKS)
+    assert RULER.split(", ") == list(ruler.RULER)
 
 
 def test_policies_lists_every_name_on_a_line_of_its_own(capsys):

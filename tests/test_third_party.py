@@ -176,10 +176,12 @@ def test_the_kit_runs_by_re_export(elsewhere):
         )
     )
 
-    found = pytest_in(elsewhere, "-p", "quick", "test_stranger.py")
+    collected = pytest_in(elsewhere, "--collect-only", "-q", "-p", "quick", "test_stranger.py")
+    found = pytest_in(elsewhere, "-v", "-p", "quick", "test_stranger.py", "-k", "kept")
 
+    assert f"{2 * NUM_CLAIMS} tests collected" in collected.stdout
     assert found.returncode == 0, found.stdout + found.stderr
-    assert f"{2 * NUM_CLAIMS} passed" in found.stdout
+    assert "test_exactly_the_budget_is_kept[stranger:portable] PASSED" in found.stdout
 
 
 def test_a_wrong_backend_fails(elsewhere):
@@ -218,10 +220,12 @@ def test_a_backend_is_found_by_entry_point(elsewhere):
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[graphkv.backends]\nstranger = stranger.backend:BACKEND\n")
 
-    found = pytest_in(elsewhere, "-p", "quick", "--pyargs", "graphkv.testing.suite", "--graphkv-backend", "stranger")
+    options = ("--graphkv-backend", "stranger", "-k", "kept")
+    found = pytest_in(elsewhere, "-v", "-p", "quick", "--pyargs", "graphkv.testing.suite", *options)
 
     assert found.returncode == 0, found.stdout + found.stderr
-    assert f"{2 * NUM_CLAIMS} passed" in found.stdout
+    for title in ("stranger", "stranger:portable"):
+        assert f"test_exactly_the_budget_is_kept[{title}] PASSED" in found.stdout
 
 
 PLAIN_TEST = """

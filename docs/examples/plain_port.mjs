@@ -9,7 +9,7 @@ import { readFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
-const CORE = ["order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "figure", "counts"];
+const CORE = ["order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "sum_rows", "figure", "counts"];
 const SMALLEST_FACTOR = 1e-6;
 const SMALLEST_POWER = 1e-24;
 const LARGEST_POWER = 1e24;
@@ -145,6 +145,12 @@ function select(scores, budget, isProtected, valid) {
   return order(scores, tiers).slice(0, budget).sort((a, b) => a - b);
 }
 
+// The sum of the rows of `size` numbers that go into each slot; -1 goes nowhere.
+function sumRows(table, into, numSlots, size) {
+  const members = range(numSlots).map((slot) => table.filter((_, j) => into[j] === slot));
+  return members.map((member) => range(size).map((d) => member.reduce((sum, row) => sum + row[d], 0)));
+}
+
 // A decimal number as it was written, as a fraction of two BigInts: shares are exact.
 function asWritten(number) {
   const [mantissa, exponent] = String(number).split("e");
@@ -267,6 +273,12 @@ const STEPS = {
       select(score, budget, one, ok),
     );
     return { kept: pack(found, lead, Math.min(budget, scores.shape.at(-1))) };
+  },
+  sum_rows({ rows: table, into, num_slots }) {
+    const lead = lastOff(table.shape, 2);
+    const size = table.shape.at(-1);
+    const found = zip(rows(table, lead), rows(into, lead)).map(([row, slots]) => sumRows(row, slots, num_slots, size));
+    return { sums: { ...pack(found, lead, size), shape: [...lead, num_slots, size] } };
   },
   budget_tokens: ({ budget, num_tokens }) => ({ count: budgetTokens(budget, num_tokens) }),
   ratio_count: ({ amount, total }) => ({ count: ratioCount(amount, total) }),

@@ -18,7 +18,7 @@ from fractions import Fraction
 from math import floor, inf, isfinite, isnan, prod, sqrt
 from pathlib import Path
 
-CORE = ("order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "figure", "counts")
+CORE = ("order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "sum_rows", "figure", "counts")
 SMALLEST_FACTOR = 1e-6
 SMALLEST_POWER, LARGEST_POWER = 1e-24, 1e24
 
@@ -184,6 +184,12 @@ def select(scores, budget, protected=None, valid=None):
     return sorted(order(scores, tiers)[:budget])
 
 
+def sum_rows(rows, into, num_slots, size):
+    """The sum of the rows of `size` numbers that go into each slot; -1 goes nowhere."""
+    members = [[row for row, slot in zip(rows, into, strict=True) if slot == place] for place in range(num_slots)]
+    return [[sum(row[d] for row in member) for d in range(size)] for member in members]
+
+
 def budget_tokens(budget, num_tokens):
     """A budget in tokens: an integer as it is, a share rounded, halves up, as the decimal number that was written."""
     if isinstance(budget, int):
@@ -298,6 +304,14 @@ def run_select(scores, budget, protected, valid):
     return {"kept": pack(found, lead, min(budget, num_tokens))}
 
 
+def run_sum_rows(**given):
+    """The sums."""
+    *lead, _, size = given["rows"]["shape"]
+    inputs = zip(rows(given["rows"], lead, numbers=True), rows(given["into"], lead), strict=True)
+    found = [sum_rows(*row, given["num_slots"], size) for row in inputs]
+    return {"sums": {"shape": [*lead, given["num_slots"], size], "data": pack(found, lead, size)["data"]}}
+
+
 STEPS = {
     "rank": run_rank,
     "build_graph": run_build_graph,
@@ -306,6 +320,7 @@ STEPS = {
     "fuse": run_fuse,
     "pagerank": run_pagerank,
     "select": run_select,
+    "sum_rows": run_sum_rows,
     "budget_tokens": lambda **arguments: {"count": budget_tokens(**arguments)},
     "ratio_count": lambda **arguments: {"count": ratio_count(**arguments)},
 }

@@ -794,6 +794,88 @@ def policy_cases() -> list[dict[str, Any]]:
     ]
 
 
+# --- merges -----------------------------------------------------------------------------------------------------------
+
+
+def add(name: str, rule: str, rows: Any, into: Any, num_slots: int, dtype: str = "float32") -> dict[str, Any]:
+    """Make a case of sum_rows."""
+    rows = rows if isinstance(rows, dict) else numbers(rows, dtype)
+    into = into if isinstance(into, dict) else numbers(into, "int64")
+    return case("sum_rows", name, rule, rows=rows, into=into, num_slots=num_slots)
+
+
+def sum_cases() -> list[dict[str, Any]]:
+    """Cover the primitive of merges."""
+    sums, none, order = "rows add up in their slot", "-1 goes nowhere", "the order of tokens does not matter"
+    rows = [[1, 0.5], [2, -1], [4, 0.25], [8, 0]]
+    return [
+        add("two_slots", sums, rows, [0, 1, 0, 1], 2),
+        add("one_slot", sums, rows, [0, 0, 0, 0], 1),
+        add("each_its_own", sums, rows, [0, 1, 2, 3], 4),
+        add("backwards", order, rows[::-1], [1, 0, 1, 0], 2),
+        add("nowhere", none, rows, [-1, 0, -1, 0], 1),
+        add("all_nowhere", none, rows, [-1, -1, -1, -1], 2),
+        add("empty_slots", "a slot without rows is 0", rows, [2, 2, 2, 2], 4),
+        add("no_slots", "shapes never depend on values", rows, [-1, -1, -1, -1], 0),
+        add("no_tokens", "shapes never depend on values", numbers([], shape=(0, 2)), numbers([], "int64", (0,)), 2),
+        add("no_entries", "shapes never depend on values", numbers([], shape=(3, 0)), [0, 1, 1], 2),
+        add("infinite_and_nan", sums, [[inf, 1], [1, nan], [-inf, 2], [2, 3]], [0, 1, 2, 3], 4),
+        add("nan_goes_nowhere", none, [[nan, nan], [1, 2]], [-1, 0], 1),
+        add("rows_are_independent", "leading axes", [rows, rows[::-1]], [[0, 1, 0, 1], [-1, 0, 1, 1]], 2),
+        add("float64_is_not_narrowed", "arithmetic", [[1, 2], [2**-40, 0]], [0, 0], 1, "float64"),
+        add("half_is_widened", "arithmetic", [[65504, 1], [65504, 0.5]], [0, 0], 1, "float16"),
+    ]
+
+
+def merge_cases() -> list[dict[str, Any]]:
+    """Cover policies that merge: what is kept, what its keys and values become, what it counts as."""
+    # Tokens 3 and 5 resemble the kept 6 and 7 most; 4 is a duplicate of 6.
+    twin = [A, KEYS[4], KEYS[0], KEYS[1], B, KEYS[2], B, TOKENS["0, 1/2"]]
+    content = [[float(2**i), -float(i)] for i in range(8)]
+    keys, values = numbers([[twin]]), numbers([[content]])
+    two, two_values = numbers([[twin], [twin]]), numbers([[content], [content]])
+    left = mask([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
+    base = {"name": "StreamingLLM", "budget": 3, "num_sinks": 1}
+    absorb = {"name": "Absorb", "base": base, "threshold": 0.75, "weights": "count", "window": 2}
+    d2o = {
+        "name": "D2O", "base": base, "weights": "exponential", "own_weight": 2.0, "statistic": "max", "momentum": 0.5,
+        "targets": "not_sinks", "mass": "count", "layer_budgets": "exact", "variance": "normalized", "window": 2,
+    }  # fmt: skip
+    merger = {"name": "KVMerger", "base": base, "heavy": 1, "threshold": 0.5, "sigma": 1.0, "mass": "count"}
+    weighted = {"name": "WeightedKV", "base": base, "mass": "one", "window": 2}
+    generator = random.Random(2510)
+    queries = numbers([[[[generator.randint(-8, 8) / 4 for _ in range(5)] for _ in range(2)] for _ in range(2)]])
+    both = numbers([vectors.decode(queries["data"])[0]] * 2)
+    nearest, one, runs = "a dropped token goes into the most similar kept one", "one member", "runs of like neighbors"
+    right = "a dropped value goes into the next kept token"
+    moving = "the threshold moves with what was merged"
+
+    def made(name: str, rule: str, policy: dict[str, Any], **given: Any) -> dict[str, Any]:
+        options = {"keys": keys, "values": values, "queries": queries, "tolerance": CLOSE} | given
+        return evict(name, rule, policy, options.pop("keys"), **options)
+
+    return [
+        made("absorb_by_count", nearest, absorb),
+        made("absorb_by_attention", nearest, absorb | {"weights": "attention"}),
+        made("absorb_duplicates_only", nearest, absorb | {"threshold": 1.0}),
+        made("absorb_everything", nearest, absorb | {"threshold": -1.0}),
+        made("absorb_ties", "equal similarity: lower index first", absorb, keys=numbers([[[A] * 8]])),
+        made("absorb_nothing", one, absorb, keys=numbers([[[A, *[[-x for x in A]] * 5, A, B]]])),
+        made("absorb_padding", "padding goes nowhere", absorb, keys=two, values=two_values, queries=both, valid=left),
+        made("absorb_fits", "N <= budget keeps everything", absorb | {"base": base | {"budget": 8}}),
+        made("absorb_keeps_nothing", "exactly the budget", absorb | {"base": base | {"budget": 0}}),
+        made("d2o", moving, d2o),
+        made("d2o_mean", moving, d2o | {"statistic": "mean"}),
+        made("d2o_padding", "padding goes nowhere", d2o, keys=two, values=two_values, queries=both, valid=left),
+        made("kvmerger", runs, merger),
+        made("kvmerger_all", runs, merger | {"threshold": -1.0}),
+        made("kvmerger_padding", "padding goes nowhere", merger, keys=two, values=two_values, queries=both, valid=left),
+        made("weightedkv", right, weighted),
+        made("weightedkv_attention", right, weighted | {"mass": "attention"}),
+        made("weightedkv_padding", right, weighted, keys=two, values=two_values, queries=both, valid=left),
+    ]
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -871,9 +953,11 @@ FILES = {
     "fuse": ("The degree signal: importance and distance in one score.", fuse_cases),
     "pagerank": ("The PageRank signal: importance that flows between like tokens.", pagerank_cases),
     "select": ("Step 3: exactly the budget, protected first, padding last.", select_cases),
+    "sum_rows": ("The primitive of merges: rows add up in slots.", sum_cases),
     "figure": ("The worked example of the paper's method figure.", figure_cases),
     "counts": ("From shares to numbers of tokens.", count_cases),
     "policies": ("One layer by policy: StreamingLLM, Random, SnapKV and GraphKV over them.", policy_cases),
+    "merging": ("One layer by policies that merge: Absorb, D2O, KVMerger and WeightedKV.", merge_cases),
     "errors": ("What must be refused. The names are the exceptions of graphkv; translate them.", error_cases),
 }
 

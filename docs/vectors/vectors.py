@@ -21,10 +21,17 @@ from graphkv.core import budgets, primitives
 HERE = Path(__file__).parent
 WORDS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf"), "-0.0": -0.0}
 POLICIES = {
-    "GraphKV": graphkv.GraphKV,
-    "Random": graphkv.Random,
-    "SnapKV": graphkv.SnapKV,
-    "StreamingLLM": graphkv.StreamingLLM,
+    kind.__name__: kind
+    for kind in (
+        graphkv.Absorb,
+        graphkv.D2O,
+        graphkv.GraphKV,
+        graphkv.KVMerger,
+        graphkv.Random,
+        graphkv.SnapKV,
+        graphkv.StreamingLLM,
+        graphkv.WeightedKV,
+    )
 }
 SIGNALS = {
     kind.__name__: kind for kind in (graphkv.Bar, graphkv.Decay, graphkv.Degree, graphkv.Enhance, graphkv.PageRank)
@@ -145,10 +152,19 @@ def _select(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
     return {"kept": shown(graphkv.select(scores, budget, **given, backend=backend), backend)}
 
 
+def _sum_rows(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
+    rows = primitives.widen(given["rows"], xp=backend.xp)
+    return {"sums": shown(primitives.sum_rows(rows, given["into"], given["num_slots"], backend=backend), backend)}
+
+
 def _evict(given: dict[str, Any], backend: graphkv.Backend) -> dict[str, Any]:
     chosen, keys = given.pop("policy"), given.pop("keys")
     found = graphkv.evict(chosen, keys, **given, backend=backend)
     result = {"budget": found.budget, "kept": shown(found.kept, backend)}
+    if found.merge is not None:
+        merged = found.compress(keys, given["values"])
+        for name, x in zip(("keys", "values", "log_mass"), (*merged, found.log_mass()), strict=True):
+            result[name] = shown(x, backend)
     if found.importance is not None:
         valid = given["valid"]
         mask = None if valid is None else backend.to_numpy(valid)
@@ -178,6 +194,7 @@ STEPS = {
     "fuse": _fuse,
     "pagerank": _pagerank,
     "select": _select,
+    "sum_rows": _sum_rows,
     "evict": _evict,
     "budget_tokens": _tokens,
     "ratio_count": _count,

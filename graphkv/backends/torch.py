@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from math import isqrt, prod
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -42,6 +43,11 @@ def _is_dual(x: Array) -> bool:
     return torch.autograd.forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
+def _is_launched(x: Array) -> bool:
+    """Return whether each operation is a launch on a device, which takes longer than it seems to."""
+    return bool(x.device.type != "cpu")
+
+
 def _smallest(keys: Array, k: int, /) -> Array:
     return torch.topk(keys, k, dim=-1, largest=False, sorted=True).values
 
@@ -71,7 +77,7 @@ def sum_rows(rows: Array, into: Array, num_slots: int, /, *, backend: Backend) -
     if rows.device.type != "cpu":
         return primitives.portable_sum_rows(rows, into, num_slots, backend=backend)
     *leading, num_rows, size = rows.shape
-    count = math.prod(leading)
+    count = prod(leading)
     into = into.reshape(count, num_rows)
     place = torch.arange(count, device=rows.device)[:, None] * num_slots + into
     # One more slot takes what goes nowhere.
@@ -168,7 +174,10 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     # The norm of a key of one entry is that entry, however small its square.
     if keys.dtype != torch.float32 or keys.shape[-1] == 1 or not _is_plain(keys, importance, valid):
         return portable_build_graph(keys, importance, valid, **options)
-    return streamed.build_graph(keys, importance, valid, nearest=_nearest, block_size=32, **options)
+    on_device = _is_launched(keys)
+    return streamed.build_graph(
+        keys, importance, valid, nearest=_nearest, block_size=32, on_device=on_device, **options
+    )
 
 
 def _is_finite(rows: Array, /) -> Array:
@@ -178,6 +187,18 @@ def _is_finite(rows: Array, /) -> Array:
 
 # Attention probabilities that exist at a time: 8 MB in float32, which a last-level cache holds.
 ATTENTION_SIZE = 1 << 21
+# On a device 640 MB: every operation of a loop is a launch there.
+DEVICE_ATTENTION_SIZE = 5 << 25
+
+
+def _device_blocks(num_queries: int, num_tokens: int, largest: int, /) -> Iterator[tuple[int, int]]:
+    """Cut queries into blocks of as many as have `largest` keys up to them in all."""
+    start = 0
+    while start < num_queries:
+        before = num_tokens - num_queries + start
+        size = max(1, (isqrt(before * before + 4 * largest) - before) // 2)
+        yield start, min(start + size, num_queries)
+        start += size
 
 
 def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_size: int, backend: Backend) -> Array:
@@ -195,10 +216,21 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     queries.mul_(head_size**-0.5)
     valid, keys = valid.reshape(num_rows, 1, num_tokens), keys.reshape(num_rows, num_tokens, head_size)
 
-    block_size = max(1, min(block_size, num_queries, ATTENTION_SIZE // max(groups * num_tokens, 1)))
-    height = max(1, ATTENTION_SIZE // max(groups * block_size * num_tokens, 1))
+    on_device = _is_launched(keys)
+    largest = DEVICE_ATTENTION_SIZE if on_device else ATTENTION_SIZE
+    if on_device:
+        # As many rows as can be, then as many queries.
+        height = max(1, min(num_rows, largest // max(groups * num_tokens, 1)))
+        blocks = list(_device_blocks(num_queries, num_tokens, largest // (groups * height)))
+    else:
+        block_size = max(1, min(block_size, num_queries, largest // max(groups * num_tokens, 1)))
+        height = max(1, min(num_rows, largest // max(groups * block_size * num_tokens, 1)))
+        starts = range(0, num_queries, block_size)
+        blocks = [(start, min(start + block_size, num_queries)) for start in starts]
+    entries = max([0, *((stop - start) * (num_tokens - num_queries + stop) for start, stop in blocks)])
+    block_size = max([0, *(stop - start for start, stop in blocks)])
     total = queries.new_zeros((num_rows, groups, num_tokens))
-    buffer = queries.new_empty(min(height, num_rows) * groups * block_size * num_tokens)
+    buffer = queries.new_empty(height * groups * entries)
     # Low enough to vanish next to any logit, and finite, so that a row that sees nothing is not NaN.
     hidden = torch.finfo(queries.dtype).min / 2
     future = torch.full((block_size, block_size), hidden, dtype=queries.dtype, device=queries.device).triu_(1)
@@ -206,8 +238,7 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
         rows = slice(first, first + height)
         seen = keys[rows].masked_fill(~valid[rows].mT, 0.0)
         padding = torch.zeros_like(valid[rows], dtype=queries.dtype).masked_fill_(~valid[rows], hidden)
-        for start in range(0, num_queries, block_size):
-            stop = min(start + block_size, num_queries)
+        for start, stop in blocks:
             size, end = stop - start, num_tokens - num_queries + stop
             block = queries[rows, :, start:stop].reshape(-1, groups * size, head_size)
             logits = buffer[: block.shape[0] * groups * size * end].view(-1, groups * size, end)
@@ -225,12 +256,40 @@ def to_numpy(x: Array) -> Any:
     return x.detach().cpu().numpy()
 
 
+def _switch_of_products(device: str, /) -> tuple[Any, str, Any] | None:
+    """Find the switch by which products of float32 lose digits (TF32, bfloat16), if it is on, and its value for off."""
+    products = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device)
+    products = getattr(products, "matmul", None)
+    # Before torch 2.9 there was one switch, for CUDA.
+    for switch, full in (("fp32_precision", "ieee"), ("allow_tf32", False)):
+        if hasattr(products, switch):
+            return None if getattr(products, switch) in (full, "none") else (products, switch, full)
+    return None
+
+
+@contextmanager
+def _in_full_precision(products: Any, switch: str, full: Any, autocast: AbstractContextManager[Any]) -> Iterator[None]:
+    before = getattr(products, switch)
+    setattr(products, switch, full)
+    try:
+        with autocast:
+            yield
+    finally:
+        setattr(products, switch, before)
+
+
 def guard(array: Array, /) -> AbstractContextManager[Any]:
-    """Return a context without torch.autocast, in which products would be in half precision."""
+    """Return a context in which products are in full float32, whatever autocast and TF32 are set to.
+
+    The switch of TF32 is one for the process: what other threads compute meanwhile is in full precision too. What is
+    compiled follows the switch as it stands when it runs.
+    """
     device = array.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    context: AbstractContextManager[Any] = nullcontext()
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        context = torch.autocast(device, enabled=False)
+    found = None if torch.compiler.is_compiling() else _switch_of_products(device)
+    return context if found is None else _in_full_precision(*found, context)
 
 
 def refuse(array: Array, /) -> str:

@@ -188,7 +188,7 @@ def received_attention(
     mass : array, shape (batch, kv_heads, N), optional
         As for `window_attention`.
     block_size : int
-        Queries per head processed at once. Affects rounding only.
+        Queries per head processed at once, unless a backend knows better. Affects rounding only.
     backend : Backend
 
     Returns

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from . import checks, primitives
 from .backend import Backend, BuildGraphStep, resolve
 from .types import Array, Graph, Namespace
 
 __all__ = ["build_graph", "clip_weights", "normalize", "portable_build_graph"]
 
-# Similarities are computed for this many tokens at a time by default.
+# Similarities are computed for this many tokens at a time by default, and in no more than 16 chunks.
 CHUNK_SIZE = 4096
+# Entries of the largest array of the portable body: 256 MB of the widest kind, int64, whatever the batch.
+LARGEST = 1 << 25
+
+
+def default_chunk_size(num_tokens: int, /) -> int:
+    """Return for how many tokens similarities are computed at a time by default."""
+    return max(CHUNK_SIZE, -(-num_tokens // 16))
 
 
 def build_graph(
@@ -47,7 +56,8 @@ def build_graph(
     valid : array, shape (..., N), bool, optional
         False for padding. Default: all True.
     chunk_size : int, optional
-        At most K x `chunk_size` similarities exist per row at a time. The result does not depend on it. Default: 4096.
+        At most K x `chunk_size` similarities exist per row at a time. The result does not depend on it. Default: 4096,
+        or N / 16 where that is more.
     backend : Backend or str, optional
         Default: inferred from the arrays.
 
@@ -94,7 +104,9 @@ def build_graph(
         checks.mask("valid", valid, shape, "importance", backend=backend)
     num_sources = min(checks.count("num_sources", num_sources), num_tokens)
     num_neighbors = min(checks.count("num_neighbors", num_neighbors), num_tokens - num_sources)
-    chunk_size = CHUNK_SIZE if chunk_size is None else checks.count("chunk_size", chunk_size, minimum=1)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(num_tokens)
+    chunk_size = checks.count("chunk_size", chunk_size, minimum=1)
     xp = backend.xp
     if valid is None:
         valid = xp.ones(shape, dtype=xp.bool, device=primitives.device_of(keys))
@@ -124,7 +136,31 @@ def portable_build_graph(
 ) -> Graph:
     """Link tokens chunk by chunk: the specification of `build_graph`, with arguments checked, widened and clipped."""
     xp = backend.xp
-    num_tokens, device = keys.shape[-2], primitives.device_of(keys)
+    (*leading, num_tokens, head_size), num_rows = keys.shape, prod(keys.shape[:-2])
+    per_row = max(num_sources * (min(chunk_size, num_tokens) + num_neighbors), num_tokens * head_size)
+    height = max(1, LARGEST // max(1, per_row))
+    if num_rows > height:
+        # Rows have nothing to do with each other.
+        keys = xp.reshape(keys, (num_rows, num_tokens, head_size))
+        importance, valid = (xp.reshape(x, (num_rows, num_tokens)) for x in (importance, valid))
+        graphs = [
+            portable_build_graph(
+                *(x[first : first + height, ...] for x in (keys, importance, valid)),
+                num_sources=num_sources,
+                num_neighbors=num_neighbors,
+                chunk_size=chunk_size,
+                backend=backend,
+            )
+            for first in range(0, num_rows, height)
+        ]
+        shape = (*leading, num_sources)
+        return Graph(
+            sources=xp.reshape(xp.concat([each.sources for each in graphs]), shape),
+            neighbors=xp.reshape(xp.concat([each.neighbors for each in graphs]), (*shape, num_neighbors)),
+            weights=xp.reshape(xp.concat([each.weights for each in graphs]), (*shape, num_neighbors)),
+            num_tokens=num_tokens,
+        )
+    device = primitives.device_of(keys)
 
     sources = xp.sort(primitives.top_k(importance, num_sources, ~valid, backend=backend), axis=-1)
     directions = normalize(keys, xp=xp)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from . import budgets, checks
 from .backend import Backend
 from .fusion import EXPONENT, FUSIONS, distance, fuse
-from .graph import CHUNK_SIZE, build_graph
+from .graph import build_graph, default_chunk_size
 from .layer import Cost, LayerShape
 from .pagerank import DAMPING, ROUNDS, pagerank
 from .propagation import propagate
@@ -92,7 +92,8 @@ class _Edges(Signal):
         In memory: the normalized keys, or a chunk of similarities where that is more, as in the portable form.
         """
         num_sources, _ = self._counts(open_tokens)
-        chunk = 4 * shape.batch * shape.kv_heads * num_sources * min(shape.num_tokens, CHUNK_SIZE)
+        width = min(shape.num_tokens, default_chunk_size(shape.num_tokens))
+        chunk = 4 * shape.batch * shape.kv_heads * num_sources * width
         flops = _entries(shape) * (2 * min(num_sources, shape.num_tokens) + 3)
         return Cost(flops, max(chunk, super().cost(shape, open_tokens).bytes))
 

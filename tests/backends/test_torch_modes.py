@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from graphkv import H2O, Graph, GraphKV, RoCo, SnapKV, build_graph, degree, evict, fuse, pagerank, propagate, select
+from graphkv.backends.torch import BACKEND
 from graphkv.core import backend as core_backend
 from graphkv.testing import policies
 
 POLICIES = policies.shipped(8)
-# To compile takes a second each, and the graph is the same over every base.
-COMPILED = {name: policy for name, policy in POLICIES.items() if "decay" not in name or "SnapKV" in name}
+# To compile takes a second each, and what a wrapper adds is the same over every base.
+COMPILED = {name: policy for name, policy in POLICIES.items() if "(" not in name or "SnapKV" in name}
 
 
 def arrays(num_tokens=24):
@@ -87,6 +90,46 @@ def test_autocast_is_as_it_was_after_a_call():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         degree(arrays()["keys"])
         assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_are_in_full_precision_whatever_is_set(device, precision):
+    """What decides on a CPU and on CUDA, asked without a device."""
+    products = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}[device]
+    torch.set_float32_matmul_precision(precision)
+    try:
+        set_by_user = products.fp32_precision
+        assert set_by_user in ("tf32", "bf16")
+        with BACKEND.guard(SimpleNamespace(device=torch.device(device))):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == set_by_user
+        assert torch.get_float32_matmul_precision() == precision
+        with pytest.raises(KeyError), BACKEND.guard(SimpleNamespace(device=torch.device(device))):
+            raise KeyError
+        assert products.fp32_precision == set_by_user
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_policies_run_in_full_precision_and_leave_the_setting(monkeypatch):
+    seen = []
+
+    def noticing(self, layer, window):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return score_past(self, layer, window)
+
+    score_past = SnapKV.score_past
+    monkeypatch.setattr(SnapKV, "score_past", noticing)
+    x = arrays()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        evict(SnapKV(budget=8, window=4), x["keys"], queries=x["queries"])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+    assert seen == ["ieee"]
 
 
 # ------------------------------------------------------------------------------------------------------------- compile

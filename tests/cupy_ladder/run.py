@@ -17,8 +17,15 @@ import standin
 KIT = "graphkv.testing.plugin"
 
 
-class Header:
-    """Write at the top of the report what this run is."""
+class ThisRun:
+    """Write at the top of the report what this run is, and draw few examples."""
+
+    def pytest_configure(self) -> None:
+        """Draw few: the values are NumPy's, with which the kit runs in full elsewhere; here the calls count."""
+        from hypothesis import settings  # not before pytest, which rewrites it
+
+        settings.register_profile("standin", max_examples=20, deadline=None, database=None, derandomize=True)
+        settings.load_profile("standin")
 
     def pytest_report_header(self) -> str:
         """Return the line."""
@@ -34,7 +41,7 @@ def main(arguments: list[str], /) -> int:
     brought = {each.value for each in metadata.entry_points(group="pytest11")}
     if any(each.startswith("--graphkv-backend") for each in arguments) and KIT not in brought:
         arguments = ["-p", KIT, *arguments]  # graphkv is on the path but not installed
-    code = pytest.main(arguments, plugins=[Header()])
+    code = pytest.main(arguments, plugins=[ThisRun()])
     if calls is not None:
         calls.write_text("[" + ",\n".join(standin.CALLS) + "]\n")
     print(f"CuPy stand-in: {len(standin.CALLS)} distinct calls")

@@ -144,7 +144,7 @@ def test_a_file_of_settings(tiny, tmp_path):
 
 
 def test_the_suites_are_sound():
-    assert suite_names() == ["quick", "standard"]
+    assert suite_names() == ["quick", "ruler", "standard"]
     standard = load_config("standard", None, {})
     assert standard.split == "held-out"
     assert standard.prompts >= 40
@@ -162,7 +162,7 @@ def test_the_full_cache_is_always_there_and_first():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "slow"], "--suite must be one of quick, standard; got 'slow'"),
+        (["--suite", "slow"], "--suite must be one of quick, ruler, standard; got 'slow'"),
         (["--suite", "quick", "--config", "x.toml"], "exclude each other"),
         (["--config", "missing.toml"], "missing.toml cannot be read"),
         (["--policy", "best"], "--policy must be one of full, snapkv"),

@@ -6,6 +6,7 @@ A folder whose tests use these fixtures imports them in its `conftest.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from graphkv.core.backend import load
 
 @dataclass(frozen=True)
 class Library:
-    """A backend, and how a NumPy array becomes one of its arrays."""
+    """A backend, how a NumPy array becomes one of its arrays, and the mode in which the library permits least."""
 
     backend: Backend
     make: Callable[[np.ndarray], Any]
+    strictly: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def host(self, x: Any) -> np.ndarray:
         """Return the values as a NumPy array."""
@@ -53,6 +55,14 @@ def _torch_cuda() -> Library:
     return Library(backend, lambda x: torch.from_numpy(np.array(x)).to("cuda"))
 
 
+def _jax() -> Library:
+    backend = load("jax")
+    import jax
+
+    # No axis is added silently.
+    return Library(backend, lambda x: jax.numpy.asarray(np.array(x)), lambda: jax.numpy_rank_promotion("raise"))
+
+
 def _mlx() -> Library:
     backend = load("mlx")
     import mlx.core as mx
@@ -70,7 +80,7 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
     "scipy": _sparse,
     "torch": lambda: _built_in("torch"),
     "torch-cuda": _torch_cuda,
-    "jax": lambda: _built_in("jax"),
+    "jax": _jax,
     "mlx": _mlx,
     "cupy": lambda: _built_in("cupy"),
     "strict": _strict,

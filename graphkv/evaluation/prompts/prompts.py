@@ -13,6 +13,7 @@ from ...core.errors import ArgumentError
 from ...workbench.text import Text, standard_library
 from .haystack import Haystack, split_of
 from .riddles import TASKS, Riddle, task_names
+from .ruler import RulerTask, Sample, is_ruler
 
 __all__ = ["Prompt", "PromptMaker", "Question", "chat_template", "encode_question"]
 
@@ -65,11 +66,11 @@ class Prompt:
     name : str
         Unique within a run.
     length : int or None
-        Tokens asked for; None for rows of a data set.
+        Tokens asked for; None for rows of a data set. Of RULER's tasks, with the question and the longest answer.
     seed : int or None
     split : str or None
     ids : tuple of int
-        The prompt before any question: exactly `length` tokens where that is given.
+        The prompt before any question: exactly `length` tokens where that is given, but for RULER's tasks.
     questions : tuple of Question
     """
 
@@ -96,6 +97,7 @@ class PromptMaker:
         self.text = text
         self._haystacks: dict[tuple[str, str], Haystack] = {}
         self._vocabulary: dict[str, list[str]] = {}
+        self._ruler: dict[tuple[str, int, str], RulerTask] = {}
 
     @cached_property
     def template(self) -> tuple[str, str]:
@@ -108,9 +110,10 @@ class PromptMaker:
         Parameters
         ----------
         tasks : str
-            One of `TASKS`, or several joined by ``+``, which then share the prompt.
+            One of `TASKS`, or several joined by ``+``, which then share the prompt; or one of `RULER`.
         length : int
-            Tokens of the prompt before the question.
+            Tokens of the prompt before the question; for a task of RULER, of prompt, question and longest answer, as
+            it counts them.
         split : str
             ``tuning`` or ``held-out``.
         seed : int
@@ -124,11 +127,15 @@ class PromptMaker:
         ------
         ArgumentError
             If a task is unknown, tasks cannot share a prompt, or text or length is too short.
+        BackendUnavailableError
+            If the package of RULER's tasks is missing.
         """
         names = task_names(tasks)
         header = self._encode(self.template[0])
-        write = TASKS[names[0]].write
-        if write is not None:
+        write = None if is_ruler(tasks) else TASKS[names[0]].write
+        if is_ruler(tasks):
+            ids, questions = self._fill(tasks, length, len(header), split, seed)
+        elif write is not None:
             ids, questions = self._write(write, names[0], length - len(header), split, seed)
         else:
             ids, questions = self._hide(names, length, len(header), split, seed)
@@ -186,6 +193,48 @@ class PromptMaker:
         ids, riddle = written(least)
         return ids, (self._ask(name, riddle, []),)
 
+    def _fill(
+        self, name: str, length: int, header: int, split: str, seed: int
+    ) -> tuple[list[int], tuple[Question, ...]]:
+        """Let a task of RULER write the longest document that leaves room for its question and answer."""
+        if (name, length, split) not in self._ruler:
+            self._ruler[name, length, split] = RulerTask(name, length, split, lambda text: len(self._encode(text)))
+        task = self._ruler[name, length, split]
+        # Without a chat template, an input is the task's own template and nothing else.
+        footer = self.template[1] if getattr(self.tokenizer, "chat_template", None) else ""
+
+        def encoded(size: int) -> tuple[Sample, list[int], tuple[int, ...], tuple[int, ...]]:
+            sample = task.write(seed, size)
+            before = f"{sample.question}{footer}{sample.prefix}"
+            return sample, self._encode(sample.document), *_encode_answer(self.tokenizer, before, sample.answer)
+
+        def total(size: int) -> int:
+            _, document, asked, _ = encoded(size)
+            return header + len(document) + len(asked) + task.max_new_tokens
+
+        sizes = task.sizes if total(task.sizes[0]) <= length else task.small_sizes
+        size = _last_that_fits(sizes, lambda size: total(size) <= length)
+        if size is None:
+            least = (*task.small_sizes, *task.sizes)[0]
+            raise ArgumentError(f"--length must be at least {total(least)} for {name}; got {length}")
+        sample, ids, asked, answer = encoded(size)
+        if not answer or self.tokenizer.unk_token_id in answer:
+            raise ArgumentError(
+                f"--model must have a tokenizer that can spell the answers of {name}; it cannot write {sample.answer!r}"
+            )
+        return ids, (
+            Question(
+                task=name,
+                kind=None,
+                depth=None,
+                ids=asked,
+                answer=answer,
+                references=sample.references,
+                metric=task.metric,
+                max_new_tokens=task.max_new_tokens,
+            ),
+        )
+
     def _words(self, split: str) -> list[str]:
         """Collect the text's own words of 4 to 9 letters."""
         if split not in self._vocabulary:
@@ -217,25 +266,54 @@ class PromptMaker:
 
 
 def chat_template(tokenizer: Any) -> tuple[str, str]:
-    """Return what a model's template puts before a document, and between its question and the answer."""
-    if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": MARKER}]
+    """Return what a model's template puts before a document, and between its question and the answer.
+
+    Raises
+    ------
+    ArgumentError
+        If the template fails, or leaves the message out.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer.bos_token or "", "\n"
+    message = [{"role": "user", "content": MARKER}]
+    try:
         whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        before, _, after = whole.partition(MARKER)
-        return before, after
-    return tokenizer.bos_token or "", "\n"
+    except Exception as error:  # whatever a model's authors let their template raise
+        raise ArgumentError(f"--model must have a chat template that takes one message; it says: {error}") from error
+    before, marker, after = whole.partition(MARKER)
+    if not marker:
+        raise ArgumentError("--model must have a chat template that shows the message; it leaves it out")
+    return before, after
 
 
 def encode_question(
     tokenizer: Any, footer: str, question: str, prefix: str, answer: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens of a question, template and prefix included, and those of the answer after it."""
-    before = f"\n\n{question}{footer}{prefix}"
+    return _encode_answer(tokenizer, f"\n\n{question}{footer}{prefix}", f" {answer}" if prefix else answer)
+
+
+def _encode_answer(tokenizer: Any, before: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of a text, and those of the answer that goes on from it."""
     ids = tokenizer(before, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(f"{before} {answer}" if prefix else before + answer, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
     # Where the tokenizer merges the answer's first letters into the question's last token, that is the answer's.
     shared = next((place for place, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), len(ids))
     return tuple(whole[:shared]), tuple(whole[shared:])
+
+
+def _last_that_fits(sizes: range, fits: Callable[[int], bool]) -> int | None:
+    """Return the largest of ascending sizes that fits, where all below it do; None if the first one does not."""
+    if not sizes or not fits(sizes[0]):
+        return None
+    least, most = 0, 1
+    while most < len(sizes) and fits(sizes[most]):
+        least, most = most, 2 * most
+    most = min(most, len(sizes))
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(sizes[middle]) else (least, middle)
+    return sizes[least]
 
 
 def _insert(

@@ -14,6 +14,7 @@ from ...naming.names import FULL, is_press
 from ...naming.policies import make_policy, parse_budget
 from ..prompts.haystack import SPLITS, seeds_of
 from ..prompts.riddles import task_names
+from ..prompts.ruler import check_ruler, is_ruler
 from .presses import check_press
 
 __all__ = ["Config", "budget_of", "load_config", "suite_names"]
@@ -30,7 +31,7 @@ class Config:
     tasks : tuple of str
         Tasks that are joined by ``+`` share their prompts. Ignored where `data` is given.
     lengths : tuple of int
-        Tokens of a prompt before the question.
+        Tokens of a prompt before the question; for tasks of RULER, with the question and the longest answer.
     budgets : tuple of int or str
         Tokens to keep per KV head, or percentages of a prompt's length such as ``"25%"``. A budget that holds the whole
         prompt is left out.
@@ -99,6 +100,8 @@ class Config:
         checks.flag("closeness", self.closeness)
         for tasks in self.tasks:
             task_names(tasks)
+            if is_ruler(tasks) and self.data is None:
+                check_ruler(tasks)
         seeds_of(self.split, checks.count("seed", self.seed), self.prompts)
         for policy in self.policies:
             if is_press(policy):

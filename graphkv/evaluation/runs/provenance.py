@@ -22,6 +22,7 @@ from ...naming.policies import own_module
 from ...naming.presets import load_preset
 from ...workbench.model import DEFAULT_MODEL
 from ...workbench.text import Text
+from ..prompts.ruler import is_ruler, ruler_versions
 from .config import Config
 
 __all__ = ["identity_of", "session_now"]
@@ -44,6 +45,7 @@ def identity_of(
         "text": {"name": text.name, "sha256": text.sha256()},
         "data": {"sha256": data}
         | ({"skipped": {why: len(lines) for why, lines in skipped.items()}} if skipped else {}),
+        **({"ruler": ruler_versions()} if data is None and any(map(is_ruler, config.tasks)) else {}),
         "threads": torch.get_num_threads(),
         **({"presets": presets} if presets else {}),
         **({"modules": {module.__name__: _hash_of_module(module) for module in modules}} if modules else {}),
