@@ -345,7 +345,10 @@ def test_our_warnings_are_one_line_too(tiny, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_all_workers_in_one_line(tiny, tmp_path):
+def test_an_interrupt_ends_all_workers_in_one_line(tiny, tmp_path, request):
+    # A shell's background jobs ignore the signal and hand that on; a process with a handler does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {number} of some text." for number in range(900)))
     options = ["--model", tiny, "--text", tmp_path / "text.txt", "--task", "continuation", "--length", "1800"]
     options += ["--prompts", "60", "--budget", "64", "--workers", "2", "--output", tmp_path / "out"]
@@ -353,7 +356,10 @@ def test_an_interrupt_ends_all_workers_in_one_line(tiny, tmp_path):
     # As a terminal does: the signal goes to the whole group. Once while the workers load, once while they answer.
     for wait_for_records in (False, True):
         with subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         ) as process:
             records = tmp_path / "out" / "records.jsonl"
             deadline = time.monotonic() + 120
