@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from dataclasses import fields
 from pathlib import Path
 
 from marked import renew
 
-from graphkv import Random
+from graphkv import AttentionGate, Random
+from graphkv.adapters.attention_gate import Gate
 from graphkv.adapters.catalog import ENTRIES, Entry
 from graphkv.core import Cost, LayerShape, Policy, Requirements, Wrapper
+from graphkv.core.files import StoredArray
 
 STAGES = [
     "observe",
@@ -31,6 +34,15 @@ STAGES = [
 ]
 PAGE = Path(__file__).parent / "policies.md"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
+# Two heads of width 16, with nothing in them.
+INNER = StoredArray(shape=(8, 2, 256, 16), data=array("f"))
+GATE = Gate(
+    query=INNER,
+    key=INNER,
+    value=INNER,
+    out=StoredArray(shape=(8, 2, 16), data=array("f")),
+    bias=StoredArray(shape=(8,), data=array("f")),
+)
 # Costs nothing, so that a wrapper's cost is its own.
 BASE = Random(budget=512)
 
@@ -92,7 +104,9 @@ def _support(entry: Entry) -> str:
     own: Requirements = entry.policy.requirements
     # Options that no policy has by default may hold other policies, whose costs are theirs.
     made: Policy | None = None
-    if not entry.holds_arrays and not entry.needed(BASE):
+    if entry.policy is AttentionGate:
+        made = AttentionGate(budget=SHAPE.budget, gates=[GATE])
+    elif not entry.holds_arrays and not entry.needed(BASE):
         made = entry.make(BASE if entry.is_wrapper else SHAPE.budget)
     cost = made.cost(SHAPE) if made else Cost()
     return row(

@@ -10,6 +10,7 @@ from .adakv import AdaKV as AdaKV
 from .anyquery import AnyQuery as AnyQuery
 from .attendre import LFA as LFA
 from .attendre import LRA as LRA
+from .attention_gate import AttentionGate as AttentionGate
 from .cake import CAKE as CAKE
 from .caote import CAOTE as CAOTE
 from .chunkkv import ChunkKV as ChunkKV

@@ -10,7 +10,7 @@ from .. import adapters
 from ..core.graphkv import GraphKV
 from ..core.policy import Policy, Wrapper
 
-__all__ = ["BASES", "ENTRIES", "WRAPPERS", "Entry"]
+__all__ = ["BASES", "ENTRIES", "LOADED", "WRAPPERS", "Entry"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +282,15 @@ ENTRIES = (
         holds_arrays=True,
     ),
     Entry(
+        policy=adapters.AttentionGate,
+        name="attention-gate",
+        paper="2410.12876",
+        importance="how likely a trained gate lets the token pass; in (0, 1)",
+        protects=SINKS,
+        checked="loops, values worked by hand",
+        holds_arrays=True,
+    ),
+    Entry(
         policy=GraphKV,
         name="graphkv",
         paper="2509.00388",
@@ -405,6 +414,7 @@ ENTRIES = (
     ),
 )
 
-# By the names that the command line knows.
-BASES = {entry.name: entry.policy for entry in ENTRIES if entry.name and not entry.is_wrapper}
+# By the names that the command line knows. Those that a name and a budget make, and those that need a file as well.
+BASES = {entry.name: entry.policy for entry in ENTRIES if entry.name and not (entry.is_wrapper or entry.holds_arrays)}
+LOADED: dict[str, Callable[..., Policy]] = {"attention-gate": adapters.AttentionGate.load}
 WRAPPERS = {entry.name: entry.policy for entry in ENTRIES if entry.name and entry.is_wrapper}

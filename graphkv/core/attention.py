@@ -9,7 +9,13 @@ from .backend import Backend, ReceivedAttention
 from .layer import Probe
 from .types import Array, Namespace
 
-__all__ = ["highest_attention", "portable_received_attention", "received_attention", "window_attention"]
+__all__ = [
+    "highest_attention",
+    "masked_softmax",
+    "portable_received_attention",
+    "received_attention",
+    "window_attention",
+]
 
 
 def window_attention(
@@ -56,7 +62,7 @@ def window_attention(
         & valid[:, :, None, num_tokens - window :, None]
         & gives
     )
-    return _softmax(logits, sees, xp=xp)
+    return masked_softmax(logits, sees, xp=xp)
 
 
 def highest_attention(
@@ -134,12 +140,12 @@ def highest_attention(
             logits = xp.concat([logits, to_own], axis=-1)
             sees = xp.concat([sees, xp.broadcast_to(sees_own, (*rows, end))], axis=-1)
         sees = sees & xp.reshape(gives, (*rows, 1))
-        weights = _softmax(logits, sees, xp=xp)[..., :num_tokens]
+        weights = masked_softmax(logits, sees, xp=xp)[..., :num_tokens]
         highest = xp.maximum(highest, xp.max(weights, axis=(2, 3)))
     return highest
 
 
-def _softmax(logits: Array, sees: Array, /, *, xp: Namespace) -> Array:
+def masked_softmax(logits: Array, sees: Array, /, *, xp: Namespace) -> Array:
     """Compute probabilities over what each row sees; a row that sees nothing, such as a padded query's, is all zero."""
     logits = xp.where(sees, logits, xp.full_like(logits, -xp.inf))
     highest = xp.max(logits, axis=-1, keepdims=True)

@@ -72,7 +72,7 @@ def chooses(policy: Policy, /) -> bool:
     """Return whether a policy, or one under its wrappers, fills the budget otherwise than by `select`."""
     while isinstance(policy, Wrapper) and type(policy).choose is Wrapper.choose:
         policy = policy.base
-    return type(policy).choose is not Policy.choose
+    return policy.chooses()
 
 
 def name_of(policy: Policy, /) -> str:

@@ -355,6 +355,10 @@ class Policy(Value, ABC):
         """Return what the policy needs, its base included."""
         return self.requirements
 
+    def chooses(self) -> bool:
+        """Return whether `choose` may fill the budget otherwise than by `select`. Default: if the class defines it."""
+        return type(self).choose is not Policy.choose
+
     def cost(self, shape: LayerShape, /) -> Cost:
         """Return the extra cost of one layer. Default: negligible."""
         return Cost()

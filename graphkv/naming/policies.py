@@ -25,6 +25,7 @@ from .presets import Preset, load_preset
 
 __all__ = [
     "BASES",
+    "LOADED",
     "WRAPPERS",
     "base_of",
     "call",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 BASES: dict[str, Callable[..., Policy]] = dict(catalog.BASES)
+# Bases with weights of their own: attention-gate(path='gates.safetensors').
+LOADED = catalog.LOADED
 # ``+graphkv`` is ``GraphKV(base)``, with the options of the paper's signal.
 SIGNALS: dict[str, type[Signal]] = {
     "graphkv": Decay,
@@ -98,9 +101,9 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     if is_press(name):
         raise ArgumentError(f"--policy must be a policy here; presses of kvpress are for graphkv eval; got {name!r}")
     (kind, options), *wrappers = parse(name)
-    if not (kind in BASES or is_own(kind)) or any(wrapper not in WRAPPERS for wrapper, _ in wrappers):
+    if not (kind in BASES or kind in LOADED or is_own(kind)) or any(wrapper not in WRAPPERS for wrapper, _ in wrappers):
         raise ArgumentError(
-            f"--policy must be one of {', '.join([FULL, *BASES])} or your own {OWN}, all but full with any of "
+            f"--policy must be one of {', '.join([FULL, *BASES, *LOADED])} or your own {OWN}, all but full with any of "
             f"+{', +'.join(WRAPPERS)}, or a preset.toml; got {name!r}"
         )
     return _wrap(_make_base(kind, options, name, budget, sinks, seed), wrappers, name)
@@ -172,7 +175,7 @@ def _make_base(
         options = {"seed": seed, **options}
     if sinks is not None:
         options = {"num_sinks": sinks, **options}
-    made: Policy = call(BASES[kind], name, budget=budget, **options)
+    made: Policy = call(BASES.get(kind) or LOADED[kind], name, budget=budget, **options)
     return made
 
 
@@ -252,9 +255,10 @@ def make_preset(
         If the base, a wrapper or an option is unknown or wrong.
     """
     (kind, options), *inner = parse(preset.base)
-    if not (kind in BASES or is_own(kind)) or inner:
+    if not (kind in BASES or kind in LOADED or is_own(kind)) or inner:
         raise ArgumentError(
-            f"--policy {name}: base must be one of {', '.join(BASES)} or your own {OWN}; got {preset.base!r}"
+            f"--policy {name}: base must be one of {', '.join([*BASES, *LOADED])} or your own {OWN}; "
+            f"got {preset.base!r}"
         )
     sinks = preset.sinks if sinks is None else sinks
     base = _make_base(kind, options, f"{name}, base", budget, sinks, seed)
