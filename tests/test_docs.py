@@ -70,6 +70,13 @@ def test_every_block_says_what_it_is(page):
     assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(fenced)
 
 
+def test_memory_has_one_unit_everywhere():
+    """MB are 10^6 bytes, as `report` and the command line print them."""
+    shown = [ROOT / "README.md", *DOCS.rglob("*.md"), *DOCS.glob("*.py"), *(ROOT / "graphkv").rglob("*.py")]
+
+    assert [path.name for path in shown if re.search(r"\b[KMG]iB\b", path.read_text(encoding="utf-8"))] == []
+
+
 def test_pages_with_code_are_found():
     counts = {page.stem: sum(language == RUN for _, language, _ in blocks(page)) for page in PAGES}
 
@@ -231,6 +238,14 @@ def test_every_public_object_has_a_page(site):
     assert [
         name for name in graphkv.__all__ if name[0] != "_" and not (site / f"api/graphkv.{name}.html").is_file()
     ] == []
+
+
+def test_the_page_of_a_policy_shows_its_options(site):
+    """Not those of `__new__`, which takes anything."""
+    html = (site / "api/graphkv.Random.html").read_text(encoding="utf-8")
+    call = re.sub(r"<[^>]*>", "", html.partition('<dt class="sig')[2].partition("</dt>")[0])
+
+    assert "graphkv.Random(*, budget, num_sinks=0, seed=0)" in call
 
 
 def test_pictures_follow_a_dark_screen():
