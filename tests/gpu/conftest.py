@@ -1,7 +1,12 @@
-"""The backends of this folder: those whose arrays live on a CUDA device."""
+"""The backends of this folder: those whose arrays live on a CUDA device.
+
+With ``GRAPHKV_GPU_REHEARSAL=1`` torch and JAX stay on the CPU: nothing is shown about a device, but the tests have run
+before the first machine that has one. What asks for a device by its nature says so in its name.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +16,8 @@ import pytest
 
 from graphkv import Backend, BackendUnavailableError
 from graphkv.core.backend import load
+
+REHEARSAL = os.environ.get("GRAPHKV_GPU_REHEARSAL") == "1"
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,50 @@ def _cupy() -> OnDevice:
     return OnDevice(backend, backend.xp.asarray)
 
 
-def _torch() -> OnDevice:
-    backend = load("torch")
+def torch_device() -> str:
+    """Return where torch's tests run, or say that there is no device."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not REHEARSAL and not torch.cuda.is_available():
         raise BackendUnavailableError(f"torch {torch.__version__} finds no CUDA device")
-    return OnDevice(backend, lambda x: torch.from_numpy(np.array(x)).to("cuda"))
+    return "cpu" if REHEARSAL else "cuda"
 
 
-DEVICES = {"cupy": _cupy, "torch-cuda": _torch}
+def _torch() -> OnDevice:
+    backend, device = load("torch"), torch_device()
+    import torch
+
+    return OnDevice(backend, lambda x: torch.from_numpy(np.array(x)).to(device))
+
+
+def _jax() -> OnDevice:
+    backend = load("jax")
+    import jax
+
+    try:
+        device = jax.devices("cpu" if REHEARSAL else "cuda")[0]
+    except RuntimeError as error:
+        raise BackendUnavailableError(f"jax {jax.__version__} finds no CUDA device") from error
+    return OnDevice(backend, lambda x: jax.device_put(np.array(x), device))
+
+
+DEVICES = {"cupy": _cupy, "torch-cuda": _torch, "jax-cuda": _jax}
+# JAX op by op compiles op by op, which takes many minutes.
+SUBJECTS = [*(f"{name}{kind}" for name in ("cupy", "torch-cuda") for kind in ("", ":portable")), "jax-cuda"]
+
+
+def found() -> list[str]:
+    """Return the libraries that find a device."""
+    return [name for name in DEVICES if refusal(name) is None]
+
+
+def refusal(name: str) -> str | None:
+    """Return why a library finds no device; None where it does."""
+    try:
+        DEVICES[name]()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
 
 
 def _on_device(name: str) -> OnDevice:
@@ -49,18 +90,18 @@ def _on_device(name: str) -> OnDevice:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session", params=DEVICES)
+@pytest.fixture(scope="session", params=["cupy", "torch-cuda"])
 def gpu(request: pytest.FixtureRequest) -> OnDevice:
     """Return each library that finds a device; the others are skipped with their own words."""
     return _on_device(request.param)
 
 
-@pytest.fixture(scope="session", params=[f"{name}{kind}" for name in DEVICES for kind in ("", ":portable")])
+@pytest.fixture(scope="session", params=SUBJECTS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Return what the kit tests: each library on its device, with and without its overrides."""
     from graphkv.testing.subject import Subject, variants
 
     name, _, portable = request.param.partition(":")
     device = _on_device(name)
-    subject = Subject(**vars(device.backend), from_numpy=device.make, title=name)
+    subject = Subject(**vars(device.backend) | {"from_numpy": device.make, "title": name})
     return variants(subject)[1 if portable else 0]

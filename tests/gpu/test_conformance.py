@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.gpu.conftest import found
 
-def _devices() -> list[str]:
-    found = []
-    for name in ("cupy", "torch.cuda"):
-        try:
-            module = __import__(name, fromlist=["is_available"])
-        except ImportError:
-            continue
-        if module.is_available():
-            found.append(name)
-    return found
+if not found():
+    pytest.skip("neither CuPy nor torch nor JAX finds a CUDA device", allow_module_level=True)
 
-
-if not _devices():
-    pytest.skip("neither CuPy nor torch finds a CUDA device", allow_module_level=True)
-
-from graphkv.testing.suite import *  # noqa: E402, F403
+from graphkv.testing.suite import *  # noqa: F403
 
 pytestmark = pytest.mark.gpu
