@@ -74,8 +74,8 @@ def run(library, policy, layer, rows=slice(None), tokens=slice(None)):
 
 
 SHAPES = ((1, 1, 1), (7, 2, 1), (12, 2, 2))
-# JAX compiles every operation anew for every shape and budget: there, these two only.
-ON_JAX = (((7, 2, 1), 7), ((12, 2, 2), 5))
+# JAX compiles every operation anew for every shape and budget: there, this one only.
+ON_JAX = (((12, 2, 2), 5),)
 
 
 def is_jax(library):
@@ -157,7 +157,7 @@ def test_a_graph_without_edges_is_the_base(library, name, data):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_policy_scores_as_numpy_does(library, numpy_library, name):
     random = np.random.default_rng(5)
-    # On JAX the shapes of above, which are compiled already.
+    # On JAX the shape of above, which is compiled already.
     num_tokens, dim, budget = (12, 4, 5) if is_jax(library) else (23, 8, 9)
     layer = [random.normal(size=(2, heads, num_tokens, dim)).astype(np.float32) for heads in (2, 2, 4)]
     layer.append(np.arange(num_tokens) >= np.asarray([[0], [3]]))

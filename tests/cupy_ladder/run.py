@@ -24,7 +24,7 @@ class ThisRun:
         """Draw few: the values are NumPy's, with which the kit runs in full elsewhere; here the calls count."""
         from hypothesis import settings  # not before pytest, which rewrites it
 
-        settings.register_profile("standin", max_examples=20, deadline=None, database=None, derandomize=True)
+        settings.register_profile("standin", max_examples=8, deadline=None, database=None, derandomize=True)
         settings.load_profile("standin")
 
     def pytest_report_header(self) -> str:

@@ -31,8 +31,8 @@ STRICT = Subject(name="strict", xp=xp, to_numpy=to_numpy, library="array_api_str
 # Results must be made where the inputs are: a creation call without `device=` fails here.
 DEVICE1 = Subject(**vars(STRICT) | {"title": "strict:device1", "from_numpy": on("device1")})
 NO_FLOAT64 = Subject(**vars(STRICT) | {"title": "strict:no_float64", "from_numpy": on("no_float64")})
-# No boolean indexing, no data-dependent shapes, no extensions.
-STRICTEST = Subject(**vars(STRICT) | {"title": "strictest"})
+# No boolean indexing, no data-dependent shapes, no extensions; on a device of its own as well.
+STRICTEST = Subject(**vars(DEVICE1) | {"title": "strictest"})
 
 
 @contextmanager
