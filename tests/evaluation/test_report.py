@@ -322,8 +322,8 @@ def test_the_page_is_one_file_that_needs_no_network(run):
 
     assert page.open == []
     assert page.tags.count("img") == len(list((run / "report" / "figures").glob("*.svg"))) > 10
-    assert re.findall(r'<td data-head="([^"]*)"', html)[:5] == ["policy", "mode", "task", "metric", "better"]
-    assert html.count("<td") == html.count(' data-head="') > 100
+    assert re.findall(r'<td[^>]* data-head="([^"]*)"', html)[:5] == ["policy", "mode", "task", "metric", "better"]
+    assert html.count("<td") == html.count(' data-head="') > 50
     assert page.tags.count("figcaption") == page.tags.count("figure") == page.tags.count("img")
     inside = {link.removeprefix("#") for link in page.links if link.startswith("#")}
     assert inside
