@@ -114,7 +114,7 @@ def run_script(name, *, on=DOCS):
 
 
 # `make docs` checks these and the slower ones.
-@pytest.mark.parametrize("name", ["support.py", "names.py", "mistakes.py", "performance.py"])
+@pytest.mark.parametrize("name", ["support.py", "names.py", "mistakes.py", "performance.py", "seeds.py"])
 def test_tables_are_what_their_script_makes(name):
     assert run_script(name) == 0
 
