@@ -291,7 +291,7 @@ class Broken(Policy):
 
 @dataclass(frozen=True)
 class Promising(Folded):
-    """Says that its slots count as one, and they do not."""
+    """A merge that promises slots of one token each, and counts more."""
 
     requirements: ClassVar[Requirements] = Requirements(merges=True, masses=False)
 
