@@ -213,7 +213,9 @@ class AttentionGate(SinkPolicy):
         keys: Array = layer.unrotated_keys
         features = xp.concat([keys, layer.values], axis=-1)
         sizes = {"kv_heads": int(keys.shape[1]), "F": int(features.shape[-1])}
-        gate = weights.of_layer("gates", self.gates, layer, sizes)
+        gate = weights.of_layer(
+            "gates", self.gates, layer.layer, layer.num_layers, sizes, like=keys, backend=layer.backend
+        )
         logits = gate_logits(features, gate, layer.valid, xp=xp)
         # Of the negative magnitude, so that nothing overflows.
         small = xp.exp(-xp.abs(logits))

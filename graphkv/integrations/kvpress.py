@@ -90,6 +90,11 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             )
         if self.policy.needs().merges:
             self._refuse_merges()
+        if self.policy.needs().answers:
+            raise ArgumentError(
+                "policy must not answer for dropped tokens in kvpress, whose attention would not ask it; "
+                f"{name_of(self.policy)} does. graphkv.integrations.transformers asks"
+            )
         if self.policy.needs().couples_layers:
             raise ArgumentError(
                 "policy must choose for each layer alone, because kvpress evicts a layer before the next one has read "
