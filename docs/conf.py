@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
+from sphinx.util.inspect import stringify_signature
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,6 +27,7 @@ import reports
 
 import graphkv
 from graphkv.adapters.catalog import ENTRIES
+from graphkv.core.values import Value
 
 # numpydoc links words such as "int" to pages that are not part of this build.
 xref.DEFAULT_LINKS.clear()
@@ -61,7 +64,7 @@ POLICIES.write_text(
 autosummary_generate = ["api.md", POLICIES.name]
 autosummary_generate_overwrite = True
 # The members that a page shows, where there are any: of a policy, what it has beside the stages and its options.
-OWN = {"epicache", "official", "pyramid_infer", "rocketkv", "share_out", "wants"}
+OWN = {"epicache", "load", "official", "pyramid_infer", "rocketkv", "share_out", "wants"}
 INTEGRATION = "graphkv.integrations"
 VALUES = ("Choice", "Cost", "Eviction", "Graph", "Layer", "Memory", "Merge", "Policy", "Protection", "Signal")
 autosummary_context = {
@@ -194,8 +197,17 @@ class PropertiesDirective(SphinxDirective):
         )
 
 
+def _constructor(*event: Any) -> tuple[str, None] | None:
+    """Write the call of a policy or signal: `__new__`, which Sphinx would show, takes anything and only refuses."""
+    _, what, _, obj, *_ = event
+    if what != "class" or not issubclass(obj, Value):
+        return None
+    return stringify_signature(inspect.signature(obj), show_annotation=False), None
+
+
 def setup(app: Sphinx) -> None:
     """Add what this documentation needs beyond its extensions."""
+    app.connect("autodoc-process-signature", _constructor)
     app.connect("builder-inited", lambda _: reports.build())
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
     app.add_role("name", NameRole())

@@ -121,7 +121,7 @@ def _support(entry: Entry) -> str:
         "yes" if own.state else "-",
         "heads" if own.couples_heads else "layers" if own.wants else "-",
         f"{cost.flops / 1e6:.1f}" if cost.flops else "-",
-        f"{cost.bytes / 2**20:.1f} MiB" if cost.bytes else "-",
+        f"{cost.bytes / 1e6:.1f} MB" if cost.bytes else "-",
     )
 
 

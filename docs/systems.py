@@ -1,20 +1,23 @@
 """Write the tables of results/systems.md and results/merging.md from the records beside them.
 
 ``python docs/systems.py`` rewrites the tables between their marks, ``--check`` only says whether they are current.
+Either way, what results/merging.md says of its thresholds must be what the records say.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from math import sqrt
 from statistics import fmean
 
-from claims import signed
+from claims import missing, signed
 from marked import renew
 from reports import RESULTS, records
 
 from graphkv.evaluation.records import Record
-from graphkv.evaluation.statistics import compare
+from graphkv.evaluation.statistics import Comparison, compare
 from graphkv.naming.names import FULL
 
 PARTS = {
@@ -23,6 +26,11 @@ PARTS = {
     "continuation": ("continuation", "agnostic"),
 }
 YARDSTICKS = ("snapkv", "keydiff", "random")
+TUNED = ("snapkv", "snapkv+degree", "keydiff")
+THRESHOLDS = {
+    (threshold, weights): f"absorb(threshold={threshold},weights='{weights}')"
+    for threshold, weights in product((0.85, 0.9, 0.95), ("attention", "count"))
+}
 
 
 def table(read: Sequence[Record], pairs: Mapping[str, str], first: Sequence[str] = (), *, full: bool = True) -> str:
@@ -80,6 +88,59 @@ def without_last_wrapper(names: Sequence[str]) -> dict[str, str]:
     return {name: base for name, base in pairs.items() if base in names}
 
 
+def thresholds(read: Sequence[Record], base: str) -> str:
+    """Render what `Absorb` changes over a base at every threshold, with standard errors."""
+    parts = [[one.nll for one in read if one.policy == base and _part(one) == part] for part in PARTS.values()]
+    lines = [[f"`{base}`", *PARTS], ["---"] * (1 + len(PARTS)), ["alone", *(f"{fmean(part):.2f}" for part in parts)]]
+    for (threshold, weights), found in _changes(read, base).items():
+        cells = [f"{_gain(found[part])} ± {_error(found[part]):.3f}" for part in PARTS.values()]
+        lines.append([f"{threshold} by {weights}", *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def said_of_thresholds(read: Sequence[Record]) -> Iterator[str]:
+    """Make the sentences in numbers that the page must hold."""
+    found = [
+        (base, *option, name, changes[part])
+        for base in TUNED
+        for option, changes in _changes(read, base).items()
+        for name, part in PARTS.items()
+    ]
+    if not any(one.difference.mean > _error(one) for _, threshold, _, _, one in found if threshold == 0.95):
+        yield "At .95 no cell is worse by more than its standard error, by either kind of weights"
+    worst = max((one for one in found if one[0] != "keydiff"), key=lambda one: one[-1].difference.mean)
+    yield f"most by {worst[2]} and at {_short(worst[1])}: up to {_short(worst[-1].difference.mean)}"
+    losses = [one for one in found if one[-1].difference.mean > 2 * _error(one[-1])]
+    for base, threshold, weights, name, one in losses:
+        yield f"over `{base}` at {_short(threshold)} by {weights}, {name}: {_gain(one)} ± {_error(one):.3f}"
+    if len(losses) == 1:
+        yield "The one loss of more than two standard errors"
+
+
+def _changes(read: Sequence[Record], base: str) -> dict[tuple[float, str], dict[tuple[str, str], Comparison]]:
+    """Compare every threshold with its base: by part."""
+    return {
+        option: {(one.cell.task, one.cell.mode): one for one in compare(read, "nll", {f"{base}+{name}": base})}
+        for option, name in THRESHOLDS.items()
+    }
+
+
+def _part(record: Record) -> tuple[str, str]:
+    return record.task, record.mode
+
+
+def _gain(found: Comparison) -> str:
+    return signed(f"{found.difference.mean:+.3f}")
+
+
+def _error(found: Comparison) -> float:
+    return found.deviation / sqrt(found.difference.count)
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}".removeprefix("0")
+
+
 def main() -> int:
     """Rewrite the pages, or check them."""
     systems = records("systems/records.jsonl.gz")
@@ -87,7 +148,12 @@ def main() -> int:
     against = {record.policy: "snapkv" for record in systems if record.policy not in (FULL, "snapkv")}
     merged = without_last_wrapper(list(dict.fromkeys(record.policy for record in merging)))
     outdated = renew(RESULTS / "systems.md", {"systems": table(systems, against, YARDSTICKS)})
-    return outdated | renew(RESULTS / "merging.md", {"merging": table(merging, merged)})
+    tuned, page = records("tuning/absorb.jsonl.gz"), RESULTS / "merging.md"
+    tables = {"merging": table(merging, merged), **{f"absorb {base}": thresholds(tuned, base) for base in TUNED}}
+    outdated |= renew(page, tables)
+    for sentence in (unsaid := missing(page.read_text(encoding="utf-8"), said_of_thresholds(tuned))):
+        print(f"{page.name} does not say what the records say: {sentence}")
+    return int(bool(outdated) or bool(unsaid))
 
 
 if __name__ == "__main__":

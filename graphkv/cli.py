@@ -293,6 +293,10 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch per process. Default: the cores shared out.")
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Part of the prompts to answer, such as 3/16, for an array job. Default: all."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the run; a run in it is continued.")] = Path("graphkv-eval"),
 ) -> None:
     """Measure how well a model answers from caches that are evicted by several policies.
@@ -302,6 +306,7 @@ def evaluate(
     with _packages("eval"):
         from .evaluation.runs.command import main  # noqa: PLC0415 - torch and transformers take seconds to import
         from .evaluation.runs.config import load_config  # noqa: PLC0415
+        from .evaluation.shards import Shard  # noqa: PLC0415
 
     given = _given(
         model=model,
@@ -324,12 +329,21 @@ def evaluate(
         device=None if device == "cpu" else device,
         dtype=None if dtype == "float32" else dtype,
     )
-    main(load_config(suite, config, given), output=output, workers=workers, threads=threads)
+    main(
+        load_config(suite, config, given),
+        output=output,
+        workers=workers,
+        threads=threads,
+        shard=None if shard is None else Shard.parse(shard),
+    )
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of graphkv eval, finished or not.")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(help="Folder of a run of graphkv eval, finished or not; or several, whose records are joined."),
+    ],
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -337,7 +351,12 @@ def report(
         ),
     ] = None,
     effect: Annotated[float, typer.Option(help="Difference to compute the number of prompts needed for.")] = 0.1,
-    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: report, in the run.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the report, and of the joined records of several runs. Default: report, in the run."
+        ),
+    ] = None,
 ) -> None:
     """Write what a run found as Markdown and as one HTML page with plots."""
     with _packages("report"):

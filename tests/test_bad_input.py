@@ -412,6 +412,21 @@ POLICY_TABLE = {
     "unknown pooling": value(
         lambda: SnapKV(budget=4, pooling="median"), "pooling must be one of ['avg', 'max']; got 'median'"
     ),
+    "budget without a name": kind(
+        lambda: Random(512),
+        "Random must be called as Random(budget=..., num_sinks=..., seed=...); "
+        "too many positional arguments in Random(512)",
+    ),
+    "options beside a budget without a name": kind(
+        lambda: Random(512, seed=3),
+        "Random must be called as Random(budget=..., num_sinks=..., seed=...); "
+        "too many positional arguments in Random(512, seed=3)",
+    ),
+    "signal of a base": kind(
+        lambda: Decay(Random(budget=4), neighbors=1),
+        "Decay must be called as Decay(source_ratio=..., neighbors=..., rounds=..., accumulation=..., strength=..., "
+        "recompute_sources=...); too many positional arguments in Decay(Random, neighbors=1)",
+    ),
     "window 0": value(lambda: SnapKV(budget=4, window=0), "window must be at least 1; got 0"),
 }
 

@@ -70,6 +70,13 @@ def test_every_block_says_what_it_is(page):
     assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(fenced)
 
 
+def test_memory_has_one_unit_everywhere():
+    """MB are 10^6 bytes, as `report` and the command line print them."""
+    shown = [ROOT / "README.md", *DOCS.rglob("*.md"), *DOCS.glob("*.py"), *(ROOT / "graphkv").rglob("*.py")]
+
+    assert [path.name for path in shown if re.search(r"\b[KMG]iB\b", path.read_text(encoding="utf-8"))] == []
+
+
 def test_pages_with_code_are_found():
     counts = {page.stem: sum(language == RUN for _, language, _ in blocks(page)) for page in PAGES}
 
@@ -203,16 +210,15 @@ def test_formulas_show_no_markup(site):
 
 
 def test_every_picture_has_a_caption_and_every_cell_its_head(site):
-    # The full reports are built from records, with a heading over every figure; the index of modules has a button.
-    made = re.compile(r"results/.*/report\.html|py-modindex\.html")
     articles = {
         name: html.partition("<article")[2].partition("</article>")[0]
         for name, html in pages_of(site).items()
-        if not made.fullmatch(name)
+        # Its images are buttons.
+        if name != "py-modindex.html"
     }
 
     images = {name: html.count("<img ") for name, html in articles.items()}
-    assert sum(images.values()) > 20
+    assert sum(images.values()) > 20 + images["results/standard/report.html"] > 70
     assert {name: html.count("<figcaption>") for name, html in articles.items()} == images
     assert 'data-head="budget"' in articles["results/index.html"]
 
@@ -231,6 +237,14 @@ def test_every_public_object_has_a_page(site):
     assert [
         name for name in graphkv.__all__ if name[0] != "_" and not (site / f"api/graphkv.{name}.html").is_file()
     ] == []
+
+
+def test_the_page_of_a_policy_shows_its_options(site):
+    """Not those of `__new__`, which takes anything."""
+    html = (site / "api/graphkv.Random.html").read_text(encoding="utf-8")
+    call = re.sub(r"<[^>]*>", "", html.partition('<dt class="sig')[2].partition("</dt>")[0])
+
+    assert "graphkv.Random(*, budget, num_sinks=0, seed=0)" in call
 
 
 def test_pictures_follow_a_dark_screen():

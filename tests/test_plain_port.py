@@ -95,13 +95,23 @@ def test_port_to_javascript_gives_what_is_expected():
 
     assert (done.returncode, done.stderr) == (0, "")
     counts = re.findall(r"^(\w+)\.json: (\d+) of (\d+) cases passed$", done.stdout, re.MULTILINE)
-    assert [name for name, _, _ in counts] == list(plain_port.CORE)
-    assert sum(int(total) for _, _, total in counts) == len(CASES)
+    # Of the policies that merge it has Absorb.
+    merging = json.loads((DOCS / "vectors" / "merging.json").read_text(encoding="utf-8"))["cases"]
+    absorbed = [case for case in merging if case["arguments"]["policy"]["name"] == "Absorb"]
+    assert [name for name, _, _ in counts] == [*plain_port.CORE, "merging"]
+    assert sum(int(total) for _, _, total in counts) == len(CASES) + len(absorbed)
+    assert len(absorbed) >= 9
 
 
 @with_node
 @pytest.mark.parametrize(
-    ("file", "right", "wrong"), [("counts", '"count": 90', '"count": 89'), ("select", "[1, 2]", "[0, 2]")]
+    ("file", "right", "wrong"),
+    [
+        ("counts", '"count": 90', '"count": 89'),
+        ("select", "[1, 2]", "[0, 2]"),
+        ("merging", '"threshold": 0.75', '"threshold": 0.25'),
+        ("merging", "0.69314718056", "0.693"),
+    ],
 )
 def test_port_to_javascript_sees_a_difference(tmp_path, file, right, wrong):
     text = (DOCS / "vectors" / f"{file}.json").read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ from graphkv.workbench.model import load_model
 
 pytestmark = pytest.mark.slow
 QUESTIONS = ("\n\nQuestion: What is a namespace?\nAnswer:", "\n\nQuestion: And what is a module?\nAnswer:")
-# First and last token of three documents.
-PARTS = ((0, 1300), (1000, 2200), (2000, 3000))
+# First and last token of two documents.
+PARTS = ((0, 800), (700, 1300))
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +77,15 @@ def test_numpy_and_torch_keep_the_same_tokens(smollm, prompt):
 
 
 def test_two_turns_over_long_documents_in_a_padded_batch_equal_single_runs(smollm):
-    """Three documents of up to 1,300 tokens, two questions each, 256 tokens left of everything before each question."""
+    """Two documents of up to 800 tokens, two questions each, 128 tokens left of everything before each question."""
     model, tokenizer = smollm
-    policy = GraphKV(SnapKV(budget=256))
+    policy = GraphKV(SnapKV(budget=128))
     text = torch.tensor(tokenizer("\n\n".join(topics.values()))["input_ids"])
     question, again = (tokenizer(each, return_tensors="pt")["input_ids"] for each in QUESTIONS)
     prompts = [torch.cat([text[first:last], question[0]]) for first, last in PARTS]
     longest = max(map(len, prompts))
-    assert longest > 1300
-    assert len(set(map(len, prompts))) == 3
+    assert longest > 800
+    assert len(set(map(len, prompts))) == 2
 
     def converse(ids, mask):
         """Answer, then answer another question on the same cache, with the whole history passed again."""
@@ -97,7 +97,7 @@ def test_two_turns_over_long_documents_in_a_padded_batch_equal_single_runs(smoll
         seen = cache.get_seq_length()
         out = model.generate(history, attention_mask=mask, **options)
         assert seen < history.shape[1] < cache.get_seq_length() == out.shape[1] - 1
-        assert all(layer.num_stored < 256 + 64 for layer in cache.layers)
+        assert all(layer.num_stored < 128 + 64 for layer in cache.layers)
         return out[:, ids.shape[1] :].tolist()
 
     padded = torch.stack([torch.nn.functional.pad(ids, (longest - len(ids), 0)) for ids in prompts])

@@ -138,12 +138,12 @@ def test_a_backend_is_passed_by_value(elsewhere, monkeypatch):
 
 
 def test_one_line_runs_the_kit_on_a_backend_from_anywhere(elsewhere):
-    found = pytest_in(
-        elsewhere, "-p", "quick", "--pyargs", "graphkv.testing.suite", "--graphkv-backend", "stranger.backend:BACKEND"
-    )
+    options = ("--graphkv-backend", "stranger.backend:BACKEND", "-k", "not portable")
+    found = pytest_in(elsewhere, "-p", "quick", "--pyargs", "graphkv.testing.suite", *options)
 
     assert found.returncode == 0, found.stdout + found.stderr
-    assert f"{2 * NUM_CLAIMS} passed" in found.stdout
+    # Without overrides it is array-api-strict as `tests/test_conformance.py` runs it.
+    assert f"{NUM_CLAIMS} passed, {NUM_CLAIMS} deselected" in found.stdout
     device = "array_api_strict.Device('CPU_DEVICE')"
     assert f"graphkv backends: stranger ({device}), stranger:portable ({device})" in found.stdout
 

@@ -84,6 +84,15 @@ def test_a_changed_file_is_out_of_date(monkeypatch, tmp_path):
     assert generate.main() == 1
 
 
+def test_the_presets_of_d2o_are_the_library_s():
+    made = {case["name"]: vectors.policy(case["arguments"]["policy"]) for case in vectors.load()["merging"]}
+
+    for name, preset in (("d2o_paper", graphkv.D2O.paper(4)), ("d2o_official", graphkv.D2O.official(3))):
+        wanted = replace(preset, base=replace(preset.base, num_sinks=1, num_recent=1))
+        assert made[name] == made[f"{name}_padding"] == wanted
+    assert graphkv.D2O.official(3).base.protection(3) == replace(made["d2o_official"].base, num_sinks=4).protection(3)
+
+
 def test_tolerance_is_for_finite_weights_and_scores_only():
     loose = {"relative": 0.5, "absolute": 0.5}
 

@@ -1,4 +1,4 @@
-// A port of the specification to JavaScript, which runs the golden vectors of the core steps.
+// A port of the specification to JavaScript, which runs the golden vectors of the core steps, and of one merge.
 //
 // It shares no code with the library. Like its neighbor in Python it has no dtypes: every number is a double, one row
 // at a time. The first half is the method, the second reads the vectors, calls the first for each row, and compares.
@@ -10,6 +10,9 @@ import { basename, dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
 const CORE = ["order", "build_graph", "propagate", "degree", "fuse", "pagerank", "select", "sum_rows", "figure", "counts"];
+// Of the policies that merge the port has one, Absorb over StreamingLLM.
+const FILES = [...CORE, "merging"];
+const isOurs = (one) => one.step !== "evict" || one.arguments.policy.name === "Absorb";
 const SMALLEST_FACTOR = 1e-6;
 const SMALLEST_POWER = 1e-24;
 const LARGEST_POWER = 1e24;
@@ -151,6 +154,39 @@ function sumRows(table, into, numSlots, size) {
   return members.map((member) => range(size).map((d) => member.reduce((sum, row) => sum + row[d], 0)));
 }
 
+// The mean attention that each token receives from those of the last queries that can see it, over all query heads.
+function meanReceived(keys, heads, window, valid) {
+  const found = keys.map(() => []);
+  for (const queries of heads) {
+    queries.slice(-window).forEach((query, place, last) => {
+      const position = keys.length - last.length + place;
+      const seen = range(position + 1).filter((j) => valid[position] && valid[j]);
+      const powers = seen.map((j) => Math.exp(dot(query, keys[j]) / Math.sqrt(query.length)));
+      seen.forEach((j, rank) => found[j].push(powers[rank] / sum(powers)));
+    });
+  }
+  return found.map((row) => (row.length ? sum(row) / row.length : 0));
+}
+
+// A merge: each dropped token goes into the kept, unprotected one with the most similar key, or nowhere. A slot's key
+// stays, its value becomes an average, and attention counts it as many times as its weights hold its own.
+function absorb(keys, values, weights, kept, isProtected, valid, threshold) {
+  const directions = keys.map((key) => direction(key, true));
+  const targets = kept.filter((k) => valid[k] && !isProtected[k]);
+  const members = new Map(kept.map((k) => [k, [k]]));
+  for (const j of range(keys.length).filter((j) => valid[j] && !members.has(j))) {
+    const cosines = targets.map((k) => (directions[j] && directions[k] ? dot(directions[j], directions[k]) : 0));
+    const [best] = order(cosines);
+    if (cosines[best] >= threshold) members.get(targets[best]).push(j);
+  }
+  return kept.map((k) => {
+    const weight = (j) => (weights[k] > 0 ? weights[j] : 1);
+    const total = sum(members.get(k).map(weight));
+    const parts = values[k].map((_, d) => sum(members.get(k).map((j) => weight(j) * values[j][d])));
+    return { key: keys[k], value: parts.map((part) => part / total), logMass: Math.log(total / weight(k)) };
+  });
+}
+
 // A decimal number as it was written, as a fraction of two BigInts: shares are exact.
 function asWritten(number) {
   const [mantissa, exponent] = String(number).split("e");
@@ -280,6 +316,35 @@ const STEPS = {
     const found = zip(rows(table, lead), rows(into, lead)).map(([row, slots]) => sumRows(row, slots, num_slots, size));
     return { sums: { ...pack(found, lead, size), shape: [...lead, num_slots, size] } };
   },
+  evict({ policy, keys, values, queries, valid }) {
+    const [batch, numHeads, numTokens, size] = keys.shape;
+    const { budget, num_sinks } = policy.base;
+    const groups = queries.shape[1] / numHeads;
+    const found = range(batch * numHeads).map((row) => {
+      const [b, h] = [Math.floor(row / numHeads), row % numHeads];
+      const [key, value] = [keys, values].map((array) => read(array.data[b][h]));
+      const ok = valid ? valid.data[b] : key.map(() => true);
+      // StreamingLLM: the position without padding, and 0 for the sinks, which come first.
+      const place = ok.map((_, j) => ok.slice(0, j).filter(Boolean).length);
+      const isSink = place.map((rank, j) => Boolean(ok[j]) && rank < num_sinks);
+      const scores = place.map((rank, j) => (isSink[j] ? 0 : rank));
+      const kept = select(scores, budget, isSink, ok);
+      const heads = read(queries.data[b].slice(h * groups, (h + 1) * groups));
+      const weights = policy.weights === "count" ? ok.map(() => 1) : meanReceived(key, heads, policy.window, ok);
+      return { kept, scores, slots: absorb(key, value, weights, kept, isSink, ok, policy.threshold) };
+    });
+    const [lead, numSlots] = [[batch, numHeads], Math.min(budget, numTokens)];
+    const packed = (results, ...shape) => ({ ...pack(results, lead, 0), shape: [...lead, ...shape] });
+    return {
+      budget: numSlots,
+      kept: packed(found.map(({ kept }) => kept), numSlots),
+      importance: packed(found.map(({ scores }) => scores), numTokens),
+      scores: packed(found.map(({ scores }) => scores), numTokens),
+      keys: packed(found.map(({ slots }) => slots.map(({ key }) => key)), numSlots, size),
+      values: packed(found.map(({ slots }) => slots.map(({ value }) => value)), numSlots, values.shape[3]),
+      log_mass: packed(found.map(({ slots }) => slots.map(({ logMass }) => logMass)), numSlots),
+    };
+  },
   budget_tokens: ({ budget, num_tokens }) => ({ count: budgetTokens(budget, num_tokens) }),
   ratio_count: ({ amount, total }) => ({ count: ratioCount(amount, total) }),
 };
@@ -307,8 +372,8 @@ function close(expected, got, tolerance) {
 function main(paths) {
   const folder = join(dirname(fileURLToPath(import.meta.url)), "..", "vectors");
   let failed = false;
-  for (const path of paths.length ? paths : CORE.map((name) => join(folder, `${name}.json`))) {
-    const cases = readCases(path);
+  for (const path of paths.length ? paths : FILES.map((name) => join(folder, `${name}.json`))) {
+    const cases = readCases(path).filter(isOurs);
     const wrong = cases.filter((one) => !same(one.expected, STEPS[one.step](one.arguments), one.tolerance));
     const result = `${cases.length - wrong.length} of ${cases.length} cases passed`;
     console.log(`${basename(path)}: ${result}`, ...wrong.map((one) => one.name));

@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, nan, sqrt
+from math import e, inf, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -841,14 +841,30 @@ def merge_cases() -> list[dict[str, Any]]:
         "name": "D2O", "base": base, "weights": "exponential", "own_weight": 2.0, "statistic": "max", "momentum": 0.5,
         "targets": "not_sinks", "mass": "count", "layer_budgets": "exact", "variance": "normalized", "window": 2,
     }  # fmt: skip
+    # The two presets of D2O, with one sink in place of four.
+    heavy = {
+        "name": "H2O", "budget": 4, "num_sinks": 1, "num_recent": 1, "group_reduction": "sum", "age_normalized": False,
+        "block_size": 64,
+    }  # fmt: skip
+    paper = d2o | {
+        "base": heavy, "own_weight": e, "momentum": 0.7, "mass": "one", "variance": "raw", "window": 32,
+    }  # fmt: skip
+    official = paper | {
+        "base": heavy | {"budget": 3}, "weights": "mean", "statistic": "mean", "momentum": 0.5,
+        "targets": "all", "layer_budgets": "code", "variance": "normalized",
+    }  # fmt: skip
     merger = {"name": "KVMerger", "base": base, "heavy": 1, "threshold": 0.5, "sigma": 1.0, "mass": "count"}
     weighted = {"name": "WeightedKV", "base": base, "mass": "one", "window": 2}
     generator = random.Random(2510)
     queries = numbers([[[[generator.randint(-8, 8) / 4 for _ in range(5)] for _ in range(2)] for _ in range(2)]])
     both = numbers([vectors.decode(queries["data"])[0]] * 2)
+    # Queries of all tokens, for attention that is summed over all of them.
+    drawn = [[[generator.randint(-8, 8) / 4 for _ in range(5)] for _ in range(8)] for _ in range(2)]
+    whole, wholes = numbers([drawn]), numbers([drawn, drawn])
     nearest, one, runs = "a dropped token goes into the most similar kept one", "one member", "runs of like neighbors"
     right = "a dropped value goes into the next kept token"
     moving = "the threshold moves with what was merged"
+    presets = "the choices of the paper and of its official code, with one sink"
 
     def made(name: str, rule: str, policy: dict[str, Any], **given: Any) -> dict[str, Any]:
         options = {"keys": keys, "values": values, "queries": queries, "tolerance": CLOSE} | given
@@ -867,6 +883,10 @@ def merge_cases() -> list[dict[str, Any]]:
         made("d2o", moving, d2o),
         made("d2o_mean", moving, d2o | {"statistic": "mean"}),
         made("d2o_padding", "padding goes nowhere", d2o, keys=two, values=two_values, queries=both, valid=left),
+        made("d2o_paper", presets, paper, queries=whole),
+        made("d2o_paper_padding", presets, paper, keys=two, values=two_values, queries=wholes, valid=left),
+        made("d2o_official", presets, official, queries=whole),
+        made("d2o_official_padding", presets, official, keys=two, values=two_values, queries=wholes, valid=left),
         made("kvmerger", runs, merger),
         made("kvmerger_all", runs, merger | {"threshold": -1.0}),
         made("kvmerger_padding", "padding goes nowhere", merger, keys=two, values=two_values, queries=both, valid=left),

@@ -26,6 +26,7 @@ POLICIES = {
         graphkv.Absorb,
         graphkv.D2O,
         graphkv.GraphKV,
+        graphkv.H2O,
         graphkv.KVMerger,
         graphkv.Random,
         graphkv.SnapKV,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from inspect import Parameter, signature
 from math import isfinite, isnan
 from numbers import Real
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from .libraries import library_of
 __all__ = [
     "budget",
     "choice",
+    "constructor",
     "cosine",
     "count",
     "finite_weight",
@@ -205,6 +207,24 @@ def instance(name: str, value: Any, kind: type, /) -> None:
     if not isinstance(value, kind):
         got = f"the class {value.__name__}: call it" if isinstance(value, type) else type(value).__name__
         raise ArgumentTypeError(f"{name} must be a {kind.__name__}; got {got}")
+
+
+def constructor(kind: type, /, *values: Any, **options: Any) -> None:
+    """Require that values without a name have places in the constructor of a class, and leave none empty.
+
+    Options that it does not know are Python's to refuse, which names them.
+    """
+    expected = signature(kind.__init__)  # type: ignore[misc]
+    try:
+        expected.bind(None, *values, **{name: options[name] for name in options if name in expected.parameters})
+    except TypeError as problem:
+        _, *parameters = expected.parameters.values()
+        takes = [f"{each.name}=..." if each.kind is Parameter.KEYWORD_ONLY else each.name for each in parameters]
+        got = [*(_show(each) for each in values), *(f"{name}={_show(each)}" for name, each in options.items())]
+        name = kind.__name__
+        raise ArgumentTypeError(
+            f"{name} must be called as {name}({', '.join(takes)}); {problem} in {name}({', '.join(got)})"
+        ) from None
 
 
 def graph_fields(graph: Any, /) -> None:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from . import checks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Value"]
 
 
 class Value:
-    """Base of frozen dataclasses whose equality knows that a count and a share differ: 1 token is not 1.0 of them."""
+    """Base of frozen dataclasses whose equality knows that a count and a share differ: 1 token is not 1.0 of them.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If values without a name do not fit the constructor: options have names.
+    """
+
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        """Refuse values without a name that do not fit: Python would count them, and not say what it expects."""
+        if values:
+            checks.constructor(cls, *values, **options)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

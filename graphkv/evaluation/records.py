@@ -14,7 +14,18 @@ from typing import Any
 from ..core.errors import ArgumentError
 from ..core.files import write_file
 
-__all__ = ["SCHEMA", "Record", "Run", "read_header", "read_records"]
+__all__ = [
+    "HEADER",
+    "RECORDS",
+    "SCHEMA",
+    "Record",
+    "Run",
+    "as_json",
+    "differences",
+    "read_header",
+    "read_records",
+    "short",
+]
 
 # Raised whenever a field changes its meaning. Runs of an older schema can be read, and not continued.
 # 2: caches are measured; a budget is what was asked for. In 1, no record says how large its cache was.
@@ -234,7 +245,7 @@ class Run:
                 sessions = self._continue(header, identity)
             elif self.path.exists():
                 raise ArgumentError(f"--output {folder} holds {RECORDS} but no {HEADER}; it cannot be continued")
-            write_file(header, _as_json({**identity, "sessions": [*sessions, session]}))
+            write_file(header, as_json({**identity, "sessions": [*sessions, session]}))
             self.path.touch()
         except OSError as error:
             raise ArgumentError(f"--output {folder} cannot be written: {error.strerror or error}") from error
@@ -246,9 +257,9 @@ class Run:
             sessions: list[dict[str, Any]] = known.pop("sessions")
         except (ValueError, KeyError, AttributeError) as error:
             raise ArgumentError(f"{header} is damaged and the run cannot be continued: {error}") from error
-        for name, old, new in _differences(known, identity):
+        for name, old, new in differences(known, identity):
             raise ArgumentError(
-                f"--output {self.folder} holds another run: {name} is {_short(old)} there, {_short(new)} now; "
+                f"--output {self.folder} holds another run: {name} is {short(old)} there, {short(new)} now; "
                 "choose another folder or the same settings"
             )
         if self.path.exists():
@@ -282,21 +293,23 @@ class Run:
         self.done.update(record.key for record in new)
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """List what differs, down to the single setting."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             difference
             for key in sorted(old.keys() | new.keys())
-            for difference in _differences(old.get(key), new.get(key), key)
+            for difference in differences(old.get(key), new.get(key), key)
         ]
     return [] if old == new else [(name, old, new)]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as JSON of at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _as_json(content: dict[str, Any]) -> str:
+def as_json(content: dict[str, Any]) -> str:
+    """Return the text of ``run.json``."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -2,13 +2,14 @@
 
 import inspect
 import pkgutil
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import graphkv
-from graphkv import Policy, Wrapper, adapters
+from graphkv import ArgumentTypeError, Policy, Wrapper, adapters
 from graphkv.adapters.catalog import BASES, ENTRIES, LOADED, LOADED_WRAPPERS, WRAPPERS
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,28 @@ def test_an_entry_makes_its_policy(entry):
             entry.make(budget)
     else:
         assert type(entry.make(budget, **entry.small)) is entry.policy
+
+
+@each_entry
+def test_a_budget_without_a_name_is_told_what_the_policy_takes(entry):
+    name = entry.policy.__name__
+    with pytest.raises(ArgumentTypeError) as caught:
+        entry.policy(512)
+
+    # One place for a value is the base's, and the base is checked where nothing else is missing.
+    parameters = inspect.signature(entry.policy).parameters.values()
+    if not entry.is_wrapper:
+        takes = ", ".join(f"{each.name}=..." for each in parameters)
+        assert (
+            str(caught.value)
+            == f"{name} must be called as {name}({takes}); too many positional arguments in {name}(512)"
+        )
+    elif all(each.default is not each.empty for each in list(parameters)[1:]):
+        assert str(caught.value) == "base must be a Policy; got int"
+    else:
+        assert re.fullmatch(
+            rf"{name} must be called as {name}\(base, .+\); missing .+ in {name}\(512\)", str(caught.value)
+        )
 
 
 @each_entry

@@ -1,6 +1,7 @@
 """D2O against loops: who goes where past a moving threshold, with which weights, and the budgets of layers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ BASES = {
 }
 OPTIONS = {
     "default": {},
+    # Those of the presets, whose sinks, recents and layer budgets do not matter to a merge.
+    "paper": {"own_weight": math.e, "statistic": "max", "momentum": 0.7, "targets": "not_sinks", "mass": "one"},
     "official": {"weights": "mean", "statistic": "mean", "momentum": 0.5, "targets": "all", "mass": "one"},
     "open": {"targets": "open", "own_weight": 0.1},
 }
@@ -130,8 +133,8 @@ def test_weights_of_the_paper_are_convex_and_those_of_the_code_are_not():
     keys = np.asarray([[[[1.0, 0.0], [0.8, 0.6], [0.8, 0.6], [0.8, 0.6]]]])
     ones = np.ones((1, 1, 4, 1))
     base = Given(budget=1, importance=np.asarray([[[1.0, 0.0, 0.0, 0.0]]]))
-    for weights, wanted in (("exponential", 1.0), ("mean", 0.85)):
-        done = evict(D2O(base, layer_budgets="base", weights=weights), keys)
+    for preset, wanted in ((D2O.paper(1), 1.0), (D2O.official(1), 0.85)):
+        done = evict(replace(preset, base=base, layer_budgets="base"), keys)
         np.testing.assert_allclose(done.compress(keys, ones)[1], wanted)
 
 
@@ -179,6 +182,9 @@ def test_exact_layer_budgets_have_the_sum_of_the_bases_and_lie_within_a_factor_o
     assert sum(shares) == 32 * 200
     assert shares == sorted(shares, reverse=True)
     assert shares[0] / shares[-1] == pytest.approx(math.e, rel=0.01)
+    # A simulation with random numbers in [0, 1] spans .118 to .303; these are where 32 of them lie on average.
+    drawn = policy.share_out([i / 33 for i in range(1, 33)], 1000)
+    assert (drawn[-1], drawn[0]) == (pytest.approx(118, abs=6), pytest.approx(303, abs=6))
     assert policy.share_out([0.5], 1000) == [200]
     assert policy.share_out(numbers[:3], 150) == [200] * 3
     assert policy.share_out([], 150) == []
@@ -199,8 +205,10 @@ def test_official_layer_budgets_are_cut_down_and_leave_three_layers_whole():
 def test_presets():
     paper, official = D2O.paper(40), D2O.official(0.2)
 
-    assert (paper.base.num_recent, paper.base.num_sinks, paper.mass, paper.variance) == (10, 4, "one", "raw")
-    assert (official.base.budget, official.weights, official.layer_budgets) == (0.2, "mean", "code")
+    base = H2O(budget=40, num_recent=10, num_sinks=4, group_reduction="sum")
+    assert paper == D2O(base, **OPTIONS["paper"], layer_budgets="exact", variance="raw")
+    base = H2O(budget=0.2, num_sinks=4, group_reduction="sum")
+    assert official == D2O(base, **OPTIONS["official"], layer_budgets="code", variance="normalized")
     assert official.needs().wants
     assert not D2O(KNorm(budget=4), layer_budgets="base").needs().wants
 

@@ -123,7 +123,53 @@ def published(**options):
 
 def test_the_published_widths_and_weights():
     assert published() == [0.536, 0.175, 0.115, 0.1, 0.075]
+    assert published(sigma=4.222) == published()
     assert published(sigma=5.0) == [0.429, 0.193, 0.143, 0.129, 0.106]
+
+
+def test_the_printed_width_merges_nothing():
+    width = math.sqrt(0.5)
+    for _ in range(20):
+        width = sum(math.exp(-square / (2 * width**2)) for square in (0, 40, 55, 60, 70)) / (math.sqrt(2) * 5)
+
+    assert round(width, 4) == 0.1414
+    assert published(sigma=width) == [1, 0, 0, 0, 0]
+
+
+def test_the_exact_number_is_the_papers_scan_with_its_threshold_at_the_last_pair():
+    keys = merged.example(padding=0)["keys"]
+    for budget in (3, 7, 12, 17):
+        done = evict(KVMerger(KNorm(budget=budget), heavy=0), keys)
+        for row in np.ndindex(2, 2):
+            cosines = [merged.cosine(keys[row][i], keys[row][i + 1]) for i in range(17)]
+            threshold = sorted(cosines, reverse=True)[18 - budget - 1]
+            # From the last token to the first: a token joins the set of its right neighbor, or starts a new one.
+            found = [0]
+            for i in range(16, -1, -1):
+                found.append(found[-1] + (cosines[i] < threshold))
+            assert done.merge.into[row].tolist() == [found[-1] - one for one in found[::-1]]
+
+
+def test_a_mass_is_better_than_values_times_the_number_and_both_than_a_mean():
+    """The median error of attention, with five near-duplicates among sixty-five tokens in one slot."""
+    random = np.random.default_rng(3)
+    errors = []
+    for _ in range(40):
+        query, (keys, values) = random.normal(size=16), random.normal(size=(2, 1, 1, 65, 16))
+        keys[0, 0, :5] = keys[0, 0, 0] + 0.05 * random.normal(size=(5, 16))
+        base = Given(budget=61, importance=np.arange(65.0)[None, None])
+        made = [evict(KVMerger(base, heavy=0, sigma=9.0, mass=mass), keys) for mass in ("count", "values", "one")]
+        assert all((done.merge.into[0, 0, :5] == 0).all() for done in made)
+        slots = [(*done.compress(keys, values), np.exp(done.log_mass())[0, 0]) for done in made]
+        slots.append((keys[..., 5:, :], values[..., 5:, :], np.ones(60)))
+        whole, *others = (
+            merged.output(query, k[0, 0], v[0, 0], m) for k, v, m in [(keys, values, np.ones(65)), *slots]
+        )
+        errors.append([np.linalg.norm(other - whole) / np.linalg.norm(whole) for other in others])
+
+    mass, by_values, mean, dropped = np.median(errors, axis=0)
+    assert mass < by_values < mean < dropped
+    assert mass < 0.1 * dropped
 
 
 def test_a_set_of_one_is_copied_bit_for_bit():

@@ -21,6 +21,7 @@ from graphkv import (
     WeightedKV,
 )
 from graphkv.integrations.transformers import EvictingCache, absorbers, evicting, masses, observing
+from graphkv.integrations.transformers.slots import Slots
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.folding import Folded
 from tests.integrations.reference import SlowReference, assert_close, attending
@@ -231,6 +232,42 @@ def test_rows_take_their_masses_along(model, ids, name):
         assert_close(read(model, twin, ids[[2, 1]], [1] * 5), read(model, cache, ids, [1] * 5)[[2, 1]])
 
 
+def beams_by_reference(model, ids, policy, num_new, *, num_beams, every):
+    """Search without any cache: every call sees the whole text of its beam, with masses of its own."""
+    beams = [(0.0, ids)]
+    for step in range(num_new):
+        found = []
+        for score, text in beams:
+            logits, _ = expected(model, text[None], policy, [N] + [1] * step, every=every)
+            best = logits[0, -1].log_softmax(-1).topk(num_beams)
+            found += [(score + gain.item(), torch.cat([text, token[None]])) for gain, token in zip(*best, strict=True)]
+        beams = sorted(found, key=lambda beam: -beam[0])[:num_beams]
+    return beams
+
+
+def test_beams_with_masses_equal_a_search_over_the_slow_reference(model, ids, monkeypatch):
+    policy, num_new = Absorb(SNAPKV, threshold=0.2), 9
+    options = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "return_dict_in_generate": True}
+
+    def search():
+        with evicting(model, policy, every=2):
+            done = greedy(model, ids[:1, :N], num_new, output_scores=True, **options)
+        return done.sequences_scores.tolist(), done.sequences.tolist()
+
+    scores, texts = search()
+    wanted = beams_by_reference(model, ids[0, :N], policy, num_new, num_beams=3, every=2)
+
+    assert texts == [text.tolist() for _, text in wanted]
+    assert scores == pytest.approx([score for score, _ in wanted], abs=1e-4)
+
+    # Beams swap rows whose masses differ.
+    def without_masses(slots, change):
+        return slots._each(lambda x, _: change(x)).having(mass=slots.mass)
+
+    monkeypatch.setattr(Slots, "rows", without_masses)
+    assert search()[0] != pytest.approx([score for score, _ in wanted], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["snapkv", "sums", "heads"])
 def test_a_file_brings_masses_back(model, ids, name, tmp_path):
     path, policy = tmp_path / "cache", POLICIES[name]
@@ -426,8 +463,10 @@ def masks_seen(monkeypatch, model, cache, ids, calls):
 def test_without_merges_attention_gets_the_masks_that_it_got(model, ids, monkeypatch):
     """None for single tokens, and bool for several."""
     model.set_attn_implementation("sdpa")
-    seen = masks_seen(monkeypatch, model, EvictingCache(SNAPKV, every=4), ids[:1], [N, 1, 1, 2])
+    cache = EvictingCache(SNAPKV, every=4)
+    seen = masks_seen(monkeypatch, model, cache, ids[:1], [N, 1, 1, 2])
     assert [None if each is None else each.dtype for each in seen] == [None] * 9 + [torch.bool] * 3
+    assert all(layer.mass is None and layer.absorbed is None for layer in cache.layers)
     seen = masks_seen(monkeypatch, model, EvictingCache(POLICIES["snapkv"], every=4), ids[:1], [N, 1, 1, 2])
     assert [None if each is None else each.dtype for each in seen] == [None] * 3 + [torch.float32] * 9
     assert seen[-1].shape == (1, 6, 2, 14 + 4)

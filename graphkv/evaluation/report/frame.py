@@ -30,6 +30,9 @@ def write_front(document: Document, results: RunResults, /) -> None:
     document.text(_sizes_in_words(results.evicted))
     for reason, count in results.header.get("data", {}).get("skipped", {}).items():
         document.text(f"Rows that were skipped, because {reason}: {count}.")
+    shards = results.header.get("shards")
+    if shards:
+        document.text(f"> Shards that are missing, of {shards['of']}: {listed(shards['missing'])}.")
     if config.get("prompts") and not config.get("data"):
         wanted = config["prompts"] * len(config["tasks"]) * len(config["lengths"])
         if prompts < wanted:

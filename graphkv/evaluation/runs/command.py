@@ -12,6 +12,7 @@ from ...naming.names import FULL, is_press
 from ...naming.policies import make_policy
 from ...workbench.progress import table_console
 from ..records import read_records
+from ..shards import Shard
 from .config import Config, budget_of
 from .grid import run_grid
 from .tables import print_tables
@@ -19,7 +20,14 @@ from .tables import print_tables
 __all__ = ["main"]
 
 
-def main(config: Config, *, output: Path, workers: int | None = None, threads: int | None = None) -> None:
+def main(
+    config: Config,
+    *,
+    output: Path,
+    workers: int | None = None,
+    threads: int | None = None,
+    shard: Shard | None = None,
+) -> None:
     """Run an evaluation, or what is left of it, and print its tables; see `run_grid`."""
     console = Console(stderr=True)
     for name, budget in _without_choice(config):
@@ -29,7 +37,7 @@ def main(config: Config, *, output: Path, workers: int | None = None, threads: i
             markup=False,
             soft_wrap=True,
         )
-    run = run_grid(config, output=output, console=console, workers=workers, threads=threads)
+    run = run_grid(config, output=output, console=console, workers=workers, threads=threads, shard=shard)
     print_tables(read_records(output), table_console())
     print(f"Records: {run.path}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..prompts.haystack import prompt_text
 from ..prompts.prompts import Prompt
 from ..prompts.rows import Row, Rows, read_rows
 from ..records import Run
+from ..shards import Shard
 from .config import Config
 from .provenance import identity_of, session_now
 from .workers import Workers, load
@@ -24,7 +26,13 @@ __all__ = ["run_grid"]
 
 
 def run_grid(
-    config: Config, *, output: Path, console: Console, workers: int | None = None, threads: int | None = None
+    config: Config,
+    *,
+    output: Path,
+    console: Console,
+    workers: int | None = None,
+    threads: int | None = None,
+    shard: Shard | None = None,
 ) -> Run:
     """Answer all prompts of a run, or those that are left of it.
 
@@ -39,6 +47,8 @@ def run_grid(
         Processes that answer prompts, each with a model of its own. None: one per core for the default model, else 1.
     threads : int or None
         Threads of PyTorch in each worker, which the last bits of all numbers depend on. None: the cores shared out.
+    shard : Shard or None
+        The part of the prompts to answer. None: all.
 
     Returns
     -------
@@ -57,8 +67,10 @@ def run_grid(
         found = Rows(prompts=tuple(written_prompts(model, tokenizer, text, config)), cut=0)
     else:
         found = _prompts_of(rows, model, tokenizer, config, console)
-    run = Run(output, identity_of(config, model, text, found.skipped), session_now())
-    pending: list[Prompt] = [prompt for prompt in found.prompts if missing(prompt, config, run.done)]
+    identity = identity_of(config, model, text, found.skipped)
+    run = Run(output, identity if shard is None else {**identity, "shard": asdict(shard)}, session_now())
+    prompts = found.prompts if shard is None else shard.deal(found.prompts)
+    pending: list[Prompt] = [prompt for prompt in prompts if missing(prompt, config, run.done)]
     with Workers(model, tokenizer, config, min(workers, len(pending)), threads) as team:
         del model
         count_through(team.answer(pending, run), [len(prompt.ids) for prompt in pending], "prompts", console)
