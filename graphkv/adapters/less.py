@@ -191,7 +191,8 @@ class LESS(Wrapper):
     has to ask for it: `graphkv.integrations.transformers` does, with any attention kernel; other integrations refuse.
     `Eviction.state` carries it from call to call.
 
-    Kernels need training, for one model and one base, and none come with this library. The public code trains one per
+    Kernels need training, for one model and one base: ``docs/examples/train_learned.py`` does it, and none come with
+    this library. The public code trains one per
     query head of a model without grouped heads, with 8 features and 512 hidden channels. With grouped query heads, the
     keys' features are per KV head here and the queries' per query head. GELU is the tanh form, because the array
     standard has no error function.
