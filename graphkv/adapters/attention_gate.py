@@ -131,11 +131,10 @@ class AttentionGate(SinkPolicy):
     Notes
     -----
     A gate needs training, for one model: ``docs/examples/train_learned.py`` does it, and no weights come with this
-    library. There is no public code, and this is
-    written from public notes of the paper. There, the gate of a layer reads the layer's input, all heads at once, and
-    evicts once, after the prompt. A cache does not keep those inputs, which are more numbers than the keys and values
-    that an eviction saves. Here the gate of a head reads the key before the rotary embedding and the value, two images
-    of that input, which are at hand at every later eviction too.
+    library. There is no public code, and this is written from public notes of the paper. There, the gate of a layer
+    reads the layer's input, all heads at once, and evicts once, after the prompt. A cache does not keep those inputs,
+    which are more numbers than the keys and values that an eviction saves. Here the gate of a head reads the key before
+    the rotary embedding and the value, two images of that input, which are at hand at every later eviction too.
 
     References
     ----------

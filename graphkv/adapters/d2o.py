@@ -232,7 +232,7 @@ class D2O(Wrapper):
 
     def needs(self) -> Requirements:
         """Return the needs of the base; for layer budgets the window's queries where it remembers no attention."""
-        needs = super().needs()
+        needs = replace(self.requirements, masses=self.mass == "count").joined(self.base.needs())
         if self.layer_budgets == "base":
             return needs
         needs = replace(needs, wants=True)

@@ -192,10 +192,9 @@ class LESS(Wrapper):
     `Eviction.state` carries it from call to call.
 
     Kernels need training, for one model and one base: ``docs/examples/train_learned.py`` does it, and none come with
-    this library. The public code trains one per
-    query head of a model without grouped heads, with 8 features and 512 hidden channels. With grouped query heads, the
-    keys' features are per KV head here and the queries' per query head. GELU is the tanh form, because the array
-    standard has no error function.
+    this library. The public code trains one per query head of a model without grouped heads, with 8 features and 512
+    hidden channels. With grouped query heads, the keys' features are per KV head here and the queries' per query head.
+    GELU is the tanh form, because the array standard has no error function.
 
     References
     ----------

@@ -83,7 +83,10 @@ class Requirements:
     automatic : bool
         May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
     merges : bool
-        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
+        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values.
+    masses : bool
+        Its merges change what a slot counts as, so that whoever stores them must keep masses, and attention add them.
+        False promises that a slot counts as its kept token did; without `merges` it says nothing.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
     demotes : bool
@@ -104,6 +107,7 @@ class Requirements:
     couples_layers: bool = False
     automatic: bool = False
     merges: bool = False
+    masses: bool = True
     settled: bool = False
     demotes: bool = False
     answers: bool = False
@@ -116,6 +120,7 @@ class Requirements:
     def joined(self, base: Requirements, /) -> Requirements:
         """Return these needs together with those of a base policy."""
         kinds = ("none", "window", "new", "all")
+        masses = [each.masses for each in (self, base) if each.merges]
         return replace(
             self,
             values=self.values or base.values,
@@ -130,6 +135,7 @@ class Requirements:
             couples_layers=self.couples_layers or base.couples_layers,
             automatic=self.automatic or base.automatic,
             merges=self.merges or base.merges,
+            masses=any(masses) or not masses,
             settled=self.settled or base.settled,
             demotes=self.demotes or base.demotes,
             answers=self.answers or base.answers,
