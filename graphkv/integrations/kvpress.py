@@ -54,7 +54,8 @@ class PolicyPress(BasePress):  # type: ignore[misc]
     ArgumentError
         If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`. If
         layers share what they keep. If its merges change what slots count as, as those of `Absorb` do: kvpress's caches
-        and attention have no place for masses; or if it merges and its heads keep different numbers of tokens.
+        and attention have no place for masses; or if it merges and its heads keep different numbers of tokens. If it
+        answers for dropped tokens, as `LESS` does, which kvpress's attention would not ask.
         While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
         heads different budgets, or the cache does not hold exactly the tokens of the prompt, or it cannot be seen that
         the model's heads attend to the keys and values that it caches under them.
@@ -93,6 +94,11 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             self._refuse_masses()
         if found.merges and found.head_counts:
             self._refuse_uneven_merges()
+        if found.answers:
+            raise ArgumentError(
+                "policy must not answer for dropped tokens in kvpress, whose attention would not ask it; "
+                f"{name_of(self.policy)} does. graphkv.integrations.transformers asks"
+            )
         if self.policy.needs().couples_layers:
             raise ArgumentError(
                 "policy must choose for each layer alone, because kvpress evicts a layer before the next one has read "

@@ -19,6 +19,7 @@ from graphkv import (
     CAKE,
     D2O,
     H2O,
+    LESS,
     Absorb,
     AdaKV,
     ArgumentError,
@@ -38,6 +39,7 @@ from graphkv import (
     WeightedKV,
     evict,
 )
+from graphkv.adapters.less import Kernel
 from graphkv.integrations.kvpress import PolicyPress
 from graphkv.integrations.transformers import evicting
 from tests.integrations.folding import Folded
@@ -380,4 +382,15 @@ def test_evicting_works_when_kvpress_is_imported_after_it(model):
 @pytest.mark.parametrize("policy", ["snapkv", None, KnormPress(0.5)])
 def test_what_is_no_policy_is_refused(policy):
     with pytest.raises(ArgumentTypeError, match="policy must be a Policy; got"):
+        PolicyPress(policy)
+
+
+def test_a_policy_that_answers_for_dropped_tokens_is_refused():
+    one, few = torch.ones(1, 1, 1), torch.ones(1, 1)
+    maps = dict.fromkeys(("query_in", "query_out", "key_in", "key_out", "mix"), one)
+    policy = GraphKV(LESS(SNAPKV, [Kernel(**maps, key_scale=few, mix_scale=few)]))
+
+    with pytest.raises(
+        ArgumentError, match=r"must not answer for dropped tokens in kvpress, .*; GraphKV\(LESS\(SnapKV"
+    ):
         PolicyPress(policy)
