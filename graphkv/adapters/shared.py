@@ -11,7 +11,7 @@ from typing import ClassVar
 from ..core import checks, primitives
 from ..core.errors import ArgumentError
 from ..core.layer import Layer
-from ..core.needs import chooses, name_of
+from ..core.needs import name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.protection import Protection, token_rank
 from ..core.selection import Choice, select_in_tiers
@@ -154,7 +154,7 @@ class Shared(Wrapper):
                 f"base must keep equally many tokens in every KV head; {name_of(self.base)} gives heads numbers of "
                 "their own"
             )
-        if self.block > 1 and chooses(self.base) and not self.base.needs().automatic:
+        if self.block > 1 and self.base.chooses() and not self.base.needs().automatic:
             raise ArgumentError(
                 f"base must choose by its scores alone where blocks are kept; {name_of(self.base)} has a choice of its "
                 "own"

@@ -555,7 +555,10 @@ class _Case:
             decision = replace(decision, mass=merge.mass)
         elif self.layer.mass is not None:
             decision = replace(decision, mass=decision.apply(self.layer.mass))
-        told = {} if merge is None else merge.memory
+        told = {
+            **({} if merge is None else merge.memory),
+            **self.policy.remains(choice, merge, self.layer, self.memory),
+        }
         if self.memory is None and not told:
             return decision
         memory = self.memory or Memory()
