@@ -99,7 +99,7 @@ def key_features(keys: Array, kernel: Kernel, /, *, xp: Namespace) -> Array:
 def absorbed(
     values_sum: Array, weights_sum: Array, features: Array, values: Array, weight: Array, /, *, xp: Namespace
 ) -> tuple[Array, Array]:
-    r"""Put tokens into the state: :math:`H \mathrel{+}= \psi(k)^\top v` and :math:`z \mathrel{+}= \psi(k)^\top`.
+    r"""Put tokens into the state: :math:`\psi(k)^\top v` is added to :math:`H`, and :math:`\psi(k)^\top` to :math:`z`.
 
     Parameters
     ----------
