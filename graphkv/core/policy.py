@@ -80,6 +80,9 @@ class Requirements:
         The KV heads of a layer keep numbers of tokens of their own.
     couples_layers : bool
         What a layer keeps depends on other layers, see `Policy.voters`, so that `evict_layers` must decide.
+    nested : bool
+        What a layer keeps is a part of what the layer below it keeps, by the places of one text. So all layers must
+        hold the same tokens: such a policy evicts once.
     automatic : bool
         May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
     merges : bool
@@ -105,6 +108,7 @@ class Requirements:
     couples_heads: bool = False
     head_counts: bool = False
     couples_layers: bool = False
+    nested: bool = False
     automatic: bool = False
     merges: bool = False
     masses: bool = True
@@ -133,6 +137,7 @@ class Requirements:
             couples_heads=self.couples_heads or base.couples_heads,
             head_counts=self.head_counts or base.head_counts,
             couples_layers=self.couples_layers or base.couples_layers,
+            nested=self.nested or base.nested,
             automatic=self.automatic or base.automatic,
             merges=self.merges or base.merges,
             masses=any(masses) or not masses,
@@ -367,6 +372,26 @@ class Policy(Value, ABC):
         """
         return found[0]
 
+    def within(self, found: Assessment, below: Choice, layer: Layer, budget: int, /) -> Assessment:
+        """Return what was found about a layer, in the light of what the layer below it keeps. Default: what was found.
+
+        Parameters
+        ----------
+        found : Assessment
+            What `join` returned.
+        below : Choice
+            Of the layer below, where that may drop anything.
+        layer : Layer
+            The layer itself.
+        budget : int
+            Tokens to keep per row.
+
+        Returns
+        -------
+        Assessment
+        """
+        return found
+
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the budget of one layer in tokens.
 
@@ -503,6 +528,10 @@ class Wrapper(Policy):
     def join(self, found: Sequence[Assessment], /) -> Assessment:
         """Return what the base makes of all."""
         return self.base.join(found)
+
+    def within(self, found: Assessment, below: Choice, layer: Layer, budget: int, /) -> Assessment:
+        """Return what the base makes of it."""
+        return self.base.within(found, below, layer, budget)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the base's budget of the layer."""
