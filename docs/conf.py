@@ -64,7 +64,7 @@ POLICIES.write_text(
 autosummary_generate = ["api.md", POLICIES.name]
 autosummary_generate_overwrite = True
 # The members that a page shows, where there are any: of a policy, what it has beside the stages and its options.
-OWN = {"epicache", "official", "pyramid_infer", "rocketkv", "share_out", "wants"}
+OWN = {"epicache", "load", "official", "pyramid_infer", "rocketkv", "share_out", "wants"}
 INTEGRATION = "graphkv.integrations"
 VALUES = ("Choice", "Cost", "Eviction", "Graph", "Layer", "Memory", "Merge", "Policy", "Protection", "Signal")
 autosummary_context = {

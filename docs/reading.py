@@ -64,7 +64,7 @@ MENTION = re.compile(r"(?P<project>[A-Za-z][\w.-]*)?#(?P<number>\d+)")
 
 
 class Captions(SphinxTransform):
-    """Make a figure of every image that stands alone; its description is its caption."""
+    """Make a figure of every image that stands alone, or over its caption; else its description is the caption."""
 
     default_priority = 200
 
@@ -72,9 +72,14 @@ class Captions(SphinxTransform):
         """Wrap the images."""
         for image in list(self.document.findall(nodes.image)):
             holder = image.parent
-            if isinstance(holder, nodes.paragraph) and len(holder) == 1 and image.get("alt"):
-                figure = nodes.figure("", image.deepcopy(), nodes.caption("", image["alt"]))
-                holder.replace_self(figure)
+            if not isinstance(holder, nodes.paragraph) or not image.get("alt") or holder[0] is not image:
+                continue
+            # The reports write theirs in italics on the next line.
+            caption = [nodes.Text(image["alt"])] if len(holder) == 1 else None
+            if [type(node) for node in holder[1:]] == [nodes.Text, nodes.emphasis]:
+                caption = holder[-1].children
+            if caption is not None:
+                holder.replace_self(nodes.figure("", image.deepcopy(), nodes.caption("", "", *caption)))
 
 
 class Heads(SphinxTransform):

@@ -105,7 +105,7 @@ def figures() -> dict[str, bytes]:
     report = (RESULTS / "standard" / "report.md").read_text(encoding="utf-8")
     found = {}
     for name, where in FIGURES.items():
-        (path,) = re.findall(rf"^!\[Gain in NLL [^\]]*: {re.escape(where)}\.[^\]]*\]\((.*)\)$", report, re.MULTILINE)
+        (path,) = re.findall(rf"^!\[Gain in NLL [^\]]*: {re.escape(where)}\]\((.*)\)$", report, re.MULTILINE)
         found[f"{name}.svg"] = (RESULTS / "standard" / path).read_bytes()
     return found
 

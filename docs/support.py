@@ -9,12 +9,14 @@ import sys
 from array import array
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from marked import renew
 
-from graphkv import AttentionGate, Random
+from graphkv import LESS, AttentionGate, Random
 from graphkv.adapters.attention_gate import Gate
 from graphkv.adapters.catalog import ENTRIES, Entry
+from graphkv.adapters.less import Kernel
 from graphkv.core import Cost, LayerShape, Policy, Requirements, Wrapper
 from graphkv.core.files import StoredArray
 
@@ -25,6 +27,8 @@ STAGES = [
     "rescore",
     "choose",
     "merge",
+    "remains",
+    "answer",
     "wants",
     "share_out",
     "voters",
@@ -34,15 +38,17 @@ STAGES = [
 ]
 PAGE = Path(__file__).parent / "policies.md"
 SHAPE = LayerShape(num_tokens=8192, query_heads=32, kv_heads=8, head_size=128, budget=512)
-# Two heads of width 16, with nothing in them.
-INNER = StoredArray(shape=(8, 2, 256, 16), data=array("f"))
-GATE = Gate(
-    query=INNER,
-    key=INNER,
-    value=INNER,
-    out=StoredArray(shape=(8, 2, 16), data=array("f")),
-    bias=StoredArray(shape=(8,), data=array("f")),
-)
+# Sizes of weights, with nothing in them: two heads of width 16; 512 hidden channels and 8 features.
+SIZES = {"query_heads": 32, "kv_heads": 8, "H": 2, "F": 256, "A": 16, "D": 128, "W": 512, "R": 8}
+
+
+def hollow(kind: type[Any]) -> Any:
+    """Return weights that have shapes only."""
+    shapes = {name: tuple(SIZES[axis] for axis in axes) for name, axes in kind.AXES.items()}
+    return kind(**{name: StoredArray(shape=shape, data=array("f")) for name, shape in shapes.items()})
+
+
+WEIGHTS = {AttentionGate: {"gates": [hollow(Gate)]}, LESS: {"kernels": [hollow(Kernel)]}}
 # Costs nothing, so that a wrapper's cost is its own.
 BASE = Random(budget=512)
 
@@ -104,10 +110,9 @@ def _support(entry: Entry) -> str:
     own: Requirements = entry.policy.requirements
     # Options that no policy has by default may hold other policies, whose costs are theirs.
     made: Policy | None = None
-    if entry.policy is AttentionGate:
-        made = AttentionGate(budget=SHAPE.budget, gates=[GATE])
-    elif not entry.holds_arrays and not entry.needed(BASE):
-        made = entry.make(BASE if entry.is_wrapper else SHAPE.budget)
+    weights = WEIGHTS.get(entry.policy, {})
+    if weights or not (entry.holds_arrays or entry.needed(BASE)):
+        made = entry.make(BASE if entry.is_wrapper else SHAPE.budget, **weights)
     cost = made.cost(SHAPE) if made else Cost()
     return row(
         name_of(entry) + " (adds)" * entry.is_wrapper,

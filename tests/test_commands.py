@@ -21,7 +21,7 @@ from graphkv.evaluation.prompts import riddles, ruler
 from graphkv.evaluation.records import read_records
 from graphkv.evaluation.runs.config import Config
 from graphkv.naming.listing import list_policies, policy_names
-from graphkv.naming.policies import BASES, LOADED, WRAPPERS
+from graphkv.naming.policies import BASES, LOADED, LOADED_WRAPPERS, WRAPPERS
 from graphkv.workbench.files import check_folder
 from tests.integrations.tiny import save_tiny_llama
 
@@ -210,7 +210,7 @@ def test_policies_lists_every_name_on_a_line_of_its_own(capsys):
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading.split() == ["name", "arXiv", "needs", "ranks", "tokens", "by"]
     names = [line.split()[0] for line in lines]
-    assert sorted(names) == sorted(["full", *BASES, *LOADED, *(f"+{name}" for name in WRAPPERS)])
+    assert sorted(names) == sorted(["full", *BASES, *LOADED, *(f"+{name}" for name in [*WRAPPERS, *LOADED_WRAPPERS])])
     assert "2404.14469" in next(line for line in lines if line.startswith("snapkv "))
     assert "`" not in "".join(lines)
     assert all(line.what for line in list_policies())

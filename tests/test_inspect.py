@@ -230,6 +230,20 @@ def test_a_page_without_merges_does_not_speak_of_them(tmp_path):
     assert unpacked(found["merges"]["place"]) == unpacked(found["merges"]["token"]) == []
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_the_page_compares_with_the_base_alone(row, tmp_path):
+    policy = POLICIES["snapkv+graphkv"]
+    alone = np.stack([fates(layer)[row] >= Fate.KEPT for layer in read(policy.base).layers])
+    findings = find(read(policy), words(), row=row, fact=(5, 25))
+    write_page(tmp_path / "page.html", findings)
+
+    assert findings.kept_by_importance.tolist() == alone.tolist()
+    now, before = ((findings.fates >= Fate.KEPT)[..., 5:25].mean(), alone[..., 5:25].mean())
+    assert now != before
+    said = f"Of the sentence that is asked for {now:.0%} is kept; by importance alone it would be {before:.0%}."
+    assert content(tmp_path / "page.html")["lead"].endswith(said)
+
+
 def test_what_is_looked_at_first():
     cache = read(POLICIES["snapkv+graphkv"])
     counts = np.stack([stats.num_suppressed[0] for stats in cache.stats()])

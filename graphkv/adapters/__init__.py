@@ -27,6 +27,7 @@ from .kvmerger import KVMerger as KVMerger
 from .kvzip import KVzip as KVzip
 from .lagkv import LagKV as LagKV
 from .lazy_eviction import LazyEviction as LazyEviction
+from .less import LESS as LESS
 from .lossless import Lossless as Lossless
 from .mikv import MiKV as MiKV
 from .per_layer import LayerBudgets as LayerBudgets

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..core import checks
 from ..core.layer import Cost, Layer, LayerShape, Memory
-from ..core.merging import CHUNK_SIZE, Merge, add_up, nearest, shares, slots
+from ..core.merging import Merge, add_up, chunk_for, nearest, shares, slots
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.selection import Choice
 from . import attention
@@ -122,5 +122,5 @@ class Absorb(Wrapper):
         """Compare every token with every kept one: 2 D. In memory: the cosines of one chunk of tokens."""
         rows, kept = shape.batch * shape.kv_heads, min(shape.budget, shape.num_tokens)
         flops = 2 * rows * shape.num_tokens * kept * shape.head_size
-        cost = self.base.cost(shape).then(Cost(flops, 4 * rows * min(CHUNK_SIZE, shape.num_tokens) * kept))
+        cost = self.base.cost(shape).then(Cost(flops, 4 * rows * min(chunk_for(rows, kept), shape.num_tokens) * kept))
         return cost if self.weights == "count" else cost.then(attention.window_cost(shape, self.window))

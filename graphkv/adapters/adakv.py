@@ -9,7 +9,7 @@ from ..core import budgets, checks, primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
 from ..core.layer import Cost, Layer, LayerShape
-from ..core.needs import chooses, name_of
+from ..core.needs import name_of
 from ..core.policy import Assessment, Policy, Requirements, Wrapper
 from ..core.selection import Choice, select_per_head
 from ..core.types import Array
@@ -153,7 +153,7 @@ class AdaKV(Wrapper):
         super().__post_init__()
         checks.fraction("floor", self.floor)
         checks.choice("schedule", self.schedule, ("exact", "code"))
-        if chooses(self.base):
+        if self.base.chooses():
             raise ArgumentError(f"base must choose by its scores alone; {name_of(self.base)} has a choice of its own")
 
     @classmethod

@@ -9,7 +9,7 @@ from ..core import budgets, checks, primitives
 from ..core.attention import window_attention
 from ..core.errors import ArgumentError
 from ..core.layer import Cost, Layer, LayerShape
-from ..core.needs import chooses, name_of
+from ..core.needs import name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.selection import Choice, select_in_tiers, tiers_of
 from ..core.types import Array
@@ -137,7 +137,7 @@ class AnyQuery(Wrapper):
         window = checks.ratio_or_count("window", self.window)
         if window == 0:
             raise ArgumentError(f"window must be at least 1 query, or a share; got {window}")
-        if chooses(self.base):
+        if self.base.chooses():
             raise ArgumentError(
                 f"base must choose by its scores alone; {name_of(self.base)} has a choice of its own, put that on top"
             )

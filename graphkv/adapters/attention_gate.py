@@ -130,11 +130,11 @@ class AttentionGate(SinkPolicy):
 
     Notes
     -----
-    A gate needs training, for one model, and no weights come with this library. There is no public code, and this is
-    written from public notes of the paper. There, the gate of a layer reads the layer's input, all heads at once, and
-    evicts once, after the prompt. A cache does not keep those inputs, which are more numbers than the keys and values
-    that an eviction saves. Here the gate of a head reads the key before the rotary embedding and the value, two images
-    of that input, which are at hand at every later eviction too.
+    A gate needs training, for one model: ``docs/examples/train_learned.py`` does it, and no weights come with this
+    library. There is no public code, and this is written from public notes of the paper. There, the gate of a layer
+    reads the layer's input, all heads at once, and evicts once, after the prompt. A cache does not keep those inputs,
+    which are more numbers than the keys and values that an eviction saves. Here the gate of a head reads the key before
+    the rotary embedding and the value, two images of that input, which are at hand at every later eviction too.
 
     References
     ----------
@@ -213,7 +213,9 @@ class AttentionGate(SinkPolicy):
         keys: Array = layer.unrotated_keys
         features = xp.concat([keys, layer.values], axis=-1)
         sizes = {"kv_heads": int(keys.shape[1]), "F": int(features.shape[-1])}
-        gate = weights.of_layer("gates", self.gates, layer, sizes)
+        gate = weights.of_layer(
+            "gates", self.gates, layer.layer, layer.num_layers, sizes, like=keys, backend=layer.backend
+        )
         logits = gate_logits(features, gate, layer.valid, xp=xp)
         # Of the negative magnitude, so that nothing overflows.
         small = xp.exp(-xp.abs(logits))

@@ -10,7 +10,7 @@ from .. import adapters
 from ..core.graphkv import GraphKV
 from ..core.policy import Policy, Wrapper
 
-__all__ = ["BASES", "ENTRIES", "LOADED", "WRAPPERS", "Entry"]
+__all__ = ["BASES", "ENTRIES", "LOADED", "LOADED_WRAPPERS", "WRAPPERS", "Entry"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +382,15 @@ ENTRIES = (
         small={"window": 4},
     ),
     Entry(
+        policy=adapters.LESS,
+        name="less",
+        paper="2402.09398",
+        importance="that of its base; a trained state of constant size answers for what is dropped",
+        protects=BASE,
+        checked="loops, full attention where the features are exact",
+        holds_arrays=True,
+    ),
+    Entry(
         policy=adapters.MiKV,
         name="mikv",
         paper="2402.18096",
@@ -417,4 +426,5 @@ ENTRIES = (
 # By the names that the command line knows. Those that a name and a budget make, and those that need a file as well.
 BASES = {entry.name: entry.policy for entry in ENTRIES if entry.name and not (entry.is_wrapper or entry.holds_arrays)}
 LOADED: dict[str, Callable[..., Policy]] = {"attention-gate": adapters.AttentionGate.load}
-WRAPPERS = {entry.name: entry.policy for entry in ENTRIES if entry.name and entry.is_wrapper}
+WRAPPERS = {entry.name: entry.policy for entry in ENTRIES if entry.name and entry.is_wrapper and not entry.holds_arrays}
+LOADED_WRAPPERS: dict[str, Callable[..., Policy]] = {"less": adapters.LESS.load}

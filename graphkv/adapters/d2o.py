@@ -10,7 +10,7 @@ from typing import ClassVar
 from ..core import budgets, checks, primitives
 from ..core.errors import ArgumentError
 from ..core.layer import Cost, Layer, LayerShape, Memory
-from ..core.merging import CHUNK_SIZE, Merge, add_up, nearest, shares, slots
+from ..core.merging import Merge, add_up, chunk_for, nearest, shares, slots
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.protection import Protection
 from ..core.selection import Choice
@@ -232,7 +232,7 @@ class D2O(Wrapper):
 
     def needs(self) -> Requirements:
         """Return the needs of the base; for layer budgets the window's queries where it remembers no attention."""
-        needs = super().needs()
+        needs = replace(self.requirements, masses=self.mass == "count").joined(self.base.needs())
         if self.layer_budgets == "base":
             return needs
         needs = replace(needs, wants=True)
@@ -346,7 +346,7 @@ class D2O(Wrapper):
         """Compare every token with every kept one: 2 D. In memory: the cosines of one chunk of tokens."""
         rows, kept = shape.batch * shape.kv_heads, min(shape.budget, shape.num_tokens)
         flops = 2 * rows * shape.num_tokens * kept * shape.head_size
-        return self.base.cost(shape).then(Cost(flops, 4 * rows * min(CHUNK_SIZE, shape.num_tokens) * kept))
+        return self.base.cost(shape).then(Cost(flops, 4 * rows * min(chunk_for(rows, kept), shape.num_tokens) * kept))
 
     def _targets(self, found: Assessment, layer: Layer, /) -> Array:
         """Mark the tokens that others may go into."""

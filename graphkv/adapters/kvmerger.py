@@ -172,6 +172,10 @@ class KVMerger(Wrapper):
         base = H2O(budget=budget, num_recent=num_recent, group_reduction="sum")
         return cls(base, heavy=heavy, threshold=0.75, sigma=5.0, mass="values")
 
+    def needs(self) -> Requirements:
+        """Return the needs of the base; no masses unless tokens are counted."""
+        return replace(self.requirements, masses=self.mass == "count").joined(self.base.needs())
+
     def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
         """Find the sets, and rank all but their pivots last."""
         xp, backend, found = layer.xp, layer.backend, self.base.rescore(found, layer, budget)

@@ -9,7 +9,7 @@ from ..core import checks, primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
 from ..core.layer import Layer
-from ..core.needs import chooses, has_rows, name_of
+from ..core.needs import has_rows, name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.selection import Choice, select_in_tiers, tiers_of
 from ..core.types import Array
@@ -120,7 +120,7 @@ class Lossless(Wrapper):
         super().__post_init__()
         if checks.finite_weight("tolerance", self.tolerance) >= 1:
             raise ArgumentError(f"tolerance must lie in [0, 1); got {self.tolerance}")
-        if chooses(self.base):
+        if self.base.chooses():
             raise ArgumentError(
                 f"base must choose by its scores alone; {name_of(self.base)} has a choice of its own, put that on top"
             )

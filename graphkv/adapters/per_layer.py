@@ -186,7 +186,8 @@ class LayerShares(SettledBudgets):
         """Return PyramidInfer's shares: every layer keeps a part of what the layer below has kept.
 
         The paper drops tokens for all deeper layers as well, so that what a layer keeps is part of what the layer below
-        keeps; here each layer chooses for itself. Its least number of 64 tokens is not expressed.
+        keeps: with the base ``Shared(base, nested=True)``. Otherwise each layer chooses for itself. The paper's least
+        number of 64 tokens is not expressed.
 
         Parameters
         ----------

@@ -11,7 +11,8 @@ from typing import ClassVar
 from ..core import checks, primitives
 from ..core.errors import ArgumentError
 from ..core.layer import Layer
-from ..core.needs import chooses, name_of
+from ..core.merging import slots
+from ..core.needs import name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.protection import Protection, token_rank
 from ..core.selection import Choice, select_in_tiers
@@ -96,13 +97,17 @@ class Shared(Wrapper):
         ``"heads"`` of one layer, or ``"layers"``: all heads of all layers that are evicted together.
     block : int
         Tokens per block. 1 keeps the budget exactly.
+    nested : bool
+        Every layer chooses from what the layer below it keeps, as in PyramidInfer. Budgets must not grow from layer to
+        layer, and all layers must hold the same tokens: it evicts once.
 
     Raises
     ------
     ArgumentError
         If an option is out of range, the base gives KV heads numbers of tokens of their own or shares budgets out by
-        what is in the layers. When evicting, if a budget is not 0 and below one block, or layers that share have
-        different budgets.
+        what is in the layers, or `nested` comes with layers that share, with blocks, or with a base whose layers share
+        or find their budgets. When evicting, if a budget is not 0 and below one block, layers that share have different
+        budgets, or the budget of a nested layer is above that of the layer below.
     ArgumentTypeError
         If `base` is not a Policy or `block` not an integer.
 
@@ -115,6 +120,9 @@ class Shared(Wrapper):
     With blocks `Eviction.counts` says how many tokens stay: a multiple of `block` and the last, shorter block, at most
     the budget. `Eviction.kept` is as wide as the budget. Padding is not kept. A window that is to see each eviction
     while decoding needs a budget with room for its whole blocks, `block` - 1 more at both ends.
+
+    PyramidInfer (arXiv:2405.12532) is ``LayerShares.pyramid_infer(Shared(base, nested=True), num_layers)``. There, a
+    layer also reads no more than what the layer below keeps; here each has read the whole text.
 
     Heads and layers should hold the same tokens at the same places, as they do in a cache that is always evicted so.
 
@@ -138,23 +146,36 @@ class Shared(Wrapper):
     >>> done = evict(Shared(Given(budget=3, importance=scores), block=2), keys)
     >>> done.kept.tolist(), done.counts.tolist()
     ([[[0, 1, -1], [0, 1, -1]]], [[2, 2]])
+
+    Layers that are nested. The second would keep token 3, which the first has dropped:
+
+    >>> from graphkv import SnapKV, evict_layers
+    >>> rows = [np.asarray([[[[0.5, 0.4, 0.1, 0.0, 0.0]]]]), np.asarray([[[[0.1, 0.2, 0.0, 0.7, 0.0]]]])]
+    >>> layers = [{"keys": np.ones((1, 1, 5, 2)), "attention": each} for each in rows]
+    >>> policy = Shared(SnapKV(budget=3, window=1, kernel_size=1), nested=True)
+    >>> first, second = evict_layers(policy, [layers[0], {**layers[1], "budget": 2}])
+    >>> first.kept.tolist(), second.kept.tolist()
+    ([[[0, 1, 4]]], [[[1, 4]]])
     """
 
     requirements: ClassVar[Requirements] = Requirements(couples_heads=True)
 
     over: str = "heads"
     block: int = 1
+    nested: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.choice("over", self.over, ("heads", "layers"))
         checks.count("block", self.block, minimum=1)
+        if checks.flag("nested", self.nested):
+            self._check_nested()
         if self.base.needs().head_counts:
             raise ArgumentError(
                 f"base must keep equally many tokens in every KV head; {name_of(self.base)} gives heads numbers of "
                 "their own"
             )
-        if self.block > 1 and chooses(self.base) and not self.base.needs().automatic:
+        if self.block > 1 and self.base.chooses() and not self.base.needs().automatic:
             raise ArgumentError(
                 f"base must choose by its scores alone where blocks are kept; {name_of(self.base)} has a choice of its "
                 "own"
@@ -170,17 +191,33 @@ class Shared(Wrapper):
                 "that of each layer"
             )
 
+    def _check_nested(self) -> None:
+        """Refuse what layers that choose from each other's tokens cannot be."""
+        if self.over == "layers":
+            raise ArgumentError("nested must be False where all layers keep one set, with over='layers'; got True")
+        if self.block > 1:
+            raise ArgumentError(f"nested must be False where blocks are kept; got True with block={self.block}")
+        needs = self.base.needs()
+        if needs.couples_layers or needs.automatic:
+            raise ArgumentError(
+                "base must choose for each layer alone and by its budget where layers are nested; "
+                f"{name_of(self.base)} does not"
+            )
+
     def needs(self) -> Requirements:
-        """Return the needs of the base, and all layers where they share."""
+        """Return the needs of the base, and all layers where they share or are nested."""
         needs = super().needs()
-        return replace(needs, couples_layers=needs.couples_layers or self.over == "layers")
+        couples = needs.couples_layers or self.nested or self.over == "layers"
+        return replace(needs, couples_layers=couples, nested=self.nested)
 
     def protection(self, budget: int, /) -> Protection:
         """Return the base's protection, in whole blocks."""
         return replace(self.base.protection(budget), block=self.block)
 
     def voters(self, layer: int, num_layers: int, /) -> tuple[int, ...]:
-        """Return all layers where they share, else the base's."""
+        """Return all layers where they share, those up to this one where they are nested, else the base's."""
+        if self.nested:
+            return tuple(range(layer + 1))
         if self.over == "heads":
             return self.base.voters(layer, num_layers)
         voters = {voter for each in range(num_layers) for voter in self.base.voters(each, num_layers)}
@@ -188,6 +225,8 @@ class Shared(Wrapper):
 
     def join(self, found: Sequence[Assessment], /) -> Assessment:
         """Average over the layers; what is protected in any of them comes first."""
+        if self.nested:
+            return found[-1]
         if self.over == "heads":
             return self.base.join(found)
         marked = [each.protected for each in found if each.protected is not None]
@@ -197,6 +236,17 @@ class Shared(Wrapper):
             scores=_mean([each.scores for each in found]),
             protected=reduce(operator.or_, marked) if marked else None,
         )
+
+    def within(self, found: Assessment, below: Choice, layer: Layer, budget: int, /) -> Assessment:
+        """Bar what the layer below drops, where layers are nested."""
+        if not self.nested:
+            return self.base.within(found, below, layer, budget)
+        least = int(below.kept.shape[-1])
+        if budget > least:
+            raise ArgumentError(
+                f"budget must not grow from layer to layer where they are nested; got {budget} above {least}"
+            )
+        return replace(found, barred=slots(below.kept, layer.num_tokens, backend=layer.backend) < 0)
 
     def rescore(self, found: Assessment, layer: Layer, budget: int, /) -> Assessment:
         """Average what the base found over the heads."""
@@ -222,6 +272,9 @@ class Shared(Wrapper):
         scores = _for_all(mean_of_heads(found.scores, layer.valid, xp=xp), found.scores, xp=xp)
         protected = None if found.protected is None else _in_any(found.protected & layer.valid, xp=xp)
         barred = found.barred
+        if self.nested and barred is not None:
+            # As if they were padding: whatever their scores and protection are.
+            valid, barred = valid & ~barred, None
         if barred is not None and protected is not None:
             barred = barred & ~protected
         choice = self.base.choose(

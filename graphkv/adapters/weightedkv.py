@@ -126,7 +126,7 @@ class WeightedKV(Wrapper):
 
     def needs(self) -> Requirements:
         """Return the needs of the base, and the window's queries where it remembers no attention."""
-        needs = super().needs()
+        needs = replace(self.requirements, masses=self.mass != "one").joined(self.base.needs())
         return needs if remembers_attention(self.base) else replace(needs, queries="all")
 
     def num_queries(self, num_tokens: int, /) -> int:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core import checks, primitives
-from ..core.backend import resolve
+from ..core.backend import Backend, resolve
 from ..core.errors import ArgumentError, ArgumentTypeError
 from ..core.files import StoredArray, read_tensors
-from ..core.layer import Layer
+from ..core.types import Array
 
 __all__ = ["check_layers", "load_layers", "of_layer"]
 
@@ -86,8 +86,18 @@ def check_layers(option: str, layers: Any, kind: type[Weights], /) -> tuple[Weig
     return tuple(layers)
 
 
-def of_layer(option: str, layers: Sequence[Weights], layer: Layer, sizes: Mapping[str, int], /) -> Weights:
-    """Return the weights of one layer in its library, dtype and device.
+def of_layer(
+    option: str,
+    layers: Sequence[Weights],
+    layer: int,
+    num_layers: int,
+    sizes: Mapping[str, int],
+    /,
+    *,
+    like: Array,
+    backend: Backend,
+) -> Weights:
+    """Return the weights of one layer in the library, dtype and device of an array.
 
     Parameters
     ----------
@@ -95,9 +105,12 @@ def of_layer(option: str, layers: Sequence[Weights], layer: Layer, sizes: Mappin
         What errors call the weights.
     layers : sequence
         As `check_layers` returned them.
-    layer : Layer
+    layer, num_layers : int
+        Which layer of how many.
     sizes : mapping of str to int
-        What the axes must be in this model.
+        What axes must be in this model.
+    like : array
+    backend : Backend
 
     Raises
     ------
@@ -106,32 +119,29 @@ def of_layer(option: str, layers: Sequence[Weights], layer: Layer, sizes: Mappin
     BackendError
         If they are arrays of another library.
     """
-    kind, xp = type(layers[0]), layer.xp
-    own = layers[0]
-    found = {axis: int(n) for name, axes in _axes(kind).items() for axis, n in _sized(axes, getattr(own, name))}
-    ours = {"layers": len(layers), **{axis: found[axis] for axis in sizes}}
-    theirs = {"layers": layer.num_layers, **sizes}
+    kind, xp = type(layers[0]), backend.xp
+    found: dict[str, int] = {}
+    for name, axes in _axes(kind).items():
+        found.update(zip(axes, map(int, getattr(layers[0], name).shape), strict=True))
+    ours, theirs = ({"layers": n, **x} for n, x in ((len(layers), found), (num_layers, sizes)))
+    ours = {axis: ours[axis] for axis in theirs}
     if ours != theirs:
         raise ArgumentError(f"{option} must be those of this model, with {_said(theirs)}; got some for {_said(ours)}")
-    arrays, dtype, device = {}, layer.keys.dtype, primitives.device_of(layer.keys)
+    arrays, device = {}, primitives.device_of(like)
     for name in _axes(kind):
-        array = getattr(layers[layer.layer], name)
+        array = getattr(layers[layer], name)
         if isinstance(array, StoredArray):
             array = xp.reshape(xp.asarray(array.data, dtype=xp.float32, device=device), array.shape)
         else:
-            resolve(layer.backend, **{f"{option}[{layer.layer}].{name}": array})
+            resolve(backend, **{f"{option}[{layer}].{name}": array})
         # On another device they would have been refused by the library, in words of its own.
-        arrays[name] = xp.asarray(xp.astype(array, dtype), device=device)
+        arrays[name] = xp.asarray(xp.astype(array, like.dtype), device=device)
     return kind(**arrays)
 
 
 def _axes(kind: type, /) -> dict[str, tuple[str, ...]]:
     axes: dict[str, tuple[str, ...]] = kind.AXES  # type: ignore[attr-defined]
     return axes
-
-
-def _sized(axes: tuple[str, ...], array: Any, /) -> zip[tuple[str, int]]:
-    return zip(axes, tuple(array.shape), strict=True)
 
 
 def _said(sizes: Mapping[str, int], /) -> str:

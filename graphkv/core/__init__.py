@@ -22,6 +22,7 @@ Order, everywhere: higher score first; equal scores by lower token index; NaN af
 Arithmetic is float32 or wider, inputs are never written to, and values are never read on the host.
 """
 
+from .answer import Answer
 from .backend import Backend
 from .errors import (
     ArgumentError,
@@ -47,6 +48,7 @@ from .signals import Bar, Decay, Degree, Enhance, PageRank, Signal
 from .types import Graph
 
 __all__ = [
+    "Answer",
     "ArgumentError",
     "ArgumentTypeError",
     "Assessment",

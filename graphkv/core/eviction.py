@@ -352,7 +352,7 @@ def evict_layers(
         cases.append(_Case.of(policy, given.pop("keys"), **given))
     for place, case in enumerate(cases):
         for voter in voters[place]:
-            case.check_same(cases[voter], place, voter)
+            case.check_same(cases[voter], place, voter, shares=voters[place] == voters[voter])
         case.check_needs(votes=any(place in each for each in voters))
     found: dict[int, Assessment] = {}
     chosen: dict[tuple[int, ...], tuple[Assessment, Choice]] = {}
@@ -361,16 +361,22 @@ def evict_layers(
             cases[place] = case.observed()
             if case.is_scored and any(place in group for group in voters):
                 found[place] = cases[place].found()
-    done = []
-    for group, case in zip(voters, cases, strict=True):
+    done: list[Eviction] = []
+    below: Choice | None = None
+    for place, (group, case) in enumerate(zip(voters, cases, strict=True)):
         with case.layer.backend.guarded(case.layer.keys):
             if not case.is_scored:
                 done.append(case.whole())
+                below = None
                 continue
             if group not in chosen:
-                joined = policy.join([found[voter] for voter in group])
-                chosen[group] = joined, cases[group[0]].choice(joined)
+                joined = policy.join([found[voter] for voter in group if voter in found])
+                chooser = case if place in group else cases[group[0]]
+                if below is not None:
+                    joined = policy.within(joined, below, chooser.layer, chooser.most)
+                chosen[group] = joined, chooser.choice(joined)
             done.append(case.evicted(*chosen[group]))
+            below = chosen[group][1]
     return tuple(done)
 
 
@@ -497,10 +503,10 @@ class _Case:
         if scores or self.state is not None or has_rows(self.layer):
             check_needs(self.policy, self.layer, scores=scores)
 
-    def check_same(self, voter: _Case, place: int, its_place: int, /) -> None:
+    def check_same(self, voter: _Case, place: int, its_place: int, /, *, shares: bool) -> None:
         """Refuse to keep what a layer of another size chooses."""
         for name, own, other in (
-            ("budget", self.budget, voter.budget),
+            *([("budget", self.budget, voter.budget)] if shares else []),
             ("(batch, kv_heads, N)", tuple(self.layer.valid.shape), tuple(voter.layer.valid.shape)),
             ("backend", self.layer.backend.name, voter.layer.backend.name),
             ("device", primitives.device_of(self.layer.keys), primitives.device_of(voter.layer.keys)),
@@ -555,7 +561,10 @@ class _Case:
             decision = replace(decision, mass=merge.mass)
         elif self.layer.mass is not None:
             decision = replace(decision, mass=decision.apply(self.layer.mass))
-        told = {} if merge is None else merge.memory
+        told = {
+            **({} if merge is None else merge.memory),
+            **self.policy.remains(choice, merge, self.layer, self.memory),
+        }
         if self.memory is None and not told:
             return decision
         memory = self.memory or Memory()

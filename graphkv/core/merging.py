@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from . import primitives
 from .backend import Backend
 from .graph import normalize
 from .types import Array
 
-__all__ = ["Merge", "add_up", "compressed", "nearest", "shares", "slots"]
+__all__ = ["Merge", "add_up", "chunk_for", "compressed", "nearest", "shares", "slots"]
 
-# Similarities are computed for this many tokens at a time.
+# Similarities are computed for this many tokens at a time,
 CHUNK_SIZE = 1024
+# or for fewer, so that all rows together have at most as many: 64 MB.
+LARGEST = 1 << 24
 # Added to the cosine with what may not be found. No cosine comes near it.
 EXCLUDED = -(2.0**100)
 
@@ -100,8 +103,13 @@ def compressed(x: Array, gathered: Array, kept: Array, into: Array, weights: Arr
     return xp.where(is_changed[..., None], xp.astype(total, x.dtype), gathered)
 
 
+def chunk_for(rows: int, num_slots: int, /) -> int:
+    """Return for how many tokens `nearest` computes similarities at a time, with b slots in each row."""
+    return max(16, min(CHUNK_SIZE, LARGEST // max(1, rows * num_slots)))
+
+
 def nearest(
-    keys: Array, kept: Array, is_target: Array, /, *, backend: Backend, chunk_size: int = CHUNK_SIZE
+    keys: Array, kept: Array, is_target: Array, /, *, backend: Backend, chunk_size: int | None = None
 ) -> tuple[Array, Array]:
     """Find, for every token that is not kept, the kept token whose key is most similar.
 
@@ -114,8 +122,8 @@ def nearest(
     is_target : array, shape (..., N), bool
         Which kept tokens may be found.
     backend : Backend
-    chunk_size : int
-        At most b x `chunk_size` similarities exist per row at a time. Affects rounding only.
+    chunk_size : int, optional
+        At most b x `chunk_size` similarities exist per row at a time. Affects rounding only. Default: `chunk_for`.
 
     Returns
     -------
@@ -138,6 +146,7 @@ def nearest(
     targets = xp.matrix_transpose(targets)
     directions = xp.concat([directions, xp.ones_like(directions[..., :1])], axis=-1)
     slot, similarity = [], []
+    chunk_size = chunk_for(prod(keys.shape[:-2]), num_slots) if chunk_size is None else chunk_size
     for start in range(0, num_tokens, chunk_size):
         cosines = directions[..., start : min(start + chunk_size, num_tokens), :] @ targets
         best = xp.argmax(cosines, axis=-1, keepdims=True)

@@ -8,7 +8,7 @@ from .errors import ArgumentError
 from .layer import Layer, Memory
 from .policy import Policy, Wrapper
 
-__all__ = ["check_needs", "check_state", "chooses", "has_rows", "name_of"]
+__all__ = ["check_needs", "check_state", "has_rows", "name_of"]
 
 
 def check_state(policy: Policy, state: Memory | None, layer: Layer, /) -> None:
@@ -66,13 +66,6 @@ def check_needs(policy: Policy, layer: Layer, /, *, scores: bool) -> None:
         last = "the last position" if wanted == 1 else f"the last {wanted} positions"
         what = f"all {wanted} new positions" if observes else last
         raise ArgumentError(f"{argument} must hold {what} for {name_of(policy)}; got {given if given else 'none'}")
-
-
-def chooses(policy: Policy, /) -> bool:
-    """Return whether a policy, or one under its wrappers, fills the budget otherwise than by `select`."""
-    while isinstance(policy, Wrapper) and type(policy).choose is Wrapper.choose:
-        policy = policy.base
-    return policy.chooses()
 
 
 def name_of(policy: Policy, /) -> str:

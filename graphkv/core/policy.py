@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from . import budgets, checks
+from .answer import Answer
+from .backend import Backend
 from .errors import ArgumentError
 from .layer import Cost, Layer, LayerShape, Memory
 from .merging import Merge
@@ -78,14 +80,22 @@ class Requirements:
         The KV heads of a layer keep numbers of tokens of their own.
     couples_layers : bool
         What a layer keeps depends on other layers, see `Policy.voters`, so that `evict_layers` must decide.
+    nested : bool
+        What a layer keeps is a part of what the layer below it keeps, by the places of one text. So all layers must
+        hold the same tokens: such a policy evicts once.
     automatic : bool
         May keep fewer tokens than the budget, which is then the most that it may keep: it scores even what fits.
     merges : bool
-        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values and keep masses.
+        Puts dropped tokens into kept ones, so that whoever stores them must average keys and values.
+    masses : bool
+        Its merges change what a slot counts as, so that whoever stores them must keep masses, and attention add them.
+        False promises that a slot counts as its kept token did; without `merges` it says nothing.
     settled : bool
         Every layer's budget is fixed, so that no other can be asked for.
     demotes : bool
         Keeps some tokens in fewer bits, see `Choice.levels`.
+    answers : bool
+        Answers queries in the place of tokens that are gone, so that whoever attends must ask it, see `Policy.answer`.
     """
 
     values: bool = False
@@ -98,10 +108,13 @@ class Requirements:
     couples_heads: bool = False
     head_counts: bool = False
     couples_layers: bool = False
+    nested: bool = False
     automatic: bool = False
     merges: bool = False
+    masses: bool = True
     settled: bool = False
     demotes: bool = False
+    answers: bool = False
 
     @property
     def all_layers(self) -> bool:
@@ -111,6 +124,7 @@ class Requirements:
     def joined(self, base: Requirements, /) -> Requirements:
         """Return these needs together with those of a base policy."""
         kinds = ("none", "window", "new", "all")
+        masses = [each.masses for each in (self, base) if each.merges]
         return replace(
             self,
             values=self.values or base.values,
@@ -123,10 +137,13 @@ class Requirements:
             couples_heads=self.couples_heads or base.couples_heads,
             head_counts=self.head_counts or base.head_counts,
             couples_layers=self.couples_layers or base.couples_layers,
+            nested=self.nested or base.nested,
             automatic=self.automatic or base.automatic,
             merges=self.merges or base.merges,
+            masses=any(masses) or not masses,
             settled=self.settled or base.settled,
             demotes=self.demotes or base.demotes,
+            answers=self.answers or base.answers,
         )
 
 
@@ -246,6 +263,56 @@ class Policy(Value, ABC):
         """
         return None
 
+    def remains(
+        self, choice: Choice, merge: Merge | None, layer: Layer, memory: Memory | None, /
+    ) -> Mapping[str, Array]:
+        """Return what the layer's memory is to hold of the tokens that go.
+
+        Parameters
+        ----------
+        choice : Choice
+        merge : Merge or None
+            What the last stages returned.
+        layer : Layer
+        memory : Memory or None
+
+        Returns
+        -------
+        mapping of str to array, shape (batch, ...)
+            In place of the arrays of those names in `Memory.layer`. Default: none.
+        """
+        return {}
+
+    def answer(
+        self,
+        queries: Array,
+        memory: Memory,
+        /,
+        *,
+        layer: int,
+        num_layers: int,
+        backend: Backend | str | None = None,
+    ) -> Answer | None:
+        """Return what attention finds in the place of tokens that are gone.
+
+        Parameters
+        ----------
+        queries : array, shape (batch, query_heads, Q, D)
+            Scaled such that q k / sqrt(D) is the attention logit.
+        memory : Memory
+            What the last eviction left.
+        layer, num_layers : int
+            Which layer of how many.
+        backend : Backend or str, optional
+            Default: inferred from the arrays.
+
+        Returns
+        -------
+        Answer or None
+            Default: None, nothing.
+        """
+        return None
+
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
         """Return how much one layer wants of the common budget.
 
@@ -304,6 +371,26 @@ class Policy(Value, ABC):
         Assessment
         """
         return found[0]
+
+    def within(self, found: Assessment, below: Choice, layer: Layer, budget: int, /) -> Assessment:
+        """Return what was found about a layer, in the light of what the layer below it keeps. Default: what was found.
+
+        Parameters
+        ----------
+        found : Assessment
+            What `join` returned.
+        below : Choice
+            Of the layer below, where that may drop anything.
+        layer : Layer
+            The layer itself.
+        budget : int
+            Tokens to keep per row.
+
+        Returns
+        -------
+        Assessment
+        """
+        return found
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the budget of one layer in tokens.
@@ -407,6 +494,25 @@ class Wrapper(Policy):
         """Return the base's merge."""
         return self.base.merge(choice, found, layer, memory)
 
+    def remains(
+        self, choice: Choice, merge: Merge | None, layer: Layer, memory: Memory | None, /
+    ) -> Mapping[str, Array]:
+        """Return what the base remembers of the tokens that go."""
+        return self.base.remains(choice, merge, layer, memory)
+
+    def answer(
+        self,
+        queries: Array,
+        memory: Memory,
+        /,
+        *,
+        layer: int,
+        num_layers: int,
+        backend: Backend | str | None = None,
+    ) -> Answer | None:
+        """Return what the base answers."""
+        return self.base.answer(queries, memory, layer=layer, num_layers=num_layers, backend=backend)
+
     def wants(self, layer: Layer, memory: Memory | None, /) -> Array | None:
         """Return what the base wants."""
         return self.base.wants(layer, memory)
@@ -422,6 +528,10 @@ class Wrapper(Policy):
     def join(self, found: Sequence[Assessment], /) -> Assessment:
         """Return what the base makes of all."""
         return self.base.join(found)
+
+    def within(self, found: Assessment, below: Choice, layer: Layer, budget: int, /) -> Assessment:
+        """Return what the base makes of it."""
+        return self.base.within(found, below, layer, budget)
 
     def layer_budget(self, num_tokens: int, layer: int, num_layers: int, /) -> int:
         """Return the base's budget of the layer."""
@@ -444,6 +554,10 @@ class Wrapper(Policy):
         """Return this wrapper over another base."""
         base = self.base.with_base(change)
         return self if base is self.base else replace(self, base=base)
+
+    def chooses(self) -> bool:
+        """Return whether this wrapper, or one below it, may fill the budget otherwise."""
+        return type(self).choose is not Wrapper.choose or self.base.chooses()
 
     def needs(self) -> Requirements:
         """Return the needs of the base and of this wrapper."""

@@ -9,7 +9,8 @@ from . import checks
 
 __all__ = ["Array", "Graph", "Namespace"]
 
-# The array API has no static type that NumPy, torch and CuPy all satisfy; shapes and dtypes are given in docstrings.
+# The array API has no static type that NumPy, torch and CuPy all satisfy; shapes and dtypes are given in docstrings. A
+# type variable would be wrong: NumPy's types have a dtype, and what is kept of float32 keys are int64 positions.
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 

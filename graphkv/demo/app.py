@@ -47,7 +47,7 @@ OWN_BUDGET, USUAL_BUDGET = 144, 512
 WIDTH = 80
 NAMES = "+graphkv is the paper's method on top of a policy, +degree is ours; snapkv and knorm alone have neither."
 MEASURED = (
-    "These are two prompts. On 40 prompts a length (graphkv eval --suite standard), needles were found better than "
+    "{} On 40 prompts a length (graphkv eval --suite standard), needles were found better than "
     "by the base alone in 59 of 88 cells and worse in 0 by ours, better in 14 and worse in 20 by the paper's method."
 )
 
@@ -124,7 +124,9 @@ def main(
     if not policies:
         print_table(console, Text(NAMES))
     if model is None:
-        print_table(console, Text(MEASURED))
+        print_table(
+            console, Text(MEASURED.format("These are two prompts." if len(parts) > 1 else "This is one prompt."))
+        )
     with show_steps() as say:
         say("Drawing")
         write_files(output, files)

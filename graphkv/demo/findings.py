@@ -65,6 +65,13 @@ class Findings:
         """Tokens that were ranked by their scores, bool (layers, kv_heads, N): scored and not protected."""
         return ~np.isnan(self.importance) & (self.fates != Fate.PROTECTED)
 
+    @property
+    def kept_by_importance(self) -> Any:
+        """Tokens that the base alone would keep with as many places in each head, bool (layers, kv_heads, N)."""
+        kept, ranks = self.fates >= Fate.KEPT, self.ranks(self.importance)
+        places = (kept & self.competes).sum(axis=-1, keepdims=True)
+        return (kept & ~self.competes) | ((ranks > 0) & (ranks <= places))
+
     def ranks(self, scores: Any) -> Any:
         """Rank `importance` or `scores` from 1 among the tokens that compete; 0 for the others."""
         competes = self.competes

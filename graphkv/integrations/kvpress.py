@@ -53,8 +53,9 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         If `policy` is no Policy.
     ArgumentError
         If the policy's budgets depend on what is in all layers, as those of `CAKE` do; wrap it in `LayerBudgets`. If
-        layers share what they keep. If it merges tokens, as `Absorb` does: a merged slot counts as several tokens, and
-        kvpress's caches and attention have no place for that.
+        layers share what they keep. If its merges change what slots count as, as those of `Absorb` do: kvpress's caches
+        and attention have no place for masses; or if it merges and its heads keep different numbers of tokens. If it
+        answers for dropped tokens, as `LESS` does, which kvpress's attention would not ask.
         While the model runs: if the prompt has padding, or the model attends eagerly and the policy gives layers or
         heads different budgets, or the cache does not hold exactly the tokens of the prompt, or it cannot be seen that
         the model's heads attend to the keys and values that it caches under them.
@@ -88,8 +89,16 @@ class PolicyPress(BasePress):  # type: ignore[misc]
                 "policy must know each layer's budget beforehand: kvpress evicts a layer before the next one has read "
                 f"anything; {type(self.policy).__name__} does not, so wrap it in LayerBudgets"
             )
-        if self.policy.needs().merges:
-            self._refuse_merges()
+        found = self.policy.needs()
+        if found.merges and found.masses:
+            self._refuse_masses()
+        if found.merges and found.head_counts:
+            self._refuse_uneven_merges()
+        if found.answers:
+            raise ArgumentError(
+                "policy must not answer for dropped tokens in kvpress, whose attention would not ask it; "
+                f"{name_of(self.policy)} does. graphkv.integrations.transformers asks"
+            )
         if self.policy.needs().couples_layers:
             raise ArgumentError(
                 "policy must choose for each layer alone, because kvpress evicts a layer before the next one has read "
@@ -171,14 +180,16 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         if self.policy.needs().automatic and decision.counts is not None:
             num_kept = float(decision.counts.double().mean())
         self._evicted[layer.layer_idx] = 1 - num_kept / num_tokens
-        if decision.merge is not None:
-            self._refuse_merges()
+        if decision.merge is not None and decision.counts is not None:
+            self._refuse_uneven_merges()
+        if decision.merge is not None and not bool((decision.merge.mass == 1).all()):
+            self._refuse_masses()
         if decision.levels is not None:
             raise ArgumentError(
                 f"policy must keep tokens as they are in kvpress; {type(self.policy).__name__} demotes them"
             )
         if decision.counts is None:
-            return decision.apply(keys), decision.apply(values)
+            return decision.compress(keys, values)
         if is_eager:
             raise ArgumentError(
                 "policy must keep equally many tokens in every head under attn_implementation 'eager', where kvpress "
@@ -187,11 +198,18 @@ class PolicyPress(BasePress):  # type: ignore[misc]
         layer.masked_key_indices = _evicted_places(decision)
         return keys, values
 
-    def _refuse_merges(self) -> None:
-        """Raise for a policy that merges, at construction or as soon as one does it undeclared."""
+    def _refuse_masses(self) -> None:
+        """Raise for a policy whose slots count as several tokens, when it is made or as soon as one does undeclared."""
         raise ArgumentError(
-            "policy must drop tokens, not merge them, in kvpress, whose attention would count a merged slot once "
-            f"and not by its mass; {name_of(self.policy)} merges. graphkv.integrations.transformers counts masses"
+            "policy must leave slots counting as one token each in kvpress, whose attention would count a merged slot "
+            f"once and not by its mass; {name_of(self.policy)} does not (graphkv.integrations.transformers does)"
+        )
+
+    def _refuse_uneven_merges(self) -> None:
+        """Raise for a policy that merges and whose heads keep different numbers of tokens."""
+        raise ArgumentError(
+            "policy must keep equally many tokens in every head where it merges, because kvpress masks keys of heads "
+            f"that keep less and stores no merged ones; {name_of(self.policy)} does not"
         )
 
 

@@ -26,6 +26,7 @@ from .presets import Preset, load_preset
 __all__ = [
     "BASES",
     "LOADED",
+    "LOADED_WRAPPERS",
     "WRAPPERS",
     "base_of",
     "call",
@@ -40,6 +41,7 @@ __all__ = [
 BASES: dict[str, Callable[..., Policy]] = dict(catalog.BASES)
 # Bases with weights of their own: attention-gate(path='gates.safetensors').
 LOADED = catalog.LOADED
+LOADED_WRAPPERS = catalog.LOADED_WRAPPERS
 # ``+graphkv`` is ``GraphKV(base)``, with the options of the paper's signal.
 SIGNALS: dict[str, type[Signal]] = {
     "graphkv": Decay,
@@ -101,10 +103,10 @@ def make_policy(name: str, budget: int | float, *, sinks: int | None = None, see
     if is_press(name):
         raise ArgumentError(f"--policy must be a policy here; presses of kvpress are for graphkv eval; got {name!r}")
     (kind, options), *wrappers = parse(name)
-    if not (kind in BASES or kind in LOADED or is_own(kind)) or any(wrapper not in WRAPPERS for wrapper, _ in wrappers):
+    if not (kind in BASES or kind in LOADED or is_own(kind)) or not _are_wrappers(wrappers):
         raise ArgumentError(
             f"--policy must be one of {', '.join([FULL, *BASES, *LOADED])} or your own {OWN}, all but full with any of "
-            f"+{', +'.join(WRAPPERS)}, or a preset.toml; got {name!r}"
+            f"+{', +'.join([*WRAPPERS, *LOADED_WRAPPERS])}, or a preset.toml; got {name!r}"
         )
     return _wrap(_make_base(kind, options, name, budget, sinks, seed), wrappers, name)
 
@@ -228,8 +230,12 @@ def own_module(kind: str, name: str, /) -> ModuleType:
 def _wrap(policy: Policy, wrappers: Sequence[tuple[str, Mapping[str, Any]]], name: str) -> Policy:
     """Put wrappers on top, the innermost first."""
     for kind, options in wrappers:
-        policy = call(WRAPPERS[kind], name, policy, **options)
+        policy = call(WRAPPERS.get(kind) or LOADED_WRAPPERS[kind], name, policy, **options)
     return policy
+
+
+def _are_wrappers(parts: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+    return all(kind in WRAPPERS or kind in LOADED_WRAPPERS for kind, _ in parts)
 
 
 def make_preset(
@@ -265,10 +271,10 @@ def make_preset(
     groups = []
     for number, wrapper in enumerate(preset.graph):
         wrappers = parse(wrapper) if wrapper else []
-        if any(kind not in WRAPPERS for kind, _ in wrappers):
+        if not _are_wrappers(wrappers):
             raise ArgumentError(
-                f"--policy {name}: graph[{number}] must be wrappers such as {', '.join(WRAPPERS)}, joined by +; "
-                f"got {wrapper!r}"
+                f"--policy {name}: graph[{number}] must be wrappers such as "
+                f"{', '.join([*WRAPPERS, *LOADED_WRAPPERS])}, joined by +; got {wrapper!r}"
             )
         groups.append(_wrap(base, wrappers, f"{name}, graph[{number}]"))
     policy = PerLayer(base, groups) if len(groups) > 1 else [base, *groups][-1]

@@ -193,6 +193,8 @@ def test_absorb_costs_a_product_with_the_kept_tokens():
     cost = Absorb(KNorm(budget=100), weights="count").cost(shape)
     assert cost.flops == KNorm(budget=100).cost(shape).flops + 2 * 2 * 5000 * 100 * 8
     assert cost.bytes == 4 * 2 * 1024 * 100
+    many = LayerShape(num_tokens=5000, query_heads=4, kv_heads=2, head_size=8, budget=2000, batch=64)
+    assert Absorb(KNorm(budget=2000), weights="count").cost(many).bytes == 4 * 128 * 65 * 2000 <= 4 * 2**24
 
 
 def test_a_kept_token_without_attention_absorbs_by_counts():

@@ -10,7 +10,7 @@ import pytest
 
 import graphkv
 from graphkv import ArgumentTypeError, Policy, Wrapper, adapters
-from graphkv.adapters.catalog import BASES, ENTRIES, LOADED, WRAPPERS
+from graphkv.adapters.catalog import BASES, ENTRIES, LOADED, LOADED_WRAPPERS, WRAPPERS
 
 ROOT = Path(__file__).parents[2]
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.policy.__name__)
@@ -47,7 +47,7 @@ def test_every_policy_has_an_import_line_and_an_entry():
 def test_names_of_the_command_line_are_unique():
     names = [entry.name for entry in ENTRIES if entry.name]
 
-    assert len(names) == len(set(names)) == len(BASES) + len(LOADED) + len(WRAPPERS)
+    assert len(names) == len(set(names)) == len([*BASES, *LOADED, *WRAPPERS, *LOADED_WRAPPERS])
     assert all(issubclass(kind, Wrapper) for kind in WRAPPERS.values())
     assert not any(issubclass(kind, Wrapper) for kind in BASES.values())
 
@@ -56,7 +56,7 @@ def test_names_of_the_command_line_are_unique():
 def test_an_entry_makes_its_policy(entry):
     budget = BASES["snapkv"](budget=12) if entry.is_wrapper else 12
     if entry.holds_arrays:
-        with pytest.raises(TypeError, match=r"importance|gates"):
+        with pytest.raises(TypeError, match=r"importance|gates|kernels"):
             entry.make(budget)
     else:
         assert type(entry.make(budget, **entry.small)) is entry.policy

@@ -5,7 +5,22 @@ from typing import ClassVar
 
 import pytest
 
-from graphkv import TOVA, AdaKV, ArgumentError, Decay, Degree, GraphKV, Policy, Random, SnapKV, evict
+from graphkv import (
+    D2O,
+    TOVA,
+    Absorb,
+    AdaKV,
+    ArgumentError,
+    Decay,
+    Degree,
+    GraphKV,
+    KVMerger,
+    Policy,
+    Random,
+    SnapKV,
+    WeightedKV,
+    evict,
+)
 from graphkv.core import LayerShape, Requirements, Wrapper
 from tests.support.arrays import NUMPY
 
@@ -47,6 +62,26 @@ def test_needs_join_those_of_the_base():
 
     assert (found.values, found.queries, found.state) == (True, "window", ("sums",))
     assert Requirements(queries="all").joined(Requirements(queries="window")).queries == "all"
+
+
+def test_masses_are_needed_where_any_part_that_merges_says_so():
+    base = SnapKV(budget=20)
+    for policy, masses in (
+        (WeightedKV(base), False),
+        (WeightedKV(base, mass="attention"), True),
+        (D2O(base, layer_budgets="base"), True),
+        (D2O.paper(20), False),
+        (KVMerger(base), True),
+        (KVMerger(base, mass="values"), False),
+        (GraphKV(WeightedKV(base)), False),
+        (GraphKV(Absorb(base)), True),
+        (WeightedKV(Absorb(base)), True),
+    ):
+        assert policy.needs().merges
+        assert policy.needs().masses is masses
+    # Nothing is promised by who does not merge.
+    assert GraphKV(base).needs().masses
+    assert Requirements(masses=False).joined(Requirements()).masses
 
 
 def test_a_wrapper_couples_heads_when_it_or_its_base_does():

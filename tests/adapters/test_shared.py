@@ -1,5 +1,6 @@
 """One kept set for all heads, and whole blocks, against loops."""
 
+from itertools import pairwise
 from math import ceil, fsum, inf, nan
 
 import numpy as np
@@ -12,14 +13,18 @@ from graphkv import (
     ArgumentError,
     ArgumentTypeError,
     Bar,
+    ChunkKV,
     Decay,
     Given,
     GraphKV,
     KeyDiff,
     KNorm,
+    LayerShares,
+    Lossless,
     PerLayer,
     PyramidKV,
     Shared,
+    SmallKV,
     SnapKV,
     evict,
     evict_layers,
@@ -357,3 +362,99 @@ def test_a_memory_stays_with_its_layer():
         assert each.state.tokens["attention"].tolist() == each.apply(alone.tokens["attention"]).tolist()
     with pytest.raises(ArgumentError, match="state must be None for Shared"):
         evict_layers(Shared(SNAPKV, over="layers"), [{**facts, "state": done[0].state} for facts in layers])
+
+
+def nested_by_loops(backend, base, budgets):
+    """What each layer keeps, one after the other, of what the last one kept."""
+    kept, allowed = [], VALID
+    for layer, budget in zip(layers_of(backend), budgets, strict=True):
+        done = run_layer(backend, Shared(base), layer, budget=budget)
+        scores, rows = backend.to_numpy(done.scores)[:, 0], []
+        protected = backend.to_numpy(done.protected)[:, 0]
+        for row in range(2):
+            among = np.flatnonzero(allowed[row]).tolist()
+            best = sorted(among, key=lambda j, row=row: (not protected[row, j], -scores[row, j], j))[:budget]
+            rows.append(sorted(best))
+        kept.append(rows)
+        allowed = np.asarray([np.isin(np.arange(30), row) for row in rows])
+    return kept
+
+
+def run_layer(backend, policy, layer, **options):
+    facts = {name: x for name, x in layer.items() if name != "keys"}
+    return evict(policy, layer["keys"], **facts, **options, backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("base", [SNAPKV, GraphKV(SNAPKV), KeyDiff(budget=12, num_sinks=2)], ids=repr)
+def test_nested_layers_choose_from_what_the_layer_below_keeps(backend, base):
+    budgets = [19, 13, 13, 7][: len(layers_of(backend))]
+    layers = [{**layer, "budget": budget} for layer, budget in zip(layers_of(backend), budgets, strict=True)]
+
+    done = evict_layers(Shared(base, nested=True), layers, backend=backend)
+    free = evict_layers(Shared(base), layers, backend=backend)
+
+    expected, own = nested_by_loops(backend, base, budgets), set()
+    for each, alone, rows in zip(done, free, expected, strict=True):
+        kept = backend.to_numpy(each.kept)
+        assert (kept == kept[:, :1]).all()
+        assert [row[VALID[number][row]].tolist() for number, row in enumerate(kept[:, 0])] == rows
+        own.add(kept.tolist() == backend.to_numpy(alone.kept).tolist())
+    assert own == {True, False}
+
+
+def test_nested_budgets_are_shared_out_as_in_pyramid_infer():
+    layers = layers_of(NUMPY)
+    policy = LayerShares.pyramid_infer(GraphKV(Shared(SNAPKV, nested=True)), len(layers), least=0.5)
+
+    done = evict_layers(policy, layers)
+
+    sets = [[set(row) for row in each.kept[:, 0].tolist()] for each in done]
+    assert sum(each.kept.shape[-1] for each in done) == 12 * len(layers)
+    assert all(upper[0] < lower[0] for lower, upper in pairwise(sets))
+
+
+def test_nested_layers_over_what_fits_and_at_the_ends():
+    layers = [{**layer, "valid": None} for layer in layers_of(NUMPY)]
+    policy = Shared(SNAPKV, nested=True)
+    for budgets in ([50, 30, 5], [30, 29, 0], [12, 12, 12], [1, 1, 0]):
+        given = [{**layer, "budget": budget} for layer, budget in zip(layers, budgets, strict=False)]
+        done = evict_layers(policy, given)
+        assert [each.kept.shape[-1] for each in done] == [min(30, budget) for budget in budgets[: len(done)]]
+        for lower, upper in pairwise(done):
+            assert np.isin(upper.kept[0, 0], lower.kept[0, 0]).all()
+
+
+def test_nested_layers_of_equal_scores_and_without_numbers():
+    scores = [np.asarray([[[nan, 1.0, 1.0, 1.0]]]), np.asarray([[[9.0, 9.0, 9.0, nan]]])]
+    layers = [{"keys": np.ones((1, 1, 4, 2)), "budget": budget} for budget in (2, 2)]
+    policy = SmallKV(budget=2, importance=scores, num_recent=0)
+
+    first, second = evict_layers(Shared(policy, nested=True), layers)
+
+    assert first.kept.tolist() == second.kept.tolist() == [[[1, 2]]]
+
+
+def test_nested_layers_that_cannot_be_are_refused():
+    layers = layers_of(NUMPY)
+    for wrong, message in (
+        (lambda: Shared(SNAPKV, over="layers", nested=True), "nested must be False where all layers keep one set"),
+        (
+            lambda: Shared(SNAPKV, block=4, nested=True),
+            "nested must be False where blocks are kept; got True with block=4",
+        ),
+        (lambda: Shared(Lossless(SNAPKV), nested=True), "where layers are nested; Lossless"),
+        (lambda: Shared(ChunkKV(SNAPKV, reuse=2), nested=True), "where layers are nested; ChunkKV"),
+        (
+            lambda: evict_layers(Shared(SNAPKV, nested=True), [{**layers[0], "budget": 5}, {**layers[1], "budget": 6}]),
+            "budget must not grow from layer to layer where they are nested; got 6 above 5",
+        ),
+        (
+            lambda: run_layer(NUMPY, Shared(SNAPKV, nested=True), {**layers[1], "layer": 1, "num_layers": 2}),
+            "evict_layers",
+        ),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            wrong()
+    with pytest.raises(ArgumentTypeError, match="nested must be True or False"):
+        Shared(SNAPKV, nested=1)

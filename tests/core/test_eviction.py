@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 
 from graphkv import (
     ArgumentError,
@@ -347,6 +346,7 @@ def test_evict_refuses_bad_input(backend, change, error, message):
 
 
 def test_mixed_libraries_are_named():
+    torch = pytest.importorskip("torch")
     with pytest.raises(BackendError, match="keys: 'numpy', queries: 'torch'"):
         evict(SNAPKV, KEYS, queries=torch.as_tensor(QUERIES))
     with pytest.raises(BackendError, match="keys must be an array of 'torch' for backend 'torch'; got 'numpy'"):

@@ -1,6 +1,7 @@
 """What merges mean: sums by slot, masses in attention, and that nothing changes where nothing is merged."""
 
 import math
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from graphkv import (
     observe,
     wants,
 )
-from graphkv.core import Layer, primitives
+from graphkv.core import Layer, merging, primitives
 from graphkv.core.attention import received_attention, window_attention
 from graphkv.core.merging import add_up, compressed, nearest, shares, slots
 from tests.adapters import loops
@@ -135,6 +136,26 @@ def test_the_nearest_kept_token_is_found_in_chunks(backend, chunk_size):
             assert slot[row][i] == min(s for s, value in found if value > best - 1e-6)
         else:
             assert similarity[row][i] == -np.inf
+
+
+def test_similarities_with_all_kept_tokens_are_never_there_at_once(monkeypatch):
+    """Neither of all tokens nor, where there are many rows, of as many tokens in each."""
+    random = np.random.default_rng(5)
+    for shape, num_slots, most in (((1, 1, 9000, 4), 4000, 1024 * 4000), ((8, 4, 1200, 4), 600, 2**20)):
+        monkeypatch.setattr(merging, "LARGEST", most)
+        keys = random.normal(size=shape).astype(np.float32)
+        kept = np.broadcast_to(np.arange(num_slots), (*shape[:2], num_slots))
+        tracemalloc.start()
+        slot, _ = nearest(keys, kept, np.ones(shape[:3], bool), backend=NUMPY)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # The last chunk is still there while the next one is computed.
+        assert peak < 3 * 4 * most < 4 * math.prod(shape[:3]) * num_slots
+        row, one = (
+            slot[-1:, -1:],
+            nearest(keys[-1:, -1:], kept[-1:, -1:], np.ones((1, 1, shape[2]), bool), backend=NUMPY),
+        )
+        assert np.array_equal(row, one[0])
 
 
 def random_merge(random, kept, num_tokens, dtype):

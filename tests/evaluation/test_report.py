@@ -241,6 +241,31 @@ def test_every_figure_is_a_picture_that_follows_the_screen(drawn):
         assert b"<dc:creator>" not in picture
 
 
+def test_every_figure_says_below_it_what_it_shows_and_how_to_read_it(drawn):
+    markdown, pictures = drawn
+    captions = re.findall(
+        r"^!\[(.+)\]\(figures/(\d+)\.svg\)\n\*Figure (\d+)\. (.+)\*\n\n", markdown, flags=re.MULTILINE
+    )
+
+    assert len(captions) == len(pictures)
+    for title, file, number, caption in captions:
+        assert int(file) == int(number)
+        assert caption.startswith(f"{title}. ")
+        assert "is better" in caption
+        assert "12 prompts" in caption
+    assert "Lower is better" in next(caption for title, *_, caption in captions if title.startswith("NLL"))
+    assert "Higher is better" in next(caption for title, *_, caption in captions if title.startswith("Share"))
+
+
+def test_captions_of_an_unfinished_run_say_over_how_many_prompts(undrawn):
+    some = make_records(prompts=3, modes=("aware",), effects=FEW)
+    found, _ = make_report(
+        [record for record in some if record.length == 64 and (record.seed or record.budget)], HEADER
+    )
+
+    assert "means over 2 to 3 prompts" in found
+
+
 DRAW = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -297,6 +322,9 @@ def test_the_page_is_one_file_that_needs_no_network(run):
 
     assert page.open == []
     assert page.tags.count("img") == len(list((run / "report" / "figures").glob("*.svg"))) > 10
+    assert re.findall(r'<td[^>]* data-head="([^"]*)"', html)[:5] == ["policy", "mode", "task", "metric", "better"]
+    assert html.count("<td") == html.count(' data-head="') > 50
+    assert page.tags.count("figcaption") == page.tags.count("figure") == page.tags.count("img")
     inside = {link.removeprefix("#") for link in page.links if link.startswith("#")}
     assert inside
     assert inside <= page.ids

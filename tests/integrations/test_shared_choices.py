@@ -1,10 +1,12 @@
 """Layers of a model's cache that share what they keep."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from graphkv import H2O, ArgumentError, ChunkKV, Given, GraphKV, PyramidKV, Shared, SnapKV, evict_layers
+from graphkv import H2O, ArgumentError, ChunkKV, Given, GraphKV, LayerShares, PyramidKV, Shared, SnapKV, evict_layers
 from graphkv.integrations.transformers import EvictingCache, evicting, observing
 from graphkv.integrations.transformers.versions import with_cache
 from tests.integrations.reference import assert_close, reference_logits
@@ -22,6 +24,7 @@ POLICIES = {
     "chunks": ChunkKV(SNAPKV, chunk=5, reuse=2),
     "chunks of all": ChunkKV(Shared(SNAPKV), chunk=5, reuse=9),
 }
+NESTED = LayerShares.pyramid_infer(Shared(SNAPKV, nested=True), 3, least=0.5)
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
 
@@ -44,7 +47,7 @@ def positions(layer):
     return [[p for p in row if p >= 0] for row in layer.true_positions[0].tolist()]
 
 
-@each_policy
+@pytest.mark.parametrize("policy", [*POLICIES.values(), NESTED], ids=[*POLICIES, "nested"])
 def test_a_prompt_keeps_what_the_core_keeps_of_the_same_layers(model, ids, policy):
     with observing(model):
         whole, cache = EvictingCache(num_queries=N), EvictingCache(policy)
@@ -136,3 +139,22 @@ def test_layers_with_budgets_of_their_own_cannot_share_and_the_cache_stays_as_it
         assert [layer.num_stored for layer in cache.layers] == [N] * 3
         cache.evict(Shared(SNAPKV, over="layers"))
         assert [layer.num_stored for layer in cache.layers] == [14] * 3
+
+
+def test_nested_layers_evict_a_prompt_once(model, ids):
+    with observing(model):
+        cache = EvictingCache(NESTED)
+        read(model, cache, ids[: N + 3], [N, 3])
+    sets = [[{p for p in row if p < N} for row in positions(layer)] for layer in cache.layers]
+    assert all(upper[0] < lower[0] and upper[0] == upper[1] for lower, upper in pairwise(sets))
+    assert sum(len(each[0]) for each in sets) == 3 * 14
+
+    with pytest.raises(ArgumentError, match=r"every must be None for layers that are nested.*; got 4"):
+        EvictingCache(NESTED, every=4)
+    with observing(model):
+        plain = EvictingCache(num_queries=6)
+        read(model, plain, ids[:N], [N])
+    plain.evict(NESTED)
+    with pytest.raises(ArgumentError, match=r"layers must have one \(batch, kv_heads, N\) where they share"):
+        plain.evict(NESTED)
+    assert [layer.num_evictions for layer in plain.layers] == [1] * 3

@@ -1,5 +1,8 @@
 """Our policies as presses of kvpress: they keep what they keep elsewhere."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -14,7 +17,10 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerFa
 
 from graphkv import (
     CAKE,
+    D2O,
     H2O,
+    LESS,
+    Absorb,
     AdaKV,
     ArgumentError,
     ArgumentTypeError,
@@ -22,14 +28,18 @@ from graphkv import (
     GraphKV,
     KeyDiff,
     KNorm,
+    KVMerger,
     LayerBudgets,
     Lossless,
     Policy,
     PyramidKV,
+    Requirements,
     Shared,
     SnapKV,
+    WeightedKV,
     evict,
 )
+from graphkv.adapters.less import Kernel
 from graphkv.integrations.kvpress import PolicyPress
 from graphkv.integrations.transformers import evicting
 from tests.integrations.folding import Folded
@@ -40,11 +50,12 @@ from tests.support.policies import every_policy
 
 BUDGET = 14
 HEADWISE = {"adakv-snapkv", "adakv-graphkv-snapkv", "graphkv-adakv-knorm", "lossless-snapkv", "anyquery-snapkv"}
-# A press evicts while it reads: it has not seen all layers by then, nor what is asked afterwards; and it has no masses.
+# A press evicts while it reads: it has not seen all layers by then, nor what is asked afterwards; and it has no masses,
+# so that of policies that merge it runs those whose slots count as one token each.
 POLICIES = {
     name: policy
     for name, policy in every_policy(BUDGET).items()
-    if not (policy.needs().wants or policy.needs().merges or policy.needs().probes)
+    if not (policy.needs().wants or (policy.needs().merges and policy.needs().masses) or policy.needs().probes)
 }
 SNAPKV = SnapKV(budget=BUDGET, window=4, kernel_size=3)
 PYRAMID = PyramidKV(budget=BUDGET, window=4, kernel_size=3)
@@ -280,6 +291,13 @@ class Broken(Policy):
         raise RuntimeError("broken policy")
 
 
+@dataclass(frozen=True)
+class Promising(Folded):
+    """A merge that promises slots of one token each, and counts more."""
+
+    requirements: ClassVar[Requirements] = Requirements(merges=True, masses=False)
+
+
 def test_the_model_is_as_it_was_after_an_error(model):
     hooks, plain = num_hooks(model), generate(model, prompts())
     with pytest.raises(RuntimeError, match="broken policy"):
@@ -289,10 +307,38 @@ def test_the_model_is_as_it_was_after_an_error(model):
     assert generate(model, prompts()).tolist() == plain.tolist()
 
 
-def test_merges_are_refused_by_name_before_anything_runs():
-    for policy in (Folded(SNAPKV), GraphKV(Folded(SNAPKV))):
-        with pytest.raises(ArgumentError, match=r"not merge them, in kvpress, .* by its mass; .*Folded.* merges"):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        WeightedKV(SNAPKV),
+        GraphKV(WeightedKV(SNAPKV)),
+        D2O(SNAPKV, layer_budgets="base", mass="one"),
+        D2O(SNAPKV, layer_budgets="base", weights="mean", mass="one"),
+        KVMerger(SNAPKV, heavy=0, mass="values"),
+        KVMerger(PYRAMID, mass="one"),
+    ],
+    ids=repr,
+)
+def test_merges_whose_slots_count_once_keep_what_evicting_keeps(model, policy):
+    cache, plain = (prefill(model, prompts(), PolicyPress(each)) for each in (policy, SNAPKV))
+
+    assert same(cache, evicted(model, prompts(), policy))
+    assert lengths(cache) == [min(40, policy.layer_budget(40, layer, 4)) for layer in range(4)]
+    assert not same(cache, [(layer.keys, layer.values) for layer in plain.layers])
+
+
+def test_merges_that_count_are_refused_by_name_before_anything_runs():
+    for policy in (Folded(SNAPKV), GraphKV(Folded(SNAPKV)), WeightedKV(Absorb(SNAPKV)), KVMerger(SNAPKV)):
+        name = type(policy).__name__
+        with pytest.raises(ArgumentError, match=rf"count a merged slot once and not by its mass; {name}.* does not"):
             PolicyPress(policy)
+
+
+def test_merges_of_uneven_heads_are_refused_and_so_is_a_promise_that_is_not_kept(model):
+    with pytest.raises(ArgumentError, match=r"equally many tokens in every head where it merges.* WeightedKV"):
+        PolicyPress(WeightedKV(AdaKV(SNAPKV)))
+    with pytest.raises(ArgumentError, match="count a merged slot once and not by its mass; Promising"):
+        prefill(model, prompts(), PolicyPress(Promising(SNAPKV)))
 
 
 def test_budgets_that_depend_on_all_layers_are_refused(model):
@@ -336,4 +382,15 @@ def test_evicting_works_when_kvpress_is_imported_after_it(model):
 @pytest.mark.parametrize("policy", ["snapkv", None, KnormPress(0.5)])
 def test_what_is_no_policy_is_refused(policy):
     with pytest.raises(ArgumentTypeError, match="policy must be a Policy; got"):
+        PolicyPress(policy)
+
+
+def test_a_policy_that_answers_for_dropped_tokens_is_refused():
+    one, few = torch.ones(1, 1, 1), torch.ones(1, 1)
+    maps = dict.fromkeys(("query_in", "query_out", "key_in", "key_out", "mix"), one)
+    policy = GraphKV(LESS(SNAPKV, [Kernel(**maps, key_scale=few, mix_scale=few)]))
+
+    with pytest.raises(
+        ArgumentError, match=r"must not answer for dropped tokens in kvpress, .*; GraphKV\(LESS\(SnapKV"
+    ):
         PolicyPress(policy)

@@ -1,18 +1,16 @@
-"""The same arrays in every library under test."""
+"""The same arrays in every library under test; without PyTorch the others are left."""
 
 import dataclasses
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import torch
 
 from graphkv.backends.numpy import BACKEND as NUMPY
-from graphkv.backends.torch import BACKEND as TORCH
 from graphkv.core import Backend
 from graphkv.testing.subject import OPTIONAL
 
-MAKE = {"numpy": np.asarray, "torch": lambda x: torch.as_tensor(np.asarray(x))}
+MAKE = {"numpy": np.asarray}
 
 
 def portable(backend):
@@ -20,12 +18,14 @@ def portable(backend):
     return dataclasses.replace(backend, **dict.fromkeys(OPTIONAL))
 
 
-BACKENDS = {
-    "numpy": NUMPY,
-    "torch": TORCH,
-    "numpy:portable": portable(NUMPY),
-    "torch:portable": portable(TORCH),
-}
+BACKENDS = {"numpy": NUMPY, "numpy:portable": portable(NUMPY)}
+if find_spec("torch"):
+    import torch
+
+    from graphkv.backends.torch import BACKEND as TORCH
+
+    MAKE["torch"] = lambda x: torch.as_tensor(np.asarray(x))
+    BACKENDS |= {"torch": TORCH, "torch:portable": portable(TORCH)}
 
 # The standard and nothing else: no half precision, no mixing of kinds.
 LIBRARIES = dict(BACKENDS)

@@ -5,7 +5,9 @@ from graphkv.adapters.catalog import ENTRIES
 
 # `Given` holds arrays of one library and shape, so no name and budget make it.
 BASES = {entry.name: entry for entry in ENTRIES if not entry.is_wrapper and not entry.holds_arrays}
-WRAPPERS = {entry.name or entry.policy.__name__: entry for entry in ENTRIES if entry.is_wrapper}
+WRAPPERS = {
+    entry.name or entry.policy.__name__: entry for entry in ENTRIES if entry.is_wrapper and not entry.holds_arrays
+}
 
 
 def every_base(budget, **options):

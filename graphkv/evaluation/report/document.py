@@ -37,15 +37,16 @@ class Document:
         self.lines += [_row(row) for row in rows]
         self.lines.append("")
 
-    def figures(self, drawn: Iterable[tuple[str, Callable[[], bytes]]]) -> None:
-        """Add figures side by side, each with its caption and a function that draws it."""
-        images = []
-        for caption, draw in drawn:
-            path = f"figures/{len(self.pictures) + 1:03d}.svg"
+    def figures(self, drawn: Iterable[tuple[str, str, Callable[[], bytes]]]) -> None:
+        """Add figures, each with what it shows, how to read it, and a function that draws it.
+
+        What it shows is its description too, for readers who do not see it; both stand below it as its caption.
+        """
+        for title, reading, draw in drawn:
+            number = len(self.pictures) + 1
+            path = f"figures/{number:03d}.svg"
             self.pictures[path] = draw()
-            images.append(f"![{caption}]({path})")
-        if images:
-            self.text("\n".join(images))
+            self.text(f"![{title}]({path})\n*Figure {number}. {title}. {reading}*")
 
     def markdown(self) -> str:
         """Return the whole."""

@@ -38,6 +38,8 @@ def make_page(markdown: str, pictures: Mapping[str, bytes]) -> str:
     parser.add_render_rule("image", _image)
     tokens = parser.parse(markdown)
     contents = _name_headings(tokens)
+    _frame_figures(tokens)
+    _name_cells(tokens)
     body = parser.renderer.render(tokens, parser.options, {"pictures": pictures})
     template = Template((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
     links = "\n".join(
@@ -59,12 +61,35 @@ def _name_headings(tokens: Sequence[Token]) -> list[tuple[int, str, str]]:
     return contents
 
 
+def _frame_figures(tokens: Sequence[Token]) -> None:
+    """Make a figure of every paragraph of an image and its caption."""
+    for before, inline, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        inside = inline.children or []
+        if before.type == "paragraph_open" and inside and inside[0].type == "image":
+            before.tag = after.tag = "figure"
+            for token in inside:
+                if token.tag == "em":
+                    token.tag = "figcaption"
+
+
+def _name_cells(tokens: Sequence[Token]) -> None:
+    """Add to every cell the head of its column, which is beside it on a screen too narrow for the table."""
+    heads: list[str] = []
+    column = 0
+    for token, inside in pairwise(tokens):
+        if token.type == "table_open":
+            heads = []
+        elif token.type == "tr_open":
+            column = 0
+        elif token.type == "th_open":
+            heads.append(inside.content)
+        elif token.type == "td_open":
+            token.attrSet("data-head", heads[column])
+            column += 1
+
+
 def _image(renderer: Any, tokens: Sequence[Token], place: int, options: Any, env: Any) -> str:
-    """Put a figure with its caption into the page."""
+    """Put a picture into the page."""
     token = tokens[place]
-    source, caption = b64encode(env["pictures"][token.attrGet("src")]).decode(), escape(token.content)
-    # Inside a paragraph, where <figure> is not allowed.
-    return (
-        f'<span class="figure" role="figure"><img src="data:image/svg+xml;base64,{source}" alt="{caption}">'
-        f'<span class="caption">{caption}</span></span>'
-    )
+    source = b64encode(env["pictures"][token.attrGet("src")]).decode()
+    return f'<img src="data:image/svg+xml;base64,{source}" alt="{escape(token.content)}">'

@@ -68,6 +68,11 @@ class Section:
             for metric in (*self.metrics, "redundancy")
         }
 
+    def counts(self, metric: str, length: int | None) -> set[int]:
+        """Return over how many prompts of a length the means are."""
+        cells = [found for (its_length, _), found in self.means[metric].items() if its_length == length]
+        return {mean.count for found in cells for mean in found.values()}
+
     @cached_property
     def comparisons(self) -> dict[str, dict[tuple[int | None, int | None, str], Comparison]]:
         """Per metric: every policy with its base, by length, budget and policy."""

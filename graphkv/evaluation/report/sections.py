@@ -28,6 +28,7 @@ from .wording import (
     length_words,
     mean_words,
     probability_words,
+    prompt_words,
     range_words,
 )
 
@@ -93,13 +94,18 @@ def _where(section: Section, length: int | None) -> str:
     return f"{section.task}, query-{section.mode}, prompts of {length_words(length)} tokens"
 
 
+def _means(section: Section, metric: str, length: int | None) -> str:
+    """Write which direction is better, and over how many prompts the means of a figure are."""
+    return f"{capital(direction(metric))}; means over {prompt_words(section.counts(metric, length))}"
+
+
 def _write_quality(document: Document, results: RunResults, section: Section) -> None:
     document.heading(4, "Quality against budget")
     for metric in section.metrics:
         document.figures(
             (
-                f"{capital(LABELS[metric])} against budget: {_where(section, length)}. "
-                "Grey: full cache and random eviction.",
+                f"{capital(LABELS[metric])} against budget: {_where(section, length)}",
+                f"{_means(section, metric, length)}, with their intervals. Grey: full cache and random eviction.",
                 _quality_figure(results, section, metric, length),
             )
             for length in section.lengths
@@ -159,8 +165,8 @@ def _write_found(document: Document, results: RunResults, section: Section) -> N
     for metric in section.metrics:
         document.figures(
             (
-                f"{capital(LABELS[metric])} against tokens kept per KV head: {_where(section, length)}. Grey: full "
-                "cache and random eviction.",
+                f"{capital(LABELS[metric])} against tokens kept per KV head: {_where(section, length)}",
+                f"{_means(section, metric, length)}, with their intervals. Grey: full cache and random eviction.",
                 _sized_figure(results, section, metric, length),
             )
             for length in section.lengths
@@ -218,7 +224,8 @@ def _write_gains(document: Document, results: RunResults, section: Section) -> N
     for metric in section.metrics:
         document.figures(
             (
-                f"Gain in {LABELS[metric]} over the base, paired by prompt: {_where(section, length)}. Filled: the "
+                f"Gain in {LABELS[metric]} over the base: {_where(section, length)}",
+                f"Right of zero is better; {prompt_words(section.counts(metric, length))}, paired. Filled: the "
                 "interval excludes zero.",
                 _gain_figure(results, section, metric, length),
             )
@@ -278,10 +285,12 @@ def _write_needles(document: Document, results: RunResults, section: Section) ->
         "fields have no prompt. The rightmost map is that of the full cache."
     )
     lengths = [length for length in section.lengths if length is not None]
+    prompts = prompt_words({count for length in lengths for count in section.counts(metric, length)})
     document.figures(
         (
             f"{capital(LABELS[metric])} by prompt length and depth, per budget: {section.task}, query-{section.mode}, "
-            f"{base} and its variants.",
+            f"{base} and its variants",
+            f"{capital(direction(metric))}, and brighter; {prompts} per length. Hatched: no prompt.",
             _needle_figure(results, section, records, metric, base, lengths),
         )
         for base in results.bases
@@ -324,8 +333,9 @@ def _write_diversity(document: Document, results: RunResults, section: Section) 
     document.figures(
         (
             f"{capital(LABELS[metric])} against the mean cosine of two kept keys, averaged over layers and heads: "
-            f"{_where(section, length)}. Grey lines lead from a base to its variants; the vertical one is the full "
-            "cache.",
+            f"{_where(section, length)}",
+            f"{_means(section, metric, length)}; further left is more diverse. Grey lines lead from a base to its "
+            "variants; the vertical one is the full cache.",
             _diversity_figure(results, section, metric, length),
         )
         for length in section.lengths

@@ -18,6 +18,7 @@ __all__ = [
     "length_words",
     "mean_words",
     "probability_words",
+    "prompt_words",
     "range_words",
 ]
 
@@ -80,6 +81,12 @@ def direction(metric: str) -> str:
 def probability_words(value: float) -> str:
     """Write a p-value."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def prompt_words(counts: Collection[int]) -> str:
+    """Write how many prompts there are, where not all means are over as many."""
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{least} prompt{'s' * (least != 1)}" if least == most else f"{least} to {most} prompts"
 
 
 def range_words(values: Collection[float], digits: int) -> str:

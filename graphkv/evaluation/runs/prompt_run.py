@@ -122,10 +122,12 @@ class PromptRun:
         list of Record
             By question, then in the order of `policies`.
         """
-        batches: dict[tuple[int, ...], list[tuple[str, EvictingCache]]] = {}
+        batches: dict[Any, list[tuple[str, EvictingCache]]] = {}
         for name, policy in policies.items():
             cache = self._evict(read, name, policy, budget)
-            batches.setdefault(tuple(layer.num_stored for layer in cache.attention_layers), []).append((name, cache))
+            # What answers for dropped tokens does so for all rows.
+            alike = [(layer.num_stored, layer.answering) for layer in cache.attention_layers]
+            batches.setdefault(tuple(alike), []).append((name, cache))
         records = []
         for group in batches.values():
             for start in range(0, len(group), self.config.batch):

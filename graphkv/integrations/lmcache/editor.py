@@ -104,6 +104,11 @@ class _Editor:
         needs = policy.needs()
         if needs.merges:
             raise ArgumentError(f"policy must drop tokens in LMCache, which stores no masses; {name_of(policy)} merges")
+        if needs.answers:
+            raise ArgumentError(
+                "policy must not answer for dropped tokens in LMCache, whose engine would not ask; "
+                f"{name_of(policy)} does"
+            )
         if needs.demotes:
             raise ArgumentError(
                 f"policy must keep tokens as they are in LMCache; {name_of(policy)} keeps some in fewer bits"

@@ -67,6 +67,10 @@ class TokenDrop:
                 f"policy must keep equally many tokens in every layer and head, each by itself; {name_of(policy)} "
                 "does not"
             )
+        if needs.answers:
+            raise ArgumentError(
+                f"policy must not answer for dropped tokens, which an engine would not ask; {name_of(policy)} does"
+            )
         if needs.demotes:
             raise ArgumentError(f"policy must keep tokens as they are; {name_of(policy)} keeps some in fewer bits")
         if needs.unrotated_keys:

@@ -8,7 +8,7 @@ of the same name without prefix, with masks from the true positions of what each
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -89,11 +89,16 @@ def _attention(implementation: str) -> Callable[..., Any]:
             if handout.is_open:
                 shown = new_tokens_shown(mask, query.shape[2])
                 handout.note_padding(mask.padding if isinstance(mask, Mask) else shown)
-            mask = layer_mask(mask, handout, query, is_causal=is_causal, as_numbers=implementation == "eager")
+            answer = handout.answer(query, kwargs.get("scaling"))
+            as_numbers = implementation == "eager" or answer is not None
+            mask = layer_mask(mask, handout, query, is_causal=is_causal, as_numbers=as_numbers)
             biases = {
                 name: each if handout.is_whole else columns(each, handout, query) for name, each in biases.items()
             }
-            result = attend_as_before(query, key, value, mask, **biases)
+            if answer is None:
+                result = attend_as_before(query, key, value, mask, **biases)
+            else:
+                result = _with_answer(attend_as_before, query, key, value, mask, biases, *answer)
             if handout.is_open:
                 source = _source_of(module, handout, query, key)
                 handout.after_attention(module, source, query, kwargs.get("scaling"), _window(source, kwargs))
@@ -122,6 +127,29 @@ def _attention(implementation: str) -> Callable[..., Any]:
         return torch.cat([first, second], dim=1), None
 
     return attend
+
+
+def _with_answer(
+    attend: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    biases: Mapping[str, torch.Tensor],
+    logits: torch.Tensor,
+    values: torch.Tensor,
+) -> Any:
+    """Attend to slots of an answer too: keys of zero, whose logits are in the mask. So any kernel will do."""
+    number, stored = values.shape[2], key.shape[2]
+    shown = query.new_zeros(1) if mask is None else mask
+    if shown.dtype == torch.bool:
+        shown = torch.where(shown, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    mask = torch.cat([shown.expand(*query.shape[:3], stored), logits], dim=-1)
+    key = torch.cat([key, key.new_zeros(*key.shape[:2], number, key.shape[3])], dim=2)
+    value = torch.cat([value, values.to(value.dtype)], dim=2)
+    biases = {name: torch.nn.functional.pad(each, (0, number)) for name, each in biases.items()}
+    result, weights = attend(query, key, value, mask, **biases)
+    return result, None if weights is None else weights[..., :stored]
 
 
 def _is_self_attention(handout: Handout, module: Any, query: torch.Tensor) -> bool:

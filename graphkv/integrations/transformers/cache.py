@@ -112,6 +112,11 @@ class EvictingCache(Cache):  # type: ignore[misc]
                     f"policy must do without probes to evict by itself; {name_of(policy)} needs some. Read the text "
                     "into an EvictingCache without a policy, then call probe() and evict(policy)"
                 )
+            if policy.needs().nested and every is not None:
+                raise ArgumentError(
+                    f"every must be None for layers that are nested, which hold the same tokens only once; got {every} "
+                    f"with {name_of(policy)}"
+                )
         if checks.flag("protect_prompt", protect_prompt) and policy is not None and every is None:
             raise ArgumentError("every must be given with protect_prompt=True, or nothing is ever evicted; got None")
         self.settings = Settings(

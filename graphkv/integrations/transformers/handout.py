@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...core.backend import load
 from ...core.errors import ArgumentError
+from ...core.layer import Memory
+from ...core.needs import name_of
+from .handover import from_backend, to_backend
+from .queries import Queries
 
 if TYPE_CHECKING:
     from .layer import EvictingLayer
@@ -49,6 +54,7 @@ class Handout:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
             self.positions, self.valid, self.mass = layer.slots.positions, layer.slots.valid, layer.slots.mass
+            self._answering, self._memory = layer.answering, layer.layer_state
 
     def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
         """Forget the cache."""
@@ -69,6 +75,39 @@ class Handout:
     def is_whole(self) -> bool:
         """Whether nothing was dropped."""
         return self.positions is None and self.num_stored == self.num_seen
+
+    def answer(self, query: torch.Tensor, scaling: float | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return what attention finds in the place of dropped tokens, see `Answer`; None for nothing.
+
+        Parameters
+        ----------
+        query : torch.Tensor, shape (batch, query_heads, Q, D)
+        scaling : float or None
+            Of the attention.
+
+        Returns
+        -------
+        tuple of torch.Tensor, or None
+            Logits (batch, query_heads, Q, R) and values (batch, kv_heads, R, Dv), in the dtype of the query.
+        """
+        policy, layer = self._answering, self.layer
+        if policy is None:
+            return None
+        if not self.is_open:
+            raise ArgumentError(
+                f"model must attend in layer {self.index} alone to what it caches, because {name_of(policy)} answers "
+                "for dropped tokens there; another layer reads it too"
+            )
+        backend = layer.settings.backend or load("torch")
+        asked = to_backend(Queries.of(query, scaling, None, self.num_seen).queries, backend)
+        memory = Memory(layer={name: to_backend(x, backend) for name, x in self._memory.items()})
+        found = policy.at(self.index, layer.num_layers).answer(
+            asked, memory, layer=self.index, num_layers=layer.num_layers, backend=backend
+        )
+        if found is None:
+            return None
+        logits, values = (from_backend(x, backend, query.device) for x in (found.logits, found.values))
+        return logits.to(query.dtype).clamp(min=torch.finfo(query.dtype).min), values.to(query.dtype)
 
     @property
     def num_guessed(self) -> int:

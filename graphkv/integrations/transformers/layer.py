@@ -62,6 +62,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         What `EvictingCache.probe` has asked; until the next eviction, and as long as no token comes or goes.
     layer_state : mapping of str to torch.Tensor, shape (batch, ...)
         What a policy remembers of the layer as a whole, see `Memory.layer`. Empty for most.
+    answering : Policy or None
+        Answers queries in the place of the tokens that it has dropped, by what it remembers of the layer.
     query_peaks : torch.Tensor, shape (batch, kv_heads, D), or None
         The largest absolute query of every channel so far, where keys may be demoted and have to be balanced with them.
     slots : Slots
@@ -110,6 +112,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.query_peaks: torch.Tensor | None = None
         self.row_budgets: torch.Tensor | None = None
         self.shared_by: Policy | None = None
+        self.answering: Policy | None = None
         self.budget: int | None = None
         self.budgets_found: torch.Tensor | None = None
         self.num_evictions = 0
@@ -303,10 +306,22 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return ()
         if policy.needs().merges and isinstance(self.slots, TieredSlots):
             raise ArgumentError(f"policy must not merge tokens of which some are kept in fewer bits; got {policy}")
+        self._check_answers(policy)
         decider = self.decider(policy, backend)
         decisions = decider.evict(policy)
         self.shrink(policy, decider, decisions, seconds=perf_counter() - started)
         return decisions
+
+    def _check_answers(self, policy: Policy) -> None:
+        """Refuse a policy that would answer for tokens that no query is to see, or not where they were."""
+        if not policy.needs().answers:
+            return
+        if self.sliding_window is not None:
+            raise ArgumentError(
+                f"policy must not answer for dropped tokens in a layer whose window leaves them behind; got {policy}"
+            )
+        if self.settings.rerotate:
+            raise ArgumentError(f"rerotate must be False for a policy that answers for dropped tokens; got {policy}")
 
     def shrink(self, policy: Policy, decider: Decider, decisions: tuple[Eviction, ...], *, seconds: float) -> None:
         """Keep what was decided in so many seconds; see `evict`."""
@@ -327,6 +342,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             )
         self._gather(kept, others, precision_of(decisions), is_ragged=are_ragged(decisions))
         self.layer_state = decider.of_layer([each.state for each in decisions])
+        self.answering = policy if policy.needs().answers else None
         self.held = self._queries_after(policy, budget)
         self.budgets_found = None
         if policy.needs().automatic:
@@ -552,8 +568,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored keys and values."""
-        return self.slots.nbytes
+        """Bytes of stored keys and values, and of what answers in the place of others."""
+        state = 0 if self.answering is None else sum(x.nbytes for x in self.layer_state.values())
+        return int(self.slots.nbytes + state)
 
     def copy(self) -> EvictingLayer:
         """Return a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""

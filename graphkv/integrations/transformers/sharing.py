@@ -10,6 +10,7 @@ import torch
 from ...core import checks
 from ...core.errors import ArgumentError
 from ...core.layer import Memory
+from ...core.needs import name_of
 from ...core.policy import Policy
 from .layer import EvictingLayer
 from .slots import Slots
@@ -22,6 +23,10 @@ LINEAR = ("conv_states", "recurrent_states")
 
 def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
     """Put the rows of layers below each other, see `EvictingCache.stacked`."""
+    answering = {layer.answering for layer in layers}
+    if len(answering) > 1:
+        names = sorted("none" if each is None else name_of(each) for each in answering)
+        raise ArgumentError(f"caches must have one policy that answers for dropped tokens, or none; got {names}")
     result, all_slots = layers[0].copy(), [layer.slots for layer in layers]
     if any(slots.positions is not None for slots in all_slots):
         all_slots = [layer.slots.having(positions=layer.true_positions) for layer in layers]
@@ -32,7 +37,12 @@ def stacked(layers: Sequence[EvictingLayer]) -> EvictingLayer:
             none.expand(layer.slots.keys.shape[0]) if layer.num_hidden is None else layer.num_hidden for layer in layers
         ])  # fmt: skip
     result.has_holes = any(layer.has_holes for layer in layers)
-    result.layer_state, result.query_peaks = {}, None
+    if result.answering is None:
+        result.layer_state = {}
+    else:
+        states = [layer.layer_state for layer in layers]
+        result.layer_state = {name: torch.cat([each[name] for each in states]) for name in states[0]}
+    result.query_peaks = None
     result.held = result.row_budgets = result.budgets_found = result.shared_by = result.record = None
     result.probes = ()
     return result
@@ -58,7 +68,7 @@ def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) 
     twin, positions = layer.copy(), torch.arange(stored[2], device=keys.device)
     twin.slots, twin.held = Slots(keys=keys, values=values, positions=positions.expand(stored)), None
     twin.probes = ()
-    twin.layer_state, twin.query_peaks = {}, None
+    twin.layer_state, twin.query_peaks, twin.answering = {}, None, None
     return twin
 
 
@@ -84,6 +94,8 @@ def with_state(layer: EvictingLayer, state: Memory) -> EvictingLayer:
         known = state.num_tokens if state.tokens else num_stored
         twin.num_new = min(twin.num_new, num_stored - known)
     twin.slots, twin.layer_state = twin.slots.having(state=dict(state.tokens)), dict(state.layer)
+    if not set(layer.layer_state) <= set(twin.layer_state):
+        twin.answering = None
     return twin
 
 

@@ -20,6 +20,7 @@ from ...core import checks
 from ...core.backend import BUILT_IN, Backend, is_found_by_name
 from ...core.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from ...core.files import write_whole
+from ...core.needs import name_of
 from ...core.policy import Policy
 from ...core.precision import Precision
 from . import fingerprint, rotary
@@ -82,7 +83,7 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"slots", "layer_state", "held", "row_budgets", "shared_by", "source", "rotation"}
+OTHERS = {"slots", "layer_state", "held", "row_budgets", "shared_by", "answering", "source", "rotation"}
 # The record holds arrays of any library; probes are as large as a text and can be asked again; the cache has the
 # settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "probes", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
@@ -264,6 +265,10 @@ def _attention_header(layer: EvictingLayer, settings: Settings) -> dict[str, Any
         raise ArgumentError(
             "a cache whose budgets were shared out by a policy of your own, other than the cache's, cannot be saved; "
             f"got {layer.shared_by}"
+        )
+    if layer.answering is not None and layer.answering != settings.policy:
+        raise ArgumentError(
+            f"a cache that another policy than its own answers for cannot be saved; got {name_of(layer.answering)}"
         )
     return {
         "values": {name: getattr(layer, name) for name in VALUES},
@@ -507,6 +512,8 @@ def _fill_attention(
         if tiers is not None:
             layer.slots = TieredSlots.of(layer.slots, tiers.each(lambda x: x.to(device)))
         layer.layer_state = {key: tensor.to(device) for key, tensor in layer_state.items()}
+        policy = layer.settings.policy
+        layer.answering = policy if layer_state and policy is not None and policy.needs().answers else None
         layer.num_hidden, layer.budgets_found = (found.get(key) for key in COUNTS)
         layer.query_peaks = found.get("query_peaks")
         if "queries" in found:
