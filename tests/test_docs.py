@@ -204,6 +204,12 @@ def test_formulas_show_no_markup(site):
     ]
 
     assert len(formulas) > 50
+    # The index of an accented letter is beside it, and a norm is as high as the text.
+    assert [
+        name for name, text in formulas if re.search(r'<mo stretchy="false">[^<]*</mo>\s*</munderover>', text)
+    ] == []
+    assert any('<mo stretchy="false">\N{DOUBLE VERTICAL LINE}</mo>' in text for _, text in formulas)
+    assert [name for name, text in formulas if "<mo>\N{DOUBLE VERTICAL LINE}" in text] == []
     # What a reader sees has no backslash, and no dollar sign is left in a text.
     assert [(name, text) for name, text in formulas if "\\" in re.sub(r"<[^>]*>", "", text)] == []
     assert [name for name, html in pages_of(site).items() if re.search(r"<p>[^<]*\$[^$<]+\$", html)] == []

@@ -189,6 +189,8 @@ def read_header(folder: Path | str, /) -> dict[str, Any]:
     path = Path(folder) / HEADER
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArgumentError(f"{folder} must be the folder of a run of graphkv eval; it has no {HEADER}") from error
     except OSError as error:
         raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -363,6 +363,9 @@ def test_wrong_options_are_refused(run, capsys, arguments, message):
 
 def test_no_run_no_records_and_a_damaged_header_are_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} must be the folder of a run of graphkv eval; it has no run.json" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps(HEADER))
+    assert main(["report", str(tmp_path)]) == 2
     assert "must be the folder of a run of graphkv eval; it has no records.jsonl" in capsys.readouterr().err
     (tmp_path / "records.jsonl").write_text("")
     (tmp_path / "run.json").write_text("[]")
