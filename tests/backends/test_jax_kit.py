@@ -22,8 +22,8 @@ BACKEND = replace(jax.BACKEND, top_k=None)
 
 
 # JAX's arrays cannot be written to and have one layout, so four of these cannot fail; to compile them takes a minute.
-# Policies run op by op, which takes minutes too: `test_jax` and `test_agreement` hold them against NumPy's. Nine shapes of
-# every step are nine programs of every step, and whether shapes stay is a matter of the portable bodies.
+# Policies run op by op, which takes minutes too: `test_jax` and `test_agreement` hold them against NumPy's. Nine shapes
+# of every step are nine programs of every step, and whether shapes stay is a matter of the portable bodies.
 LEFT_OUT = (
     "test_every_policy_keeps_what_numpy_keeps",
     "test_batches_and_axes_of_one_stay",
