@@ -12,6 +12,7 @@ inputs is in `graphkv.testing.asserts`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -350,6 +351,10 @@ def test_propagation_of_general_numbers_is_close_to_the_oracle(
     """Within the tolerance of the score."""
     rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 4))
     edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    if asserts.flushes(backend, "float32"):
+        # Whoever takes subnormal numbers for zero bars no token by such an edge.
+        is_normal = edges.weights >= np.finfo(np.float32).tiny
+        edges = replace(edges, weights=np.where(is_normal, edges.weights, 0))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
     options: dict[str, Any] = {"signal": signal, "rounds": rounds, "accumulation": accumulation, "strength": strength}
 
