@@ -225,11 +225,22 @@ def test_equal_runs_have_equal_reports():
     assert make_report(records, HEADER) == make_report(records, HEADER)
 
 
+def test_the_first_figure_comes_before_all_tables_and_shows_both_modes(markdown):
+    front, _, rest = markdown.partition("## Summary")
+
+    assert front.count("![") == 1
+    assert "query-aware left, query-agnostic right, prompts of 128 tokens" in front
+    assert "|" not in front.partition("![")[0]
+    assert "001.svg" in front
+    assert "001.svg" not in rest
+
+
 def test_every_figure_is_a_picture_that_follows_the_screen(drawn):
     markdown, pictures = drawn
 
-    # Per mode: 2 metrics x 2 lengths of quality and of gains, 3 bases of needles, 2 lengths of diversity.
-    assert len(pictures) == 2 * (4 + 4 + 3 + 2)
+    # The first one; and per mode 2 metrics x 2 lengths of quality and of gains, 3 bases of needles, 2 lengths of
+    # diversity.
+    assert len(pictures) == 1 + 2 * (4 + 4 + 3 + 2)
     for path, picture in pictures.items():
         root = ElementTree.fromstring(picture)
         assert root.tag.endswith("svg")

@@ -13,11 +13,11 @@ from .document import Document
 from .results import RunResults
 from .wording import capital, code
 
-__all__ = ["write_front", "write_method"]
+__all__ = ["write_front", "write_method", "write_summary"]
 
 
 def write_front(document: Document, results: RunResults, /) -> None:
-    """Write the title, what was measured, and a summary of all comparisons."""
+    """Write the title, and what was measured."""
     config, model = results.config, results.header.get("model", {}).get("name", "unknown model")
     prompts = len({record.prompt for record in results.records})
     document.heading(1, f"Cache eviction on {model}")
@@ -37,6 +37,10 @@ def write_front(document: Document, results: RunResults, /) -> None:
         wanted = config["prompts"] * len(config["tasks"]) * len(config["lengths"])
         if prompts < wanted:
             document.text(f"> This run is not finished: {prompts} of {wanted} prompts have been answered.")
+
+
+def write_summary(document: Document, results: RunResults, /) -> None:
+    """Count the verdicts of all comparisons."""
     document.heading(2, "Summary")
     document.text(
         "In how many cells (length and budget) the gain of a wrapped policy over its base, or its loss, is larger than "

@@ -122,9 +122,9 @@ def _with_both_themes(svg: bytes) -> bytes:
 
 
 def _look(variants: Sequence[str], variant: str) -> dict[str, Any]:
-    """Return the color and shape of a variant, the same in every figure."""
-    place = list(variants).index(variant) % len(COLORS)
-    return {"color": COLORS[place], "marker": MARKERS[place]}
+    """Return the color and shape of a variant, the same in every figure; after six, old colors get other shapes."""
+    turn, place = divmod(list(variants).index(variant), len(COLORS))
+    return {"color": COLORS[place], "marker": MARKERS[(place + turn) % len(MARKERS)]}
 
 
 def _numbers(axis: Any, values: Sequence[int]) -> None:
@@ -150,7 +150,7 @@ def _facets(figure: Figure, names: Sequence[str], **shared: Any) -> dict[str, An
 
 def draw_quality(
     bases: Mapping[str, Sequence[Curve]],
-    references: Sequence[Curve],
+    references: Mapping[str, Sequence[Curve]],
     variants: Sequence[str],
     *,
     label: str,
@@ -161,8 +161,8 @@ def draw_quality(
     ----------
     bases : mapping of str to sequence of Curve
         The curves of a base's variants, labeled with their names.
-    references : sequence of Curve
-        Curves that are in every panel: the full cache, random eviction.
+    references : mapping of str to sequence of Curve
+        Curves that are in a panel for comparison: the full cache, random eviction.
     variants : sequence of str
         All variants of the report, so that a color means the same everywhere.
     label : str
@@ -173,13 +173,14 @@ def draw_quality(
     bytes
         SVG.
     """
-    curves = [*references, *(curve for panel in bases.values() for curve in panel)]
+    curves = [curve for panels in (references, bases) for panel in panels.values() for curve in panel]
     budgets = sorted({budget for curve in curves for budget in curve.points})
     rows = -(-len(bases) // 2)
+    shown = next(iter(references.values()), ())
     with _drawing(1.55 * rows + 0.75) as (figure, buffer):
         panels = _facets(figure, list(bases), sharex=True, sharey=True)
         for base, panel in panels.items():
-            for curve in references:
+            for curve in references[base]:
                 dash = "-" if curve.label == FULL else (0, (1, 2))
                 _draw_curve(panel, curve, 1, color=FAINT, linestyle=dash, linewidth=1.1, marker="_", alpha=0.55)
             for place, curve in enumerate(bases[base]):
@@ -192,7 +193,7 @@ def draw_quality(
             panel.set_xlim(budgets[0] * 0.85, budgets[-1] * 1.25)
         figure.supxlabel("budget (tokens per KV head)", fontsize=8.5)
         figure.supylabel(label, fontsize=8.5)
-        _legend(figure, _variant_handles(variants, lines=True) + _reference_handles(references))
+        _legend(figure, _variant_handles(variants, lines=True) + _reference_handles(shown))
     return _with_both_themes(buffer.getvalue())
 
 

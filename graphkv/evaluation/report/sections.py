@@ -15,7 +15,7 @@ from ..records import Record
 from ..statistics import METRICS, gain_of
 from . import plots
 from .document import Document
-from .frame import write_front, write_method
+from .frame import write_front, write_method, write_summary
 from .results import RANDOM, RunResults, Section
 from .wording import (
     LABELS,
@@ -70,10 +70,55 @@ def make_report(
     results = RunResults(records=records, header=header, metrics=tuple(metrics), effect=effect)
     document = Document()
     write_front(document, results)
+    _write_answer(document, results)
+    write_summary(document, results)
     for section in results.sections:
         _write_section(document, results, section)
     write_method(document, results)
     return document.markdown(), document.pictures
+
+
+def _write_answer(document: Document, results: RunResults) -> None:
+    """Begin with the one figure that answers what the report is for: all policies, in all modes of the first task."""
+    first = max(results.sections, key=lambda one: len(_modes_of(results, one)), default=None)
+    if first is None:
+        return
+    modes = _modes_of(results, first)
+    # Where most budgets leave something to evict; of equals, the longest prompts.
+    length = max(first.lengths, key=lambda one: (sum(first.expects(one, each) for each in first.budgets), one or 0))
+    metric = first.metrics[0]
+    sides = " left, ".join(f"query-{section.mode}" for section in modes) + (" right" if len(modes) > 1 else "")
+    document.figures(
+        [
+            (
+                f"{capital(LABELS[metric])} against budget: {first.task}, {sides}, prompts of {length_words(length)} "
+                "tokens",
+                f"{_means(first, metric, length)}, with their intervals. Grey: full cache and random eviction. All "
+                "other tasks and lengths are below.",
+                _answer_figure(results, modes, metric, length),
+            )
+        ]
+    )
+
+
+def _modes_of(results: RunResults, section: Section) -> list[Section]:
+    """Return the sections that differ from one in the mode only, itself among them."""
+    same = (section.split, section.task, section.sinks)
+    return [other for other in results.sections if (other.split, other.task, other.sinks) == same]
+
+
+def _answer_figure(
+    results: RunResults, modes: Sequence[Section], metric: str, length: int | None
+) -> Callable[[], bytes]:
+    panels, references = {}, {}
+    for base in results.bases:
+        for section in modes:
+            name = f"{base}, {section.mode}"
+            members = results.members(base).items()
+            panels[name] = [results.curve(section, metric, length, policy, variant) for variant, policy in members]
+            references[name] = [] if RANDOM in results.bases else results.references(section, metric, length)
+    label = f"{LABELS[metric]}\n{direction(metric)}"
+    return lambda: plots.draw_quality(panels, references, results.variants, label=label)
 
 
 def _write_section(document: Document, results: RunResults, section: Section) -> None:
@@ -123,9 +168,8 @@ def _quality_figure(results: RunResults, section: Section, metric: str, length: 
         for base in results.bases
     }
     references = [] if RANDOM in results.bases else results.references(section, metric, length)
-    return lambda: plots.draw_quality(
-        panels, references, results.variants, label=f"{LABELS[metric]}\n{direction(metric)}"
-    )
+    label = f"{LABELS[metric]}\n{direction(metric)}"
+    return lambda: plots.draw_quality(panels, dict.fromkeys(panels, references), results.variants, label=label)
 
 
 def _quality_rows(results: RunResults, section: Section, metric: str) -> Iterable[list[str]]:
