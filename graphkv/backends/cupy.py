@@ -18,9 +18,28 @@ from ..core.types import Array
 
 __all__ = ["BACKEND"]
 
+
+def _why_none() -> str:
+    """Return why CuPy finds no device: a driver that is older than the CUDA of its build looks like no device."""
+    found = f"backend 'cupy' needs a CUDA device; CuPy {cupy.__version__} finds none"
+    driver, built = (number // 1000 for number in (_version("driver"), _version("runtime")))
+    if not 0 < driver < built:
+        return found
+    reason = f"the driver here is for CUDA {driver} and this CuPy for {built}"
+    return f"{found}, because {reason}: pip install cupy-cuda{driver}x"
+
+
+def _version(what: str) -> int:
+    """Return a version of CUDA as CuPy numbers it, such as 12040; 0 where there is none."""
+    try:
+        return int(getattr(cupy.cuda.runtime, f"{what}GetVersion")())
+    except RuntimeError:
+        return 0
+
+
 # The package can be imported on a machine that cannot run it.
 if not cupy.is_available():
-    raise BackendUnavailableError(f"backend 'cupy' needs a CUDA device; CuPy {cupy.__version__} finds none")
+    raise BackendUnavailableError(_why_none())
 
 
 def _smallest(keys: Array, k: int, /) -> Array:

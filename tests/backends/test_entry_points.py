@@ -121,6 +121,18 @@ def test_cupy_without_a_device_says_so():
         select(SCORES, 2, backend="cupy")
 
 
+def test_cupy_names_the_package_for_an_older_driver(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    if cupy.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(cupy.cuda.runtime, "driverGetVersion", lambda: 12040)
+
+    with pytest.raises(
+        BackendUnavailableError, match="driver here is for CUDA 12 and this CuPy for 13: pip install cupy-cuda12x"
+    ):
+        select(SCORES, 2, backend="cupy")
+
+
 def test_a_backend_value_needs_no_name_at_all():
     value = Backend(name="mine", library="numpy", xp=core_backend.load("numpy").xp, to_numpy=np.asarray)
 
