@@ -8,14 +8,18 @@ KVPRESS_BIN := .venv-kvpress/bin
 # What touches transformers.
 TRANSFORMERS_TESTS := tests/integrations tests/evaluation tests/test_demo.py tests/test_inspect.py
 
-.PHONY: demo test test-kvpress test-lmcache test-5.23 test-newest smoke-newest test-models thorough bench lint docs clean
+.PHONY: demo test test-jax test-kvpress test-lmcache test-5.23 test-newest smoke-newest test-models thorough bench lint docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
 
-# Two processes of one thread each: two of two would wait for each other.
+# Two processes of one thread each: two of two would wait for each other. The whole kit on JAX is apart, in `test-jax`:
+# JAX compiles for three minutes, and what is most likely to break there is in tests/backends/test_jax.py.
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/backends/test_jax_kit.py $(ARGS)
+
+test-jax: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/test_jax_kit.py $(ARGS)
 
 # In its own environment: kvpress holds transformers back at 5.2, the oldest that we support.
 test-kvpress: .venv-kvpress/installed

@@ -103,7 +103,7 @@ def test_a_question_of_ones_own(tiny, text, tmp_path):
 # Some have a window, or sinks, as large as this budget.
 @pytest.mark.filterwarnings("ignore:.* are kept before all others:graphkv.GraphKVWarning")
 def test_every_policy_of_the_demo_answers(tiny, text, tmp_path):
-    names = [name for base in BASES for name in (base, f"{base}+graphkv")]
+    names = [*BASES, *(f"{base}+graphkv" for base in ("snapkv", "h2o", "pyramidkv"))]
     options = [option for name in names for option in ("--policy", name)]
     assert demo("--model", tiny, "--text", text, "--budget", 60, "--output", tmp_path, *options) == 0
 

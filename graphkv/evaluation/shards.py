@@ -39,7 +39,7 @@ class Shard:
     Examples
     --------
     >>> [Shard(number, 3).deal("abcdefg") for number in (1, 2, 3)]
-    [['a', 'f'], ['b', 'd', 'g'], ['c', 'e']]
+    [['a', 'f'], ['b', 'd'], ['c', 'e', 'g']]
     """
 
     number: int

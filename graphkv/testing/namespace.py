@@ -63,6 +63,7 @@ CALLS = (
     "sum(i, axis=-1, dtype=int64)",
     "take(s, s)",
     "take_along_axis(x, i, axis=-1)",
+    "tanh(x)",
     "uint8",
     "where(m, x, x)",
     "zeros((2, 3), dtype=int64, device=device)",

@@ -168,7 +168,7 @@ def bytes_alive():
 
 @pytest.mark.parametrize(
     ("policy", "steps"),
-    [(GraphKV(H2O(budget=12)), 10_000), (SNAPKV, 1_000), (AdaKV(SNAPKV), 1_000), (CAKE(budget=14, window=6), 1_000)],
+    [(GraphKV(H2O(budget=12)), 10_000), (SNAPKV, 500), (AdaKV(SNAPKV), 500), (CAKE(budget=14, window=6), 500)],
     ids=["h2o+graphkv", "snapkv", "adakv", "cake"],
 )
 def test_ten_thousand_steps_take_constant_memory(policy, steps):
