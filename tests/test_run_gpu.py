@@ -85,7 +85,8 @@ def test_a_rehearsal_on_the_cpu_records_every_part_and_what_failed(environment, 
     rehearsal = {"GRAPHKV_GPU_REHEARSAL": "1"}
 
     recorded = run(environment, ROOT / ".ci" / "run-gpu", python, "--collect-only", **rehearsal)
-    tests = ("tests/gpu/test_transformers.py", "tests/gpu/test_vectors.py", "-k", "torch and (merges or select) and not numpy")
+    some = "torch and (merges or select) and not numpy"
+    tests = ("tests/gpu/test_transformers.py", "tests/gpu/test_vectors.py", "-k", some)
     rehearsed = run(environment, python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests, **rehearsal)
 
     assert recorded.returncode == 1
