@@ -18,8 +18,10 @@ __all__ = [
     "HEADER",
     "RECORDS",
     "SCHEMA",
+    "TIMINGS",
     "Record",
     "Run",
+    "Timing",
     "as_json",
     "differences",
     "read_header",
@@ -33,6 +35,7 @@ SCHEMA = 2
 RECORDS = "records.jsonl"
 PACKED = RECORDS + ".gz"
 HEADER = "run.json"
+TIMINGS = "timings.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,11 @@ class Record:
     seed : int or None
         Seed of the prompt.
     mode : str
-        ``aware`` or ``agnostic``.
+        ``aware``, ``agnostic`` or ``protected``.
     policy : str
     budget : int or None
-        Tokens to keep per KV head in the average layer, as asked for. None for ``full``.
+        Tokens to keep per KV head in the average layer, as asked for; where the prompt is protected, of all others.
+        None for ``full``.
     sinks : int or None
         First tokens to keep before all others. None for ``full``.
     answer_tokens : int
@@ -93,7 +97,11 @@ class Record:
         None in runs that did not measure it.
     cache_bytes : int or None
         Bytes of all keys and values that the cache stores then, measured: padding of shorter heads and layers that
-        cannot be evicted included. None in runs that did not measure it.
+        cannot be evicted included. Where it is evicted again and again, the most that it stored while the answer was
+        generated. None in runs that did not measure it.
+    generated : int or None
+        Tokens that were generated, in a run that evicts while a model answers (`Config.every`). `tokens_kept` is after
+        the last eviction then. None in other runs.
     """
 
     prompt: str
@@ -121,6 +129,7 @@ class Record:
     redundancy: float | None = None
     tokens_kept: float | None = None
     cache_bytes: int | None = None
+    generated: int | None = None
 
     @property
     def key(self) -> str:
@@ -130,11 +139,39 @@ class Record:
     @property
     def is_off_budget(self) -> bool:
         """Whether the cache was measured and kept another number of tokens than the budget."""
-        return self.budget is not None and self.tokens_kept is not None and self.tokens_kept != self.budget
+        if self.budget is None or self.tokens_kept is None:
+            return False
+        if self.mode == "protected":
+            # The prompt comes on top, with the token that asks; a short answer does not fill the rest.
+            return self.tokens_kept > self.num_tokens + 1 + self.budget
+        return self.tokens_kept != self.budget
 
     def line(self) -> str:
         """Return the line of JSON, with its newline."""
-        return json.dumps({"key": self.key, **asdict(self)}, ensure_ascii=False) + "\n"
+        values = {"key": self.key, **asdict(self)}
+        if self.generated is None:
+            # Runs that are continued from before there was such a field keep their bytes.
+            del values["generated"]
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long one answer took. Apart from its record, whose bytes are the same every time.
+
+    Attributes
+    ----------
+    key : str
+        Of the record.
+    tokens : int
+        Tokens generated.
+    seconds : float
+        Its share of the forward passes, and the evictions of its own cache; reading the prompt is not in it.
+    """
+
+    key: str
+    tokens: int
+    seconds: float
 
 
 NAMES = frozenset(field.name for field in fields(Record))
@@ -275,17 +312,23 @@ class Run:
                 os.truncate(self.path, whole)
         return sessions
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, records: Iterable[Record], timings: Iterable[Timing] = ()) -> None:
         """Write the records that are missing, through to the disk.
 
         Parameters
         ----------
         records : iterable of Record
+        timings : iterable of Timing
+            Of the same answers, for a file of their own.
         """
         new = [record for record in records if record.key not in self.done]
         if not new:
             return
+        lines = [json.dumps(asdict(timing)) + "\n" for timing in timings]
         try:
+            if lines:
+                with (self.folder / TIMINGS).open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(record.line() for record in new)
                 file.flush()
