@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ArgumentError
-from ..core.files import write_file
+from ..core.files import read_file, write_file
 
 __all__ = [
     "HEADER",
@@ -26,6 +26,7 @@ __all__ = [
     "differences",
     "read_header",
     "read_records",
+    "read_timings",
     "short",
 ]
 
@@ -208,6 +209,28 @@ def read_records(folder: Path | str, /) -> list[Record]:
         raise ArgumentError(f"{path} cannot be read: {reason}") from error
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_timings(folder: Path | str, /) -> dict[str, Timing]:
+    """Read how long the answers of a run took, by the key of the record; nothing where no run wrote it.
+
+    Raises
+    ------
+    ArgumentError
+        If the file cannot be read, or a line is not a timing.
+    """
+    path = Path(folder) / TIMINGS
+    if not path.exists():
+        return {}
+    # An answer that was given twice, because a run was interrupted, counts as the second time.
+    return {timing.key: timing for timing in map(_timing, read_file(path, str(folder)).split("\n")[:-1])}
+
+
+def _timing(line: str) -> Timing:
+    try:
+        return Timing(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"{TIMINGS} must hold a timing on every line; got {line[:80]!r}") from error
 
 
 def read_header(folder: Path | str, /) -> dict[str, Any]:
