@@ -135,10 +135,7 @@ class PromptMaker:
         """
         names = task_names(tasks)
         if tasks in REASONING:
-            ids, question = self._exercise(tasks, length, split, seed)
-            return Prompt(
-                name=f"{tasks}/{length}/{seed}", length=length, seed=seed, split=split, ids=ids, questions=(question,)
-            )
+            return self._exercise(tasks, length, split, seed)
         header = self._encode(self.template[0])
         write = None if is_ruler(tasks) else TASKS[names[0]].write
         if is_ruler(tasks):
@@ -243,8 +240,8 @@ class PromptMaker:
             ),
         )
 
-    def _exercise(self, name: str, length: int, split: str, seed: int) -> tuple[tuple[int, ...], Question]:
-        """Write examples and an exercise of as many steps as fit; return the tokens of them, and the question."""
+    def _exercise(self, name: str, length: int, split: str, seed: int) -> Prompt:
+        """Write worked examples and an exercise of as many steps as fit."""
         words = self._words(split)
 
         def written(size: int) -> tuple[list[int], tuple[int, ...], tuple[int, ...], str]:
@@ -258,7 +255,7 @@ class PromptMaker:
             least = len(written(sizes[0])[0])
             raise ArgumentError(f"--length must be at least {least} for {name}; got {length}")
         ids, asked, answer, text = written(size)
-        return tuple(ids), Question(
+        question = Question(
             task=name,
             kind=None,
             depth=None,
@@ -268,6 +265,14 @@ class PromptMaker:
             metric="lines",
             # A model that is wrong may write longer numbers; the end of the answer is a token too.
             max_new_tokens=len(answer) + 8,
+        )
+        return Prompt(
+            name=f"{name}/{length}/{seed}",
+            length=length,
+            seed=seed,
+            split=split,
+            ids=tuple(ids),
+            questions=(question,),
         )
 
     def _conversation(self, instruction: str, examples: Sequence[Exercise], last: Exercise) -> tuple[str, str]:
