@@ -107,6 +107,9 @@ def figures() -> dict[str, bytes]:
     for name, where in FIGURES.items():
         (path,) = re.findall(rf"^!\[Gain in NLL [^\]]*: {re.escape(where)}\]\((.*)\)$", report, re.MULTILINE)
         found[f"{name}.svg"] = (RESULTS / "standard" / path).read_bytes()
+    # The report begins with the figure that answers what it is for, and so does the page.
+    first = re.findall(r"^!\[.* against budget: needle, .*\]\((.*)\)$", report, re.MULTILINE)[0]
+    found["answer.svg"] = (RESULTS / "standard" / first).read_bytes()
     return found
 
 

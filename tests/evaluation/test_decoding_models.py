@@ -12,8 +12,12 @@ from tests.integrations.tiny import SIZES, tiny, tiny_gemma3, tiny_llama
 
 N, BUDGET, EVERY, LIMIT = 50, 20, 3, 12
 NAMES = (
-    "h2o+mikv(high=0.5)", "snapkv(window=6)+absorb", "tova+degree(unrotated=True)", "lazy-eviction(window=3)", "knorm+adakv"
-)  # fmt: skip
+    "h2o+mikv(high=0.5)",
+    "snapkv(window=6)+absorb",
+    "tova+degree(unrotated=True)",
+    "lazy-eviction(window=3)",
+    "knorm+adakv",
+)
 
 
 def alone(model, ids, policy):
