@@ -1347,7 +1347,7 @@ def _as_graph(backend: Backend, edges: Edges, dtype: str = "float32") -> Graph:
 
 def _edges_of_any_weight(backend: Backend, data: Any) -> Edges:
     """Draw edges of two rows with any weights in [0, 1]."""
-    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    edges: Edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
     if not asserts.flushes(backend, "float32"):
         return edges
     # Whoever takes subnormal numbers for zero has no such edge.
