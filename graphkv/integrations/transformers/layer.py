@@ -663,7 +663,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return int(self.slots.nbytes + state)
 
     def copy(self) -> EvictingLayer:
-        """Return a layer that goes its own way from here. Tensors are shared: no layer writes into one, if not steady."""
+        """Return a layer that goes its own way from here. Tensors are shared: only steady layers write into theirs."""
         self._settle()
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)

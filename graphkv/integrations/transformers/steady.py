@@ -1,8 +1,8 @@
 """Decoding that evicts after every token: one comes and one goes, in place, and scores are kept and not made anew.
 
 A layer that holds its budget needs no copy of its keys to take in one token: it has one slot more than its budget, and
-the token that comes overwrites the one that went. What the window's queries attend to, the sums of H2O and the sum of all
-directions change by one token as well. The scores are those of the policies to rounding, and so are the tokens that stay.
+the token that comes overwrites the one that went. What the window's queries attend to, the sums of H2O and the sum of
+all directions change by one token as well. The scores are those of the policies to rounding, and the tokens too.
 
 Slots are in no order here. Whoever looks at the layer finds them in order: `Steady.settled` makes the ordinary
 form, and the layer goes on in that until it has been calm for some steps.
@@ -65,7 +65,7 @@ class Votes:
         self.weights.scatter_(2, where, 0.0)
 
     def importance(self, order: torch.Tensor) -> torch.Tensor | None:
-        """Return the importance (rows, N - W) of the tokens before the window, oldest first; None if digits are gone."""
+        """Return the importance (rows, N - W) before the window, oldest first; None where digits are gone."""
         total = self.weights.sum(dim=-1, keepdim=True)
         if not float(total.min()) > SMALLEST_TOTAL:
             return None
@@ -342,7 +342,8 @@ class Steady:
             open_tokens=count - 1 - self.first - self.last,
             backend=load("torch"),
         )
-        return scores[0]
+        fresh: torch.Tensor = scores[0]
+        return fresh
 
     @property
     def positions_by_slot(self) -> torch.Tensor:
