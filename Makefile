@@ -13,13 +13,14 @@ TRANSFORMERS_TESTS := tests/integrations tests/evaluation tests/test_demo.py tes
 demo: .venv/installed-demo
 	$(BIN)/graphkv demo $(ARGS)
 
-# Two processes of one thread each: two of two would wait for each other. The whole kit on JAX is apart, in `test-jax`:
-# JAX compiles for three minutes, and what is most likely to break there is in tests/backends/test_jax.py.
+# Two processes of one thread each: two of two would wait for each other. The code of the pages runs in `docs`; the kit
+# and the policies op by op on JAX, which compiles for minutes, in `test-jax`. What is most likely to break on JAX is
+# in tests/backends/test_jax.py.
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/backends/test_jax_kit.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not jax" --ignore tests/test_docs.py $(ARGS)
 
 test-jax: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/test_jax_kit.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m jax tests/adapters tests/backends $(ARGS)
 
 # In its own environment: kvpress holds transformers back at 5.2, the oldest that we support.
 test-kvpress: .venv-kvpress/installed
@@ -65,7 +66,8 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Golden vectors, pictures and results are checked to be what their scripts make; then the pages, warnings as errors.
+# Golden vectors, pictures and results are checked to be what their scripts make; then the pages are built, warnings as
+# errors, and their code runs.
 # The full reports of the results are built from their records on the way, where they are not current.
 docs: .venv/installed-test
 	$(BIN)/python docs/vectors/generate.py --check
@@ -82,6 +84,7 @@ docs: .venv/installed-test
 	$(BIN)/python docs/systems.py --check
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/python -m sphinx -n -W -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_docs.py $(ARGS)
 
 # A stamp comes last, so that an interrupted installation is made again.
 .venv/installed-demo: pyproject.toml constraints.txt

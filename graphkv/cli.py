@@ -33,6 +33,7 @@ TASKS = (
     "needle, needle-number, needle-word, needle-uuid, multi-key, multi-value, multi-query, variable-tracking, code, "
     "common-words, frequent-words, continuation"
 )
+REASONING = "transform-list, sums, assignments"
 RULER = (
     "niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, niah_multikey_2, niah_multikey_3, niah_multivalue, "
     "niah_multiquery, vt, cwe, fwe, qa_1, qa_2, squad, hotpotqa"
@@ -73,9 +74,10 @@ RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of the random policy.
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"What to ask: {TASKS}. Tasks joined by + share their prompts. Or of RULER, with graphkv[ruler]: {RULER}. "
+        help=f"What to ask: {TASKS}. Tasks joined by + share their prompts. Or with long answers: {REASONING}. "
+        f"Or of RULER, with graphkv[ruler]: {RULER}. "
         "Repeatable. Default: needle+continuation.",
-        autocompletion=_starting([*TASKS.split(", "), *RULER.split(", ")]),
+        autocompletion=_starting([name for names in (TASKS, REASONING, RULER) for name in names.split(", ")]),
     ),
 ]
 
@@ -229,7 +231,8 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     suite: Annotated[
-        str | None, typer.Option(help="Settings that come with graphkv: quick, standard or ruler. Default: none.")
+        str | None,
+        typer.Option(help="Settings that come with graphkv: quick, standard, ruler or decoding. Default: none."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of your own. Default: none.")] = None,
     model: Model = None,
@@ -253,9 +256,14 @@ def evaluate(
     mode: Annotated[
         list[str] | None,
         typer.Option(
-            help="aware: the question is in the cache when it is evicted; agnostic: it is not. Repeatable. "
-            "Default: both."
+            help="aware: the question is in the cache when it is evicted; agnostic: it is not; protected: only "
+            "what the model writes is evicted, with --every, and budgets are of that. Repeatable. "
+            "Default: aware, agnostic."
         ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evict again after so many tokens of an answer. Default: only before the answer."),
     ] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts per task and length. Default: 8.")] = None,
     split: Annotated[
@@ -316,6 +324,7 @@ def evaluate(
         budgets=budget,
         sinks=sinks,
         modes=mode,
+        every=every,
         prompts=prompts,
         split=split,
         seed=seed,

@@ -16,8 +16,8 @@ import pytest
 
 import graphkv
 from graphkv.__main__ import PACKAGES, main
-from graphkv.cli import RULER, TASKS
-from graphkv.evaluation.prompts import riddles, ruler
+from graphkv.cli import REASONING, RULER, TASKS
+from graphkv.evaluation.prompts import reasoning, riddles, ruler
 from graphkv.evaluation.records import read_records
 from graphkv.evaluation.runs.config import Config
 from graphkv.naming.listing import list_policies, policy_names
@@ -203,6 +203,7 @@ def test_the_defaults_of_eval_are_those_of_its_settings(capsys, monkeypatch):
     assert f"Default: full, {', '.join(defaults['policies'])}." in text
     assert TASKS.split(", ") == list(riddles.TASKS)
     assert RULER.split(", ") == list(ruler.RULER)
+    assert REASONING.split(", ") == list(reasoning.REASONING)
 
 
 def test_policies_lists_every_name_on_a_line_of_its_own(capsys):

@@ -192,6 +192,8 @@ class AttentionGate(SinkPolicy):
         ------
         ArgumentError
             If the file cannot be read, an array is missing, surplus or not float32, or shapes disagree.
+        BackendUnavailableError
+            If safetensors is not installed: ``pip install 'graphkv[learned]'``.
         """
         found = weights.load_layers(Path(path), "path", Gate)
         return cls(budget=budget, gates=found, threshold=threshold, num_sinks=num_sinks)

@@ -73,7 +73,7 @@ def recurrence(idle: Array, gap: Array, is_active: Array, asks: Array, /, *, xp:
     block, end = is_active.shape[-2:]
     step = xp.astype(asks, idle.dtype)
     # The time of each step, counted from before the first of them.
-    clock = xp.cumulative_sum(step, axis=-1)
+    clock = xp.astype(xp.cumulative_sum(xp.astype(asks, xp.int64), axis=-1), idle.dtype)
     arrived = xp.concat([-idle[..., : end - block], clock - step], axis=-1)[..., None, :]
     now = clock[..., :, None]
     seen = xp.where(is_active, now, xp.full_like(now, -xp.inf))

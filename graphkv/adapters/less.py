@@ -247,6 +247,8 @@ class LESS(Wrapper):
         ------
         ArgumentError
             If the file cannot be read, an array is missing, surplus or not float32, or shapes disagree.
+        BackendUnavailableError
+            If safetensors is not installed: ``pip install 'graphkv[learned]'``.
         """
         return cls(base, weights.load_layers(Path(path), "path", Kernel))
 

@@ -12,7 +12,7 @@ from ..core.layer import Layer
 from ..core.needs import has_rows, name_of
 from ..core.policy import Assessment, Requirements, Wrapper
 from ..core.selection import Choice, select_in_tiers, tiers_of
-from ..core.types import Array
+from ..core.types import Array, Namespace
 from . import attention
 
 __all__ = ["Lossless", "smallest_counts"]
@@ -42,11 +42,22 @@ def smallest_counts(rows: Array, order: Array, tolerance: float, /, *, backend: 
     place = xp.broadcast_to(order[:, :, None, :], tuple(rows.shape))
     squares = xp.take_along_axis(rows * rows, place, axis=-1)
     # Entry c - 1: the norm of what the first c hold. One pass over the tokens, however many counts there are.
-    norms = xp.mean(xp.sqrt(xp.cumulative_sum(squares, axis=-1)), axis=(1, 2))
+    norms = xp.mean(xp.sqrt(_sums_so_far(squares, xp=xp)), axis=(1, 2))
     whole = norms[:, -1:]
     is_enough = (norms >= (1 - tolerance) * whole) & (whole > 0)
     short = xp.sum(xp.astype(~is_enough, xp.int64), axis=-1)
     return xp.minimum(short + 1, xp.full_like(short, num_tokens))
+
+
+def _sums_so_far(squares: Array, /, *, xp: Namespace) -> Array:
+    """Add along the last axis in whole numbers: no sum falls, and none depends on a device's order of additions."""
+    highest = xp.max(squares, axis=-1, keepdims=True)
+    # Infinity and NaN are no whole numbers; a row with one of them is NaN.
+    usable = xp.where((highest > 0) & xp.isfinite(highest), highest, xp.ones_like(highest))
+    scale = 2.0 ** (62 - squares.shape[-1].bit_length())
+    whole = xp.astype(xp.where(xp.isfinite(squares), squares / usable, xp.zeros_like(squares)) * scale, xp.int64)
+    sums = xp.astype(xp.cumulative_sum(whole, axis=-1), squares.dtype) / scale * usable
+    return xp.where(xp.isfinite(highest), sums, xp.full_like(sums, xp.nan))
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
+from .extras import needs
 
 __all__ = ["Content", "StoredArray", "read_file", "read_tensors", "read_toml", "write_file", "write_whole"]
 
 # What goes into a file: text, bytes, or a function that fills the file of a path.
 Content = str | bytes | Callable[[Path], Any]
+# What safetensors begins its own messages with.
+PREFIX = "Error while deserializing: "
 
 
 def read_file(path: Path, option: str, /) -> str:
@@ -78,9 +79,7 @@ class StoredArray:
 
 
 def read_tensors(path: Path, option: str, /) -> dict[str, StoredArray]:
-    """Read the float32 arrays of a file in the safetensors format.
-
-    The format is the length of a header in 8 bytes, the header in JSON, and the arrays: nothing of it can be code.
+    """Read the float32 arrays of a file in the safetensors format: nothing of it can be code.
 
     Parameters
     ----------
@@ -96,34 +95,26 @@ def read_tensors(path: Path, option: str, /) -> dict[str, StoredArray]:
     ------
     ArgumentError
         If it cannot be read, is not in this format, or holds another type of numbers.
+    BackendUnavailableError
+        If safetensors is not installed.
     """
+    with needs(option, "learned"):
+        import safetensors  # noqa: PLC0415 - only trained weights need it
     try:
-        content = path.read_bytes()
+        tensors = dict(safetensors.deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ArgumentError(f"{option} {path} cannot be read: {error.strerror or error}") from error
-    try:
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
-        header.pop("__metadata__", None)
-        kinds = {name: each["dtype"] for name, each in header.items()}
-        shapes = {name: tuple(int(length) for length in each["shape"]) for name, each in header.items()}
-        ranges = {name: [start + int(x) for x in each["data_offsets"]] for name, each in header.items()}
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ArgumentError(f"{option} {path} must be in the safetensors format; its header is not") from error
+    except safetensors.SafetensorError as error:
+        reason = str(error).removeprefix(PREFIX)
+        raise ArgumentError(f"{option} {path} must be in the safetensors format; {reason}") from error
     found = {}
-    for name, kind in kinds.items():
-        if kind != "F32":
-            raise ArgumentError(f"{option} {path} must hold float32 arrays, of type F32; {name} is {kind}")
-        begin, end = ranges[name] if len(ranges[name]) == 2 else (0, 0)
-        if min(shapes[name], default=0) < 0 or begin < start or end - begin != 4 * prod(shapes[name]):
-            raise ArgumentError(f"{option} {path} must be in the safetensors format; the size of {name} is not")
-        data = array("f")
-        data.frombytes(content[begin:end])
-        if len(data) != prod(shapes[name]):
-            raise ArgumentError(f"{option} {path} must be in the safetensors format; it ends before {name}")
+    for name, tensor in tensors.items():
+        if tensor["dtype"] != "F32":
+            raise ArgumentError(f"{option} {path} must hold float32 arrays, of type F32; {name} is {tensor['dtype']}")
+        data = array("f", bytes(tensor["data"]))
         if sys.byteorder == "big":
             data.byteswap()
-        found[name] = StoredArray(shape=shapes[name], data=data)
+        found[name] = StoredArray(shape=tuple(tensor["shape"]), data=data)
     return found
 
 

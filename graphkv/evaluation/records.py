@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ArgumentError
-from ..core.files import write_file
+from ..core.files import read_file, write_file
 
 __all__ = [
     "HEADER",
     "RECORDS",
     "SCHEMA",
+    "TIMINGS",
     "Record",
     "Run",
+    "Timing",
     "as_json",
     "differences",
     "read_header",
     "read_records",
+    "read_timings",
     "short",
 ]
 
@@ -33,6 +36,7 @@ SCHEMA = 2
 RECORDS = "records.jsonl"
 PACKED = RECORDS + ".gz"
 HEADER = "run.json"
+TIMINGS = "timings.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +65,11 @@ class Record:
     seed : int or None
         Seed of the prompt.
     mode : str
-        ``aware`` or ``agnostic``.
+        ``aware``, ``agnostic`` or ``protected``.
     policy : str
     budget : int or None
-        Tokens to keep per KV head in the average layer, as asked for. None for ``full``.
+        Tokens to keep per KV head in the average layer, as asked for; where the prompt is protected, of all others.
+        None for ``full``.
     sinks : int or None
         First tokens to keep before all others. None for ``full``.
     answer_tokens : int
@@ -93,7 +98,11 @@ class Record:
         None in runs that did not measure it.
     cache_bytes : int or None
         Bytes of all keys and values that the cache stores then, measured: padding of shorter heads and layers that
-        cannot be evicted included. None in runs that did not measure it.
+        cannot be evicted included. Where it is evicted again and again, the most that it stored while the answer was
+        generated. None in runs that did not measure it.
+    generated : int or None
+        Tokens that were generated, in a run that evicts while a model answers (`Config.every`). `tokens_kept` is after
+        the last eviction then. None in other runs.
     """
 
     prompt: str
@@ -121,6 +130,7 @@ class Record:
     redundancy: float | None = None
     tokens_kept: float | None = None
     cache_bytes: int | None = None
+    generated: int | None = None
 
     @property
     def key(self) -> str:
@@ -130,11 +140,39 @@ class Record:
     @property
     def is_off_budget(self) -> bool:
         """Whether the cache was measured and kept another number of tokens than the budget."""
-        return self.budget is not None and self.tokens_kept is not None and self.tokens_kept != self.budget
+        if self.budget is None or self.tokens_kept is None:
+            return False
+        if self.mode == "protected":
+            # The prompt comes on top, with the token that asks; a short answer does not fill the rest.
+            return self.tokens_kept > self.num_tokens + 1 + self.budget
+        return self.tokens_kept != self.budget
 
     def line(self) -> str:
         """Return the line of JSON, with its newline."""
-        return json.dumps({"key": self.key, **asdict(self)}, ensure_ascii=False) + "\n"
+        values = {"key": self.key, **asdict(self)}
+        if self.generated is None:
+            # Runs that are continued from before there was such a field keep their bytes.
+            del values["generated"]
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long one answer took. Apart from its record, whose bytes are the same every time.
+
+    Attributes
+    ----------
+    key : str
+        Of the record.
+    tokens : int
+        Tokens generated.
+    seconds : float
+        Its share of the forward passes, and the evictions of its own cache; reading the prompt is not in it.
+    """
+
+    key: str
+    tokens: int
+    seconds: float
 
 
 NAMES = frozenset(field.name for field in fields(Record))
@@ -171,6 +209,28 @@ def read_records(folder: Path | str, /) -> list[Record]:
         raise ArgumentError(f"{path} cannot be read: {reason}") from error
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_timings(folder: Path | str, /) -> dict[str, Timing]:
+    """Read how long the answers of a run took, by the key of the record; nothing where no run wrote it.
+
+    Raises
+    ------
+    ArgumentError
+        If the file cannot be read, or a line is not a timing.
+    """
+    path = Path(folder) / TIMINGS
+    if not path.exists():
+        return {}
+    # An answer that was given twice, because a run was interrupted, counts as the second time.
+    return {timing.key: timing for timing in map(_timing, read_file(path, str(folder)).split("\n")[:-1])}
+
+
+def _timing(line: str) -> Timing:
+    try:
+        return Timing(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"{TIMINGS} must hold a timing on every line; got {line[:80]!r}") from error
 
 
 def read_header(folder: Path | str, /) -> dict[str, Any]:
@@ -275,17 +335,23 @@ class Run:
                 os.truncate(self.path, whole)
         return sessions
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, records: Iterable[Record], timings: Iterable[Timing] = ()) -> None:
         """Write the records that are missing, through to the disk.
 
         Parameters
         ----------
         records : iterable of Record
+        timings : iterable of Timing
+            Of the same answers, for a file of their own.
         """
         new = [record for record in records if record.key not in self.done]
         if not new:
             return
+        lines = [json.dumps(asdict(timing)) + "\n" for timing in timings]
         try:
+            if lines:
+                with (self.folder / TIMINGS).open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(record.line() for record in new)
                 file.flush()

@@ -350,11 +350,7 @@ def test_propagation_of_general_numbers_is_close_to_the_oracle(
 ) -> None:
     """Within the tolerance of the score."""
     rounds = 1 if accumulation == "sum" else data.draw(st.integers(0, 4))
-    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
-    if asserts.flushes(backend, "float32"):
-        # Whoever takes subnormal numbers for zero bars no token by such an edge.
-        is_normal = edges.weights >= np.finfo(np.float32).tiny
-        edges = replace(edges, weights=np.where(is_normal, edges.weights, 0))
+    edges = _edges_of_any_weight(backend, data)
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=strategies.general()))
     options: dict[str, Any] = {"signal": signal, "rounds": rounds, "accumulation": accumulation, "strength": strength}
 
@@ -389,7 +385,7 @@ def test_tokens_without_edges_keep_their_importance_bit_for_bit(
     backend: Backend, data: Any, signal: str, accumulation: str, strength: float
 ) -> None:
     """Sources among them."""
-    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    edges = _edges_of_any_weight(backend, data)
     importance = data.draw(strategies.scores((2, edges.num_tokens)))
 
     x, found = _propagated(backend, importance, edges, signal=signal, accumulation=accumulation, strength=strength)
@@ -407,7 +403,7 @@ def test_decay_never_raises_and_enhance_never_lowers(
     backend: Backend, data: Any, accumulation: str, strength: float, rounds: int
 ) -> None:
     """For scores of either sign, infinities included."""
-    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    edges = _edges_of_any_weight(backend, data)
     elements = st.one_of(strategies.general(), st.sampled_from([np.inf, -np.inf, 0.0]))
     importance = data.draw(strategies.scores((2, edges.num_tokens), elements=elements))
     options: dict[str, Any] = {
@@ -465,7 +461,7 @@ def test_evict_sends_what_an_edge_reaches_to_minus_infinity(
     backend: Backend, data: Any, accumulation: str, strength: float
 ) -> None:
     """And nothing else; an edge of weight 0 reaches nothing."""
-    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    edges = _edges_of_any_weight(backend, data)
     importance = data.draw(strategies.scores((2, edges.num_tokens)))
 
     x, found = _propagated(backend, importance, edges, signal="evict", accumulation=accumulation, strength=strength)
@@ -1347,6 +1343,16 @@ def _as_graph(backend: Backend, edges: Edges, dtype: str = "float32") -> Graph:
         weights=asserts.make(backend, edges.weights, dtype),
         num_tokens=edges.num_tokens,
     )
+
+
+def _edges_of_any_weight(backend: Backend, data: Any) -> Edges:
+    """Draw edges of two rows with any weights in [0, 1]."""
+    edges = data.draw(strategies.edges((2,), data.draw(strategies.token_counts(1)), weights=strategies.unit()))
+    if not asserts.flushes(backend, "float32"):
+        return edges
+    # Whoever takes subnormal numbers for zero has no such edge.
+    is_normal = edges.weights >= np.finfo(np.float32).tiny
+    return replace(edges, weights=np.where(is_normal, edges.weights, 0))
 
 
 def _propagated(

@@ -56,6 +56,7 @@ RANKED = (
 
 # The steps of this backend are the portable bodies, compiled whole. Run op by op (`jax:portable`) they are compiled op
 # by op, which takes minutes; the second case has the portable top_k inside the compiled bodies instead.
+@pytest.mark.jax
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "properties"),

@@ -94,7 +94,11 @@ def _library(name: str) -> Library:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session", params=LIBRARIES)
+# JAX compiles every operation anew for every shape, which takes minutes: `make test-jax` runs what is marked.
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.jax) if name == "jax" else name for name in LIBRARIES],
+)
 def library(request: pytest.FixtureRequest) -> Library:
     """Return each library that can run here; the others are skipped for the reason that they state."""
     return _library(request.param)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from rapidfuzz import fuzz
 from rapidfuzz.distance import LCSseq
 
-__all__ = ["METRICS", "edit_similarity", "exact", "f1", "rouge_l", "score", "substring_all", "substring_any"]
+__all__ = ["METRICS", "edit_similarity", "exact", "f1", "lines", "rouge_l", "score", "substring_all", "substring_any"]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -83,6 +83,25 @@ def edit_similarity(text: str, references: Sequence[str]) -> float:
     return max(fuzz.ratio(text, reference) / 100 for reference in references)
 
 
+def lines(text: str, references: Sequence[str]) -> float:
+    r"""Return the share of a reference's lines that the text has, in their order, for the best reference.
+
+    Lines in between take nothing away; blank lines and spaces around a line do not count.
+
+    >>> lines("a = 1\nb = 3\nc = 4", ["a = 1\nb = 2\nc = 4\nd = 5"])
+    0.5
+    """
+    return max(_lines(_stripped(text), _stripped(reference)) for reference in references)
+
+
+def _lines(found: list[str], expected: list[str]) -> float:
+    return LCSseq.similarity(found, expected) / len(expected)
+
+
+def _stripped(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,
     "substring_all": substring_all,
@@ -90,6 +109,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "f1": f1,
     "rouge_l": rouge_l,
     "edit_similarity": edit_similarity,
+    "lines": lines,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
@@ -12,6 +12,7 @@ from typing import Any
 from ...core.errors import ArgumentError
 from ...workbench.text import Text, standard_library
 from .haystack import Haystack, split_of
+from .reasoning import NOUNS, REASONING, SHOTS, Exercise, exercises
 from .riddles import TASKS, Riddle, task_names
 from .ruler import RulerTask, Sample, is_ruler
 
@@ -20,6 +21,7 @@ __all__ = ["Prompt", "PromptMaker", "Question", "chat_template", "encode_questio
 CONTINUATION_TOKENS = 32
 # Below that, common words are hardly more common than others.
 FEWEST_ENTRIES = 60
+FEWEST_STEPS = 4
 MARKER = "<<document>>"
 
 
@@ -54,7 +56,7 @@ class Question:
     references: tuple[str, ...]
     metric: str
     max_new_tokens: int
-    modes: tuple[str, ...] = ("aware", "agnostic")
+    modes: tuple[str, ...] = ("aware", "agnostic", "protected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,8 @@ class Prompt:
     seed : int or None
     split : str or None
     ids : tuple of int
-        The prompt before any question: exactly `length` tokens where that is given, but for RULER's tasks.
+        The prompt before any question: exactly `length` tokens where that is given, but for tasks that write documents
+        of their own, which are as long as fits.
     questions : tuple of Question
     """
 
@@ -110,7 +113,7 @@ class PromptMaker:
         Parameters
         ----------
         tasks : str
-            One of `TASKS`, or several joined by ``+``, which then share the prompt; or one of `RULER`.
+            One of `TASKS`, or several joined by ``+``, which then share the prompt; or one of `RULER` or `REASONING`.
         length : int
             Tokens of the prompt before the question; for a task of RULER, of prompt, question and longest answer, as
             it counts them.
@@ -131,6 +134,8 @@ class PromptMaker:
             If the package of RULER's tasks is missing.
         """
         names = task_names(tasks)
+        if tasks in REASONING:
+            return self._exercise(tasks, length, split, seed)
         header = self._encode(self.template[0])
         write = None if is_ruler(tasks) else TASKS[names[0]].write
         if is_ruler(tasks):
@@ -235,6 +240,51 @@ class PromptMaker:
             ),
         )
 
+    def _exercise(self, name: str, length: int, split: str, seed: int) -> Prompt:
+        """Write worked examples and an exercise of as many steps as fit."""
+        words = self._words(split)
+
+        def written(size: int) -> tuple[list[int], tuple[int, ...], tuple[int, ...], str]:
+            *examples, last = exercises(name, seed, words, size)
+            before, after = self._conversation(REASONING[name].instruction, examples, last)
+            return self._encode(before), *_encode_answer(self.tokenizer, after, last.answer), last.answer
+
+        sizes = range(FEWEST_STEPS, len({*NOUNS, *words}) // (SHOTS + 1) + 1)
+        size = _last_that_fits(sizes, lambda size: len(written(size)[0]) <= length)
+        if size is None:
+            least = len(written(sizes[0])[0])
+            raise ArgumentError(f"--length must be at least {least} for {name}; got {length}")
+        ids, asked, answer, text = written(size)
+        question = Question(
+            task=name,
+            kind=None,
+            depth=None,
+            ids=asked,
+            answer=answer,
+            references=(text,),
+            metric="lines",
+            # A model that is wrong may write longer numbers; the end of the answer is a token too.
+            max_new_tokens=len(answer) + 8,
+        )
+        return Prompt(
+            name=f"{name}/{length}/{seed}",
+            length=length,
+            seed=seed,
+            split=split,
+            ids=tuple(ids),
+            questions=(question,),
+        )
+
+    def _conversation(self, instruction: str, examples: Sequence[Exercise], last: Exercise) -> tuple[str, str]:
+        """Return the worked examples and what is given last, and what follows it up to the answer."""
+        asked = [f"{each.given}\n\n{instruction}" for each in examples]
+        if not getattr(self.tokenizer, "chat_template", None):
+            shown = [f"{user}\n\n{each.answer}\n\n\n" for user, each in zip(asked, examples, strict=True)]
+            return (self.tokenizer.bos_token or "") + "".join(shown) + last.given, f"\n\n{instruction}\n\n"
+        turns = [(user, each.answer) for user, each in zip(asked, examples, strict=True)]
+        before, after = chat_template(self.tokenizer, turns)
+        return before + last.given, f"\n\n{instruction}{after}"
+
     def _words(self, split: str) -> list[str]:
         """Collect the text's own words of 4 to 9 letters."""
         if split not in self._vocabulary:
@@ -265,8 +315,10 @@ class PromptMaker:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def chat_template(tokenizer: Any) -> tuple[str, str]:
+def chat_template(tokenizer: Any, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, str]:
     """Return what a model's template puts before a document, and between its question and the answer.
+
+    `turns` are what user and assistant have said before.
 
     Raises
     ------
@@ -275,9 +327,10 @@ def chat_template(tokenizer: Any) -> tuple[str, str]:
     """
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.bos_token or "", "\n"
-    message = [{"role": "user", "content": MARKER}]
+    said = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in (*said, ("user", MARKER))]
     try:
-        whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a model's authors let their template raise
         raise ArgumentError(f"--model must have a chat template that takes one message; it says: {error}") from error
     before, marker, after = whole.partition(MARKER)

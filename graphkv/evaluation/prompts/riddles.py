@@ -16,6 +16,7 @@ from string import ascii_lowercase, ascii_uppercase
 
 from ...core.errors import ArgumentError
 from ...workbench.text import listed
+from .reasoning import REASONING
 from .ruler import RULER, is_ruler
 
 __all__ = ["DEPTHS", "TASKS", "Riddle", "Task", "task_names"]
@@ -246,10 +247,11 @@ def task_names(tasks: str) -> list[str]:
     """Split ``needle+continuation``; refuse unknown tasks, and tasks that cannot share a prompt."""
     names = tasks.split("+")
     for name in names:
-        if name not in TASKS and not is_ruler(name):
-            known = ", ".join((*TASKS, *RULER))
+        if name not in TASKS and not is_ruler(name) and name not in REASONING:
+            known = ", ".join((*TASKS, *REASONING, *RULER))
             raise ArgumentError(f"--task must be one of {known}, or some of them joined by +; got {name!r}")
-    kinds = {"ruler" if is_ruler(name) else TASKS[name].haystack for name in names}
-    if len(set(names)) < len(names) or len(kinds) > 1 or (len(names) > 1 and kinds <= {"ruler", "words"}):
+    # Those of RULER and of reasoning write all of their prompts themselves, as some others do.
+    kinds = {TASKS[name].haystack if name in TASKS else "words" for name in names}
+    if len(set(names)) < len(names) or len(kinds) > 1 or (len(names) > 1 and kinds == {"words"}):
         raise ArgumentError(f"--task can join different tasks over the same text only; got {tasks!r}")
     return names

@@ -37,6 +37,7 @@ LABELS = {
 MODES = {
     "aware": "query-aware: the question is in the cache when it is evicted",
     "agnostic": "query-agnostic: the question comes after the eviction",
+    "protected": "prompt protected: only what the model writes is evicted",
 }
 MISSING = "missing"
 

@@ -11,11 +11,11 @@ from ...core.budgets import tokens_of
 from ...naming.names import FULL, is_press
 from ...naming.policies import make_policy
 from ...workbench.progress import table_console
-from ..records import read_records
+from ..records import read_records, read_timings
 from ..shards import Shard
 from .config import Config, budget_of
 from .grid import run_grid
-from .tables import print_tables
+from .tables import print_speeds, print_tables
 
 __all__ = ["main"]
 
@@ -38,7 +38,9 @@ def main(
             soft_wrap=True,
         )
     run = run_grid(config, output=output, console=console, workers=workers, threads=threads, shard=shard)
-    print_tables(read_records(output), table_console())
+    records = read_records(output)
+    print_tables(records, table_console())
+    print_speeds(records, read_timings(output), table_console())
     print(f"Records: {run.path}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ...core import checks
 from ...core.errors import ArgumentError
 from ...core.files import read_toml
+from ...integrations.transformers import EvictingCache
 from ...naming.names import FULL, is_press
 from ...naming.policies import make_policy, parse_budget
 from ..prompts.haystack import SPLITS, seeds_of
@@ -17,9 +18,11 @@ from ..prompts.riddles import task_names
 from ..prompts.ruler import check_ruler, is_ruler
 from .presses import check_press
 
-__all__ = ["Config", "budget_of", "load_config", "suite_names"]
+__all__ = ["MODES", "PROTECTED", "Config", "budget_of", "load_config", "suite_names"]
 
-MODES = ("aware", "agnostic")
+# The question is in the cache when it is evicted; it comes afterwards; it and the prompt are never evicted.
+PROTECTED = "protected"
+MODES = ("aware", "agnostic", PROTECTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +37,13 @@ class Config:
         Tokens of a prompt before the question; for tasks of RULER, with the question and the longest answer.
     budgets : tuple of int or str
         Tokens to keep per KV head, or percentages of a prompt's length such as ``"25%"``. A budget that holds the whole
-        prompt is left out.
+        prompt is left out, and in mode ``protected`` one that holds the whole answer.
     policies : tuple of str
         Names that `make_policy` knows, or ``kvpress:`` and a press of it. The full cache is always measured as well.
     modes : tuple of str
+        Of `MODES`. ``protected`` needs `every`, and budgets are of what is generated there: the prompt comes on top.
+    every : int or None
+        Evict again whenever so many tokens have come while a model answers. None: only once, before it does.
     sinks : tuple of int
         First tokens that all policies keep before all others; several numbers are several runs of everything but the
         prompt.
@@ -71,7 +77,8 @@ class Config:
     lengths: tuple[int, ...] = (1024,)
     budgets: tuple[int | str, ...] = (256,)
     policies: tuple[str, ...] = ("snapkv", "snapkv+graphkv", "snapkv+degree")
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = MODES[:2]
+    every: int | None = None
     sinks: tuple[int, ...] = (4,)
     prompts: int = 8
     split: str = "held-out"
@@ -96,6 +103,7 @@ class Config:
         checks.choice("split", self.split, tuple(SPLITS))
         for mode in self.modes:
             checks.choice("modes", mode, MODES)
+        self._check_every()
         checks.flag("generate", self.generate)
         checks.flag("closeness", self.closeness)
         for tasks in self.tasks:
@@ -115,6 +123,24 @@ class Config:
         # The full cache is what all others are compared with, so it is always there and comes first.
         policies = tuple(dict.fromkeys(name for name in self.policies if name != FULL))
         object.__setattr__(self, "policies", (FULL, *policies))
+
+    def _check_every(self) -> None:
+        """Refuse what cannot be evicted while a model answers."""
+        if self.every is None:
+            if PROTECTED in self.modes:
+                raise ArgumentError(f"every must be given with mode {PROTECTED}, which evicts only answers; got None")
+            return
+        checks.count("every", self.every, minimum=1)
+        if self.closeness:
+            raise ArgumentError(f"closeness must be off with every, which evicts during answers; got {self.every}")
+        for name in self.policies:
+            if is_press(name):
+                raise ArgumentError(f"every must be left out for a press, which evicts only prompts; got {name}")
+            policy = make_policy(name, budget_of(self.budgets[0]))
+            try:
+                EvictingCache(policy, every=self.every)
+            except ArgumentError as error:
+                raise ArgumentError(f"every must be left out for --policy {name}: {error}") from error
 
     def _check_budgets(self) -> None:
         """Turn texts that are numbers into numbers; percentages stay texts."""
@@ -147,8 +173,9 @@ class Config:
         object.__setattr__(self, name, tuple(dict.fromkeys(values)))
 
     def as_json(self) -> dict[str, Any]:
-        """Return all settings; of device and dtype what is no default, so that older runs can be continued."""
-        defaults = {entry.name: entry.default for entry in fields(self) if entry.name in ("device", "dtype")}
+        """Return all settings; of newer ones what is no default, so that older runs can be continued."""
+        newer = ("device", "dtype", "every")
+        defaults = {entry.name: entry.default for entry in fields(self) if entry.name in newer}
         return {name: value for name, value in asdict(self).items() if defaults.get(name, ...) != value}
 
 

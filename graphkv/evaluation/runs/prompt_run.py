@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from torch.nn.functional import kl_div
 from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache, observing
 from ...naming.names import FULL, is_press
-from ...naming.policies import make_policy
+from ...naming.policies import make_policy, with_budget
 from ...workbench.forward import next_logits, teacher_forced_logits
 from ..prompts import metrics
 from ..prompts.prompts import Prompt, Question
-from ..records import Record
+from ..records import Record, Timing
 from .closeness import make_probe
-from .config import Config
+from .config import PROTECTED, Config
+from .decoding import Decoded, decode, forced_logits, tokens_kept
 from .presses import read_under_press
 from .reading import ReadCache, read_caches
 from .worklist import cells, missing
@@ -26,7 +27,14 @@ from .worklist import cells, missing
 __all__ = ["PromptRun", "evaluate"]
 
 
-def evaluate(model: Any, tokenizer: Any, prompt: Prompt, config: Config, done: Set[str] = frozenset()) -> list[Record]:
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    config: Config,
+    done: Set[str] = frozenset(),
+    timings: list[Timing] | None = None,
+) -> list[Record]:
     """Read a prompt once and ask every question from every evicted cache.
 
     Parameters
@@ -37,6 +45,8 @@ def evaluate(model: Any, tokenizer: Any, prompt: Prompt, config: Config, done: S
     config : Config
     done : set of str
         Keys of records that need not be made again.
+    timings : list of Timing, optional
+        Gets how long the answers took, where caches are evicted while they generate.
 
     Returns
     -------
@@ -58,6 +68,8 @@ def evaluate(model: Any, tokenizer: Any, prompt: Prompt, config: Config, done: S
                 # Batches are answered whole, because numbers depend on who is in them.
                 if any((read.mode, index, *cell) in wanted for index in read.questions):
                     records += run.answer(read, policies, *cell)
+    if timings is not None:
+        timings += [timing for timing in run.timings if timing.key not in done]
     return [record for record in records if record.key not in done]
 
 
@@ -80,13 +92,16 @@ class PromptRun:
         Of transformers.
     prompt : Prompt
     config : Config
-        Its modes, `generate`, `closeness` and `batch` apply.
+        Its modes, `generate`, `closeness`, `batch` and `every` apply.
+    timings : list of Timing
+        Of the answers generated so far by caches that are evicted again and again, the full one among them.
     """
 
     model: Any
     tokenizer: Any
     prompt: Prompt
     config: Config
+    timings: list[Timing] = field(default_factory=list)
 
     def read(self, asked: Sequence[tuple[str, int]], policies: Sequence[Policy], /) -> Iterator[ReadCache]:
         """Read the prompt, for questions by mode and index, and for all policies that will evict it."""
@@ -101,6 +116,10 @@ class PromptRun:
             if self.config.closeness:
                 read.probes[index] = make_probe(cache, read.cache.attention_layers[0].num_seen, len(question.answer))
             read.log_probabilities[index] = logits[0].float().log_softmax(-1)
+            if self.config.every is not None:
+                [decoded] = self._decode([read.cache], ids, question)
+                yield self._record(read, index, FULL, None, None, read.cache, logits[0], decoded=decoded)
+                continue
             texts = self._generate(read.cache, ids, question, 1)
             yield self._record(read, index, FULL, None, None, read.cache, logits[0], texts[0])
 
@@ -122,6 +141,8 @@ class PromptRun:
         list of Record
             By question, then in the order of `policies`.
         """
+        if self.config.every is not None:
+            return self._answer_evicting(read, policies, budget, sinks)
         batches: dict[Any, list[tuple[str, EvictingCache]]] = {}
         for name, policy in policies.items():
             cache = self._evict(read, name, policy, budget)
@@ -156,6 +177,39 @@ class PromptRun:
             ]
         return records
 
+    def _answer_evicting(
+        self, read: ReadCache, policies: Mapping[str, Policy | None], budget: int, sinks: int
+    ) -> list[Record]:
+        """Answer from caches that are evicted again while they generate."""
+        records = []
+        for index, ids in read.questions.items():
+            question = self.prompt.questions[index]
+            # What is protected counts in a policy's budget, and the budget here is of what is not.
+            num_protected = len(read.ids) + len(ids) if read.mode == PROTECTED else 0
+            caches = [
+                read.evicted(
+                    with_budget(policy, num_protected + budget), every=self.config.every, num_protected=num_protected
+                )
+                for policy in policies.values()
+                if policy is not None
+            ]
+            forced = forced_logits(self.model, caches, ids, question.answer, batch=self.config.batch)
+            decoded = self._decode(caches, ids, question)
+            records += [
+                self._record(read, index, name, budget, sinks, cache, logits, decoded=each)
+                for name, cache, logits, each in zip(policies, caches, forced, decoded, strict=True)
+            ]
+        return records
+
+    def _decode(
+        self, caches: Sequence[EvictingCache], ids: Sequence[int], question: Question
+    ) -> Sequence[Decoded | None]:
+        """Decode greedily, evicting; None for each where nothing is to be generated."""
+        if not (self.config.generate and question.max_new_tokens):
+            return [None] * len(caches)
+        ends = _end_tokens(self.model, self.tokenizer)
+        return decode(self.model, caches, ids, limit=question.max_new_tokens, ends=ends, batch=self.config.batch)
+
     def _tokens(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(ids)], device=self.model.device)
 
@@ -175,7 +229,11 @@ class PromptRun:
                     generated[row].append(token)
             if not any(running):
                 break
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
+        return [self._text(tokens) for tokens in generated]
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
 
     def _record(
         self,
@@ -186,7 +244,8 @@ class PromptRun:
         sinks: int | None,
         cache: EvictingCache,
         logits: torch.Tensor,
-        text: str | None,
+        text: str | None = None,
+        decoded: Decoded | None = None,
     ) -> Record:
         prompt, question = self.prompt, self.prompt.questions[index]
         found, full = logits.float().log_softmax(-1), read.log_probabilities[index]
@@ -194,13 +253,15 @@ class PromptRun:
         # A press does not tell which tokens it kept.
         probe = None if is_press(name) else read.probes.get(index)
         error, mass = (None, None) if probe is None else probe.compare(cache)
-        return Record(
+        if decoded is not None:
+            cache, text = decoded.cache, self._text(decoded.tokens)
+        record = Record(
             prompt=prompt.name,
             task=question.task,
             kind=question.kind,
             question=index,
             length=prompt.length,
-            num_tokens=cache.attention_layers[0].num_seen,
+            num_tokens=len(read.ids),
             depth=question.depth,
             split=prompt.split,
             seed=prompt.seed,
@@ -218,16 +279,13 @@ class PromptRun:
             output_error=error,
             attention_mass=mass,
             redundancy=_redundancy(cache),
-            tokens_kept=_tokens_kept(cache),
-            cache_bytes=cache.nbytes,
+            tokens_kept=tokens_kept(cache) if decoded is None else decoded.tokens_kept,
+            cache_bytes=cache.nbytes if decoded is None else decoded.most_bytes,
+            generated=None if decoded is None else len(decoded.tokens),
         )
-
-
-def _tokens_kept(cache: EvictingCache) -> float:
-    """Return the mean number of tokens per KV head, over the layers that can be evicted."""
-    kept = [layer.true_positions >= 0 for layer in cache.attention_layers if layer.evicts]
-    # Sliding layers of a model that has others too are left alone by every policy.
-    return round(sum(int(each.sum()) for each in kept) / sum(each[..., 0].numel() for each in kept), 6)
+        if decoded is not None:
+            self.timings.append(Timing(key=record.key, tokens=len(decoded.tokens), seconds=decoded.seconds))
+        return record
 
 
 def _redundancy(cache: EvictingCache) -> float:

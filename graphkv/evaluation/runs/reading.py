@@ -31,7 +31,7 @@ class ReadCache:
     Attributes
     ----------
     mode : str
-        ``aware`` or ``agnostic``.
+        One of `graphkv.evaluation.runs.config.MODES`.
     ids : tuple of int
         What the cache has read.
     cache : EvictingCache
@@ -53,10 +53,22 @@ class ReadCache:
     log_probabilities: dict[int, torch.Tensor] = field(default_factory=dict)
     probes: dict[int, Probe] = field(default_factory=dict)
 
-    def evicted(self, policy: Policy, /) -> EvictingCache:
-        """Return the cache that a policy leaves; this one stays as it is."""
+    def evicted(self, policy: Policy, /, *, every: int | None = None, num_protected: int = 0) -> EvictingCache:
+        """Return the cache that a policy leaves; this one stays as it is.
+
+        Parameters
+        ----------
+        policy : Policy
+        every : int, optional
+            The cache will evict again after so many tokens. Default: never.
+        num_protected : int
+            Tokens from the first one on that are never evicted, those to come included; all that was read, or none.
+        """
         states = self.states.get(_without_budget(policy)) if policy.needs().state else None
         cache = self.cache.copy() if states is None else self.cache.with_states(states)
+        if every is not None:
+            cache = cache.with_settings(policy=policy, every=every, protect_prompt=bool(num_protected))
+            cache.num_given = num_protected
         with warnings.catch_warnings():
             # Of a window that leaves no choice: short prompts have that, and the command has said it of the others.
             warnings.simplefilter("ignore", GraphKVWarning)
@@ -88,7 +100,7 @@ def read_caches(
         Whether caches are to be compared by `Probe`.
     """
     # A window may be longer than the prompt, and yet not than the prompt with a question in it.
-    inside = [len(prompt.questions[index].ids) - 1 for mode, index in asked if mode == "aware"]
+    inside = [len(prompt.questions[index].ids) - 1 for mode, index in asked if mode != "agnostic"]
     longest = len(prompt.ids) + max(inside, default=0)
     wanted = [policy.num_queries(longest) for policy in policies] + [MOST_QUERIES] * closeness
     context = EvictingCache(num_queries=max(wanted, default=0))
@@ -101,7 +113,7 @@ def read_caches(
     if later:
         ask(model, tokenizer, torch.tensor([prompt.ids], device=model.device), context, policies)
         yield ReadCache(mode="agnostic", ids=prompt.ids, cache=context, questions=later, states=states)
-    for index in (index for mode, index in asked if mode == "aware"):
+    for mode, index in ((mode, index) for mode, index in asked if mode != "agnostic"):
         # The last token stays out, so that even the first answer token is predicted from the evicted cache.
         *first, last = prompt.questions[index].ids
         cache = context.copy()
@@ -110,7 +122,7 @@ def read_caches(
         if first or not later:
             ask(model, tokenizer, torch.tensor([[*prompt.ids, *first]], device=model.device), cache, policies)
         yield ReadCache(
-            mode="aware",
+            mode=mode,
             ids=(*prompt.ids, *first),
             cache=cache,
             questions={index: (last,)},

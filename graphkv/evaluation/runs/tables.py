@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 
 from rich.console import Console
 from rich.table import Table
 
 from ...workbench.progress import print_table
-from ..records import Record
+from ..records import Record, Timing
 from ..statistics import METRICS, Cell, Comparison, Interval, compare, gain_of, summarize
 
-__all__ = ["print_tables"]
+__all__ = ["print_speeds", "print_tables"]
 
 
 def print_tables(records: Sequence[Record], console: Console, /) -> None:
@@ -33,6 +33,29 @@ def print_tables(records: Sequence[Record], console: Console, /) -> None:
             if gained.row_count:
                 _say(console, "Gain over the base alone, prompt by prompt (above 0 is better)")
                 print_table(console, gained)
+
+
+def print_speeds(records: Sequence[Record], timings: Mapping[str, Timing], console: Console, /) -> None:
+    """Print tokens per second and the most bytes stored, of the answers that a run evicted while it wrote them."""
+    timed = [(record, timings[record.key]) for record in records if record.key in timings]
+    if not timed:
+        return
+    cells = sorted({(record.mode, record.budget or 0) for record, _ in timed})
+    table = Table()
+    table.add_column("policy", no_wrap=True)
+    for mode, budget in cells:
+        table.add_column(f"{mode}, {f'budget {budget}' if budget else 'all'}", justify="right", no_wrap=True)
+    for policy in dict.fromkeys(record.policy for record, _ in timed):
+        row = []
+        for cell in cells:
+            found = [each for each in timed if (each[0].policy, (each[0].mode, each[0].budget or 0)) == (policy, cell)]
+            seconds = sum(timing.seconds for _, timing in found)
+            tokens = sum(timing.tokens for _, timing in found)
+            most = max((record.cache_bytes or 0 for record, _ in found), default=0)
+            row.append(f"{tokens / seconds:.1f} ({most / 1e6:.1f} MB)" if seconds else "")
+        table.add_row(policy, *row)
+    _say(console, "Tokens per second while answering, and the most that a cache took; rows of a batch share its time")
+    print_table(console, table)
 
 
 def _say(console: Console, text: str) -> None:

@@ -22,11 +22,13 @@ import torch
 from ...workbench.model import load_model
 from ...workbench.progress import silence_transformers
 from ..prompts.prompts import Prompt
-from ..records import Record, Run
+from ..records import Record, Run, Timing
 from .config import Config
 from .prompt_run import evaluate
 
 __all__ = ["Workers", "load"]
+
+Answered = tuple[list[Record], list[Timing]]
 
 # What a worker holds: model, tokenizer and configuration.
 _mine: tuple[Any, Any, Config] | None = None
@@ -54,7 +56,7 @@ class Workers:
     def __init__(self, model: Any, tokenizer: Any, config: Config, workers: int, threads: int) -> None:
         self.here = (model, tokenizer, config)
         self.pool: ProcessPoolExecutor | None = None
-        self.futures: list[Future[list[Record]]] = []
+        self.futures: list[Future[Answered]] = []
         if workers > 1:
             self.here = (None, None, config)
             # Not forked: a process with running threads cannot be copied safely.
@@ -87,15 +89,15 @@ class Workers:
         known = [frozenset(key for key in run.done if key.startswith(f"{prompt.name}|")) for prompt in prompts]
         if self.pool is None:
             model, tokenizer, config = self.here
-            answered: Iterator[list[Record]] = (
-                evaluate(model, tokenizer, prompt, config, done) for prompt, done in zip(prompts, known, strict=True)
+            answered: Iterator[Answered] = (
+                _evaluate(model, tokenizer, config, prompt, done) for prompt, done in zip(prompts, known, strict=True)
             )
         else:
             with _deaf_to_interrupts():
                 self.futures = [self.pool.submit(_answer, *each) for each in zip(prompts, known, strict=True)]
             answered = (future.result() for future in self.futures)
-        for prompt, records in zip(prompts, answered, strict=True):
-            run.append(records)
+        for prompt, (records, timings) in zip(prompts, answered, strict=True):
+            run.append(records, timings)
             yield prompt
 
 
@@ -128,8 +130,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _answer(prompt: Prompt, done: frozenset[str]) -> list[Record]:
+def _answer(prompt: Prompt, done: frozenset[str]) -> Answered:
     if _mine is None:
         raise RuntimeError("the worker has not been started")
-    model, tokenizer, config = _mine
-    return evaluate(model, tokenizer, prompt, config, done)
+    return _evaluate(*_mine, prompt, done)
+
+
+def _evaluate(model: Any, tokenizer: Any, config: Config, prompt: Prompt, done: frozenset[str]) -> Answered:
+    timings: list[Timing] = []
+    return evaluate(model, tokenizer, prompt, config, done, timings), timings

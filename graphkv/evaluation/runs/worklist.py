@@ -10,10 +10,10 @@ from ...core.errors import ArgumentError
 from ...naming.names import FULL, is_press
 from ...workbench.text import Text
 from ..prompts.haystack import seeds_of
-from ..prompts.prompts import Prompt, PromptMaker
+from ..prompts.prompts import Prompt, PromptMaker, Question
 from ..prompts.rows import Row, Rows, data_prompts
 from ..records import record_key
-from .config import Config, budget_of
+from .config import PROTECTED, Config, budget_of
 from .presses import fewest_tokens
 
 __all__ = ["cells", "data_set_prompts", "missing", "written_prompts"]
@@ -37,8 +37,7 @@ def written_prompts(model: Any, tokenizer: Any, text: Text, config: Config, /) -
     most = _positions(model)
     for prompt in prompts:
         for question in prompt.questions:
-            answer = max(len(question.answer), question.max_new_tokens if config.generate else 0)
-            total = len(prompt.ids) + len(question.ids) + answer
+            total = len(prompt.ids) + len(question.ids) + _longest(question, config)
             if total > most:
                 raise ArgumentError(f"--length must fit into the model's {most} positions; {prompt.name} needs {total}")
     return prompts
@@ -48,6 +47,11 @@ def data_set_prompts(model: Any, tokenizer: Any, rows: list[Row], config: Config
     """Make the prompts of a data set's rows; rows that a press cannot evict are left out."""
     least: Mapping[str, int] = {name: fewest_tokens(name) for name in config.policies if is_press(name)}
     return data_prompts(rows, tokenizer, _positions(model), least)
+
+
+def _longest(question: Question, config: Config) -> int:
+    """Count the tokens of the longest answer: the right one, or one that is generated."""
+    return max(len(question.answer), question.max_new_tokens if config.generate else 0)
 
 
 def _positions(model: Any) -> int:
@@ -63,13 +67,17 @@ def cells(prompt: Prompt, config: Config, /) -> list[tuple[int, int]]:
 
 
 def missing(prompt: Prompt, config: Config, done: Set[str], /) -> list[tuple[str, int, int | None, int | None]]:
-    """List mode, question, budget and sinks wherever a record is missing."""
+    """List mode, question, budget and sinks wherever a record is missing.
+
+    Beside a protected prompt, a budget that holds the longest answer evicts nothing.
+    """
     return [
         (mode, index, budget, sinks)
         for mode in config.modes
         for index, question in enumerate(prompt.questions)
         if mode in question.modes
         for budget, sinks in [(None, None), *cells(prompt, config)]
+        if not (mode == PROTECTED and budget and budget >= _longest(question, config))
         for names in [config.policies[1:] if budget else [FULL]]
         if any(record_key(prompt.name, index, mode, name, budget, sinks) not in done for name in names)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -605,6 +606,51 @@ class EvictingCache(Cache):  # type: ignore[misc]
             sharing.with_states_of(result.layers[number], rows)
         result.history = History()
         return result
+
+    def caught_up(self, together: EvictingCache, row: int) -> EvictingCache:
+        """Return this cache after it has read what its row of stacked caches has read since.
+
+        So caches of several policies, each of which evicts again and again, can still be fed as one batch between
+        their evictions. Call `finish` on the result to evict what is due.
+
+        Parameters
+        ----------
+        together : EvictingCache
+            From `stacked`, with this cache among its own, and fed since then. It must have kept as many queries
+            (`num_queries`) as the policy here will ask for of these tokens.
+        row : int
+            Where this cache, of a single row, stands in it.
+
+        Returns
+        -------
+        EvictingCache
+            What comes next is protected as `num_given` says, if prompts are.
+        """
+        self.check_finished()
+        together.check_finished()
+        twin = self.copy()
+        twin.layers = [
+            sharing.caught_up(mine, other, row, self.num_given)
+            for mine, other in zip(self.layers, together.layers, strict=True)
+        ]
+        twin.num_seen, twin.history = together.num_seen, History()
+        return twin
+
+    def with_settings(self, **changes: Any) -> EvictingCache:
+        """Return a copy with other settings, by their names in `Settings`; what they are about later changes alone.
+
+        With ``protect_prompt=True``, all that is stored counts as the prompt's from now on.
+        """
+        twin = self.copy()
+        twin.settings = replace(self.settings, **changes)
+        twin.layer_class_to_replicate = partial(EvictingLayer, twin.settings)
+        for layer in twin.layers:
+            if isinstance(layer, EvictingLayer):
+                layer.settings, layer.due_at = twin.settings, None
+                if changes.get("protect_prompt") and layer.evicts:
+                    pinned = torch.ones(layer.keys.shape[:3], dtype=torch.bool, device=layer.keys.device)
+                    layer.slots = layer.slots.having(pinned=pinned)
+        return twin
 
     def _sizes(self) -> tuple[int, tuple[int, ...]]:
         """Return the tokens seen, and those stored in each layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ...core.policy import Policy
 from .layer import EvictingLayer
 from .slots import Slots
 
-__all__ = ["running_state", "stacked", "with_state", "with_states_of", "with_stored"]
+__all__ = ["caught_up", "running_state", "stacked", "with_state", "with_states_of", "with_stored"]
 
 # What layers of linear attention remember, by the number of the state.
 LINEAR = ("conv_states", "recurrent_states")
@@ -55,6 +56,43 @@ def with_states_of(result: Any, layers: Sequence[Any]) -> None:
         for number, state in states.items():
             if state is not None:
                 states[number] = torch.cat([getattr(layer, name)[number] for layer in layers])
+
+
+def caught_up(layer: Any, together: Any, row: int, num_protected: int) -> Any:
+    """Return a layer that has read what one row of stacked ones has read since, see `EvictingCache.caught_up`."""
+
+    def of_row(x: torch.Tensor) -> torch.Tensor:
+        return x[row : row + 1]
+
+    twin = layer.copy() if isinstance(layer, EvictingLayer) else deepcopy(layer)
+    for name in LINEAR:
+        for number, state in getattr(together, name, {}).items():
+            if state is not None:
+                getattr(twin, name)[number] = of_row(state)
+    if not isinstance(layer, EvictingLayer):
+        return twin
+    twin.rotation = together.rotation
+    start, count = layer.num_seen, together.num_seen - layer.num_seen
+    if not layer.evicts:
+        twin.slots, twin.num_seen = together.slots.rows(of_row), together.num_seen
+        return twin
+    arrays = vars(together.slots.last(count).rows(of_row))
+    # Positions go on by themselves, and no sums have been kept.
+    arrays = {name: x for name, x in arrays.items() if x is not None and name not in ("pinned", "positions", "state")}
+    if layer.settings.protect_prompt:
+        is_read = torch.arange(start, start + count, device=arrays["keys"].device) < num_protected
+        arrays["pinned"] = is_read.expand(arrays["keys"].shape[:3])
+    twin._append(arrays)
+    twin.certain = twin.num_seen
+    if together.held is not None and twin.settings.policy is not None:
+        new = together.held.rows(of_row)
+        held = new if twin.held is None else twin.held.append(new, start)
+        twin.held = held.last(twin.settings.policy.num_queries(twin.num_stored))
+        if together.query_peaks is not None:
+            peaks = of_row(together.query_peaks)
+            twin.query_peaks = peaks if twin.query_peaks is None else torch.maximum(twin.query_peaks, peaks)
+    twin.schedule()
+    return twin
 
 
 def with_stored(layer: EvictingLayer, keys: torch.Tensor, values: torch.Tensor) -> EvictingLayer:
