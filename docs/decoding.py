@@ -47,10 +47,10 @@ def table(read: Sequence[Record], timed: Mapping[str, Timing]) -> str:
             "the full cache" if name == FULL else f"`{name}`",
             f"{fmean(record.tokens_kept or 0 for record in own):.0f}",
             f"{max(record.cache_bytes or 0 for record in own) / 1e6:.1f}",
-            f"{sum(each.tokens for each in times) / sum(each.seconds for each in times):.1f}",
+            f"{_speed(times):.1f}" + ", alone" * (name == FULL),
             f"{fmean(record.nll for record in own):.2f}",
-            over_full.get(name, ""),
-            over_base.get(name, ""),
+            over_full.get(name, "-"),
+            over_base.get(name, "-"),
             f"{fmean(record.score or 0 for record in own):.2f}",
             f"{sum(record.match for record in own)} of {len(own)}",
         ])  # fmt: skip
@@ -69,6 +69,10 @@ def by_task(read: Sequence[Record]) -> str:
             row += [f"{fmean(record.score or 0 for record in own):.2f}", f"{fmean(record.nll for record in own):.2f}"]
         lines.append(row)
     return _rows(lines)
+
+
+def _speed(times: Sequence[Timing]) -> float:
+    return sum(each.tokens for each in times) / sum(each.seconds for each in times)
 
 
 def _differences(read: Sequence[Record], pairs: Mapping[str, str]) -> dict[str, str]:
