@@ -74,6 +74,7 @@ docs: .venv/installed-test
 	$(BIN)/python docs/figures/draw.py --check
 	$(BIN)/python docs/gallery/draw.py --check
 	$(BIN)/python docs/names.py --check
+	$(BIN)/python docs/choice.py --check
 	$(BIN)/python docs/faults.py --check
 	$(BIN)/python docs/mistakes.py --check
 	$(BIN)/python docs/models.py --check

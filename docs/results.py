@@ -56,6 +56,11 @@ def number(found: Interval) -> str:
     return f"**{text}**" if found.excludes_zero() else text
 
 
+def with_error(found: Comparison) -> str:
+    """Render a mean with its standard error."""
+    return signed(f"{found.difference.mean:+.2f}") + f" ± {found.deviation / sqrt(found.difference.count):.2f}"
+
+
 def rows(head: list[str], body: list[list[str]]) -> str:
     """Render a table."""
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *body))
@@ -92,11 +97,7 @@ def tuning(read: list[Record]) -> str:
             found = {(part_of(one), one.cell.budget): one for one in compare(read, "nll", {policy: base})}
             if found:
                 cells = [found[part, budget] for part in PARTS.values() for budget in (128, 256, 512)]
-                errors = [one.deviation / sqrt(one.difference.count) for one in cells]
-                means = [one.difference.mean for one in cells]
-                body.append(
-                    [name, fusion, *(signed(f"{x:+.2f}") + f" ± {e:.2f}" for x, e in zip(means, errors, strict=True))]
-                )
+                body.append([name, fusion, *map(with_error, cells)])
     return rows(["base", "fusion", *(f"{part}, {size}" for part in PARTS.values() for size in (128, 256, 512))], body)
 
 
@@ -107,6 +108,9 @@ def figures() -> dict[str, bytes]:
     for name, where in FIGURES.items():
         (path,) = re.findall(rf"^!\[Gain in NLL [^\]]*: {re.escape(where)}\]\((.*)\)$", report, re.MULTILINE)
         found[f"{name}.svg"] = (RESULTS / "standard" / path).read_bytes()
+    # The report begins with the figure that answers what it is for, and so does the page.
+    first = re.findall(r"^!\[.* against budget: needle, .*\]\((.*)\)$", report, re.MULTILINE)[0]
+    found["answer.svg"] = (RESULTS / "standard" / first).read_bytes()
     return found
 
 

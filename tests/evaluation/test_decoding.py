@@ -247,10 +247,12 @@ def test_lines_counts_right_lines_in_order(text, expected):
     ("changes", "message"),
     [
         (
-            {"policies": ("snapkv", "kvzip")},
+            {"policies": ("tova", "kvzip")},
             r"every must be left out for --policy kvzip: policy must do without probes",
         ),
         ({"policies": ("snapkv+shared(nested=True)",)}, "every must be left out for --policy snapkv"),
+        ({"policies": ("snapkv+degree",), "budgets": (30,)}, r"every must be at least 32 with --policy snapkv\+degree"),
+        ({"policies": ("snapkv",), "budgets": ("10%",)}, "or the budget at least 36 for its window and sinks"),
         ({"every": None}, "every must be given with mode protected"),
         ({"every": 0}, "every must be"),
         ({"closeness": True}, "closeness must be off with every"),

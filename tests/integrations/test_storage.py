@@ -462,7 +462,7 @@ def test_loading_gives_every_saved_attribute_back(ids, tmp_path):
         assert_same_tensors(vars(copied.slots), vars(layer.slots))
         assert_same_tensors(copied.held._asdict(), layer.held._asdict())
         for name, value in vars(layer).items():
-            if name in {"settings", "record", "slots", "held"}:
+            if name in {"settings", "record", "_slots", "_held"}:
                 continue
             found = getattr(copied, name)
             if isinstance(value, torch.Tensor):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ...core import checks
+from ...core.budgets import tokens_of
 from ...core.errors import ArgumentError
 from ...core.files import read_toml
+from ...core.policy import Policy
 from ...integrations.transformers import EvictingCache
 from ...naming.names import FULL, is_press
 from ...naming.policies import make_policy, parse_budget
@@ -141,6 +144,21 @@ class Config:
                 EvictingCache(policy, every=self.every)
             except ArgumentError as error:
                 raise ArgumentError(f"every must be left out for --policy {name}: {error}") from error
+            if policy is not None and policy.needs().queries == "window" and set(self.modes) != {PROTECTED}:
+                self._check_window(name, policy)
+
+    def _check_window(self, name: str, policy: Policy) -> None:
+        """Refuse a window that an eviction may cut: what it would ask next has not all come when the next is due."""
+        lengths = (0,) if self.data else self.lengths
+        budgets = dict.fromkeys(tokens_of(budget_of(budget), length) for length in lengths for budget in self.budgets)
+        for budget, sinks in product(budgets, self.sinks):
+            made = make_policy(name, max(1, budget), sinks=sinks) or policy
+            protection = made.protection(budget)
+            if protection.room > budget and (self.every or 0) < protection.newest:
+                raise ArgumentError(
+                    f"every must be at least {protection.newest} with --policy {name}, or the budget at least "
+                    f"{protection.room} for its window and sinks; got {self.every} and {budget}"
+                )
 
     def _check_budgets(self) -> None:
         """Turn texts that are numbers into numbers; percentages stay texts."""

@@ -105,7 +105,8 @@ def forced_logits(
     """
     team = _Team(model, [Decoded(cache=cache) for cache in caches], batch)
     read = team.read([[*ids, *answer[:-1]]] * len(caches))
-    return [logits[len(ids) - 1 :] for logits in read]
+    # Compared with the full cache's, which are where the model is.
+    return [logits[len(ids) - 1 :].to(model.device) for logits in read]
 
 
 def tokens_kept(cache: EvictingCache) -> float:

@@ -890,7 +890,8 @@ def _evict(layers: list[EvictingLayer], policy: Policy, backend: Backend | None)
             layer.row_budgets, layer.shared_by = torch.tensor(budgets), policy
     if not policy.needs().couples_layers:
         for layer in layers:
-            layer.evict(policy, backend=backend)
+            if backend is not None or not layer.step(policy):
+                layer.evict(policy, backend=backend)
         return
     started, layers = perf_counter(), [layer for layer in layers if layer.evicts]
     deciders = [layer.decider(policy, backend) for layer in layers]

@@ -53,7 +53,14 @@ class Handout:
         if cache is not None:
             layer = self.layer
             self.num_seen, self.num_stored = layer.num_seen, layer.num_stored
-            self.positions, self.valid, self.mass = layer.slots.positions, layer.slots.valid, layer.slots.mass
+            self._steady = steady = layer.steady
+            self.positions: torch.Tensor | None
+            self.valid: torch.Tensor | None
+            self.mass: torch.Tensor | None
+            if steady is None:
+                self.positions, self.valid, self.mass = layer.slots.positions, layer.slots.valid, layer.slots.mass
+            else:
+                self.positions, self.valid, self.mass = steady.positions_by_slot, None, None
             self._answering, self._memory = layer.answering, layer.layer_state
 
     def __reduce__(self) -> tuple[type[Handout], tuple[()]]:
@@ -132,8 +139,13 @@ class Handout:
 
     def note_padding(self, padding: torch.Tensor | None) -> None:
         """Note which tokens are padding, see `EvictingLayer.note_padding`."""
+        if padding is None:
+            return
         self.layer.note_padding(padding, self.num_new)
         self.valid = self.layer.slots.valid
+        if self._steady is not None and self.valid is not None:
+            # The keys that were handed out are by slot.
+            self.valid = self._steady.by_slot(self.valid)
 
     def after_attention(
         self, module: Any, source: Source, query: torch.Tensor, scaling: float | None, window: int | None

@@ -23,9 +23,13 @@ from .record import EvictionRecord, redundancy
 from .settings import Settings
 from .slots import FILLS, OfSlots, Slots
 from .source import Source
+from .steady import Steady
 from .tiers import TieredSlots, demoted, query_peaks
 
 __all__ = ["EvictingLayer"]
+
+# So many evictions of one token after each other, with nobody looking at the layer, make it worth to be steady.
+CALM = 2
 
 LOGGER = logging.getLogger(__name__)
 
@@ -93,6 +97,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     pinned = OfSlots["torch.Tensor | None"]()
     state = OfSlots[Mapping[str, torch.Tensor]]()
     is_initialized = False
+    steady: Steady | None = None
 
     def __init__(self, settings: Settings, *, record_past: bool = False) -> None:
         super().__init__()
@@ -102,9 +107,10 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def _reset(self) -> None:
         self.is_initialized = False
+        self.steady, self.num_calm = None, 0
         self.slots = Slots()
         self.layer_state: Mapping[str, torch.Tensor] = {}
-        self.held: Queries | None = None
+        self.held = None
         self.probes: tuple[HeldProbe, ...] = ()
         self.num_seen = 0
         self.num_new = 0
@@ -132,6 +138,34 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.certain = 0
         self.due_at: int | None = None
 
+    @property
+    def slots(self) -> Slots:
+        """Everything per token, in the order of the tokens."""
+        self._settle()
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: Slots) -> None:
+        self._settle()
+        self._slots = slots
+
+    @property
+    def held(self) -> Queries | None:
+        """The last queries that a coming eviction needs."""
+        self._settle()
+        return self._held
+
+    @held.setter
+    def held(self, held: Queries | None) -> None:
+        self._settle()
+        self._held = held
+
+    def _settle(self) -> None:
+        """Return from the steady form, in which nothing is in order."""
+        if self.steady is not None:
+            steady, self.steady, self.num_calm = self.steady, None, 0
+            self._slots, self._held = steady.settled()
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for keys and values of these kinds."""
         self.slots = Slots.empty(key_states, value_states)
@@ -143,6 +177,13 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens, the first `num_pinned` of them a prompt's, and return all that is stored."""
         self.awaits_queries = True
+        if self.num_calm >= CALM and self._goes_steady(key_states, value_states):
+            steady = self.steady
+            assert steady is not None
+            self.num_seen += 1
+            self.num_new += 1
+            # What is handed out is marked, and must not be so for ever.
+            return steady.keys.detach(), steady.values.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         arrays: dict[str, Any] = {"keys": key_states, "values": value_states}
@@ -151,6 +192,18 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             arrays["pinned"] = (number < num_pinned).expand(key_states.shape[:3])
         self._append(arrays)
         return self.slots.keys, self.slots.values
+
+    def _goes_steady(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Take one token into a steady layer, if it can be one."""
+        policy = self.settings.policy
+        if self.steady is None and policy is not None:
+            self.steady = Steady.of(policy, self._slots, self._held, self.settings.backend)
+            self.num_calm *= self.steady is not None
+        return (
+            self.steady is not None
+            and self.steady.fits(key_states, value_states)
+            and self.steady.append(key_states, value_states, self.num_seen)
+        )
 
     def _append(self, arrays: dict[str, Any]) -> None:
         """Append tokens, given by their arrays, at the next positions."""
@@ -213,6 +266,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     def _buffer_queries(self, query: torch.Tensor, scaling: float | None) -> None:
         """Keep the queries that the next eviction will ask for, and no more."""
         settings = self.settings
+        if self.steady is not None:
+            self.steady.ask(Queries.of(query, scaling, None, self.num_seen).queries)
+            return
         if settings.is_probing:
             self.held = Queries.of(query, scaling, None, self.num_seen)
             return
@@ -312,6 +368,21 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.shrink(policy, decider, decisions, seconds=perf_counter() - started)
         return decisions
 
+    def step(self, policy: Policy) -> bool:
+        """Drop one token for the one that came, where the layer is steady; return whether that was all."""
+        started, steady = perf_counter(), self.steady
+        if steady is None or policy is not steady.policy or not steady.drop():
+            return False
+        nbytes = (steady.keys.nbytes + steady.values.nbytes) // steady.keys.shape[2]
+        self.num_new, self.due_at = 0, None
+        self.num_evictions += 1
+        self.num_dropped += 1
+        self.bytes_freed += nbytes
+        seconds = perf_counter() - started
+        self.seconds += seconds
+        LOGGER.debug("layer %d: one token went for the one that came, in %.1f ms", self.index, seconds * 1e3)
+        return True
+
     def _check_answers(self, policy: Policy) -> None:
         """Refuse a policy that would answer for tokens that no query is to see, or not where they were."""
         if not policy.needs().answers:
@@ -349,6 +420,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             self.budgets_found = (kept >= 0).sum(dim=-1).amax(dim=1)
             budget = int(self.budgets_found.max())
         self.probes = ()
+        self._note_calm(policy, num_before)
         self.budget, self.num_new, self.due_at = budget, 0, None
         self.num_evictions += 1
         if self.settings.record:
@@ -366,6 +438,23 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             (self.bytes_freed - freed_before) / 1e6,
             seconds * 1e3,
         )
+
+    def _note_calm(self, policy: Policy, num_before: int) -> None:
+        """Count the evictions in which one token has gone for one, under settings that a steady layer can keep to."""
+        settings = self.settings
+        is_calm = (
+            settings.every == 1
+            and self.num_new == 1
+            and policy is settings.policy
+            and num_before == self.num_stored + 1
+            and not (settings.record or settings.rerotate or settings.protect_prompt or self.record_past)
+            and self.row_budgets is None
+            and self.sliding_window is None
+            and self.source is not None
+            and self.source.has_all_heads
+            and not self.layer_state
+        )
+        self.num_calm = self.num_calm + 1 if is_calm else 0
 
     def wants(self, policy: Policy, *, backend: Backend | None = None) -> list[float]:
         """Return how much of the common budget each row of this layer wants, see `Policy.wants`."""
@@ -525,6 +614,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def activate_past_recording(self) -> None:
         """Let evictions wait until `crop` has taken back what assisted decoding guessed wrong."""
+        self._settle()
         self.record_past = True
 
     def get_seq_length(self, *args: Any) -> int:
@@ -559,7 +649,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def num_stored(self) -> int:
         """Slots per row that are stored."""
-        return self.slots.count
+        return self._slots.count if self.steady is None else self.steady.count
 
     @property
     def redundancy(self) -> torch.Tensor:
@@ -573,7 +663,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         return int(self.slots.nbytes + state)
 
     def copy(self) -> EvictingLayer:
-        """Return a layer that goes its own way from here. Tensors are shared: no layer ever writes into one."""
+        """Return a layer that goes its own way from here. Tensors are shared: only steady layers write into theirs."""
+        self._settle()
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin

@@ -83,10 +83,11 @@ VALUES: dict[str, tuple[type, ...]] = {
     "record_past": (bool,),
 }
 # Each has lines of its own below.
-OTHERS = {"slots", "layer_state", "held", "row_budgets", "shared_by", "answering", "source", "rotation"}
+OTHERS = {"_slots", "layer_state", "_held", "row_budgets", "shared_by", "answering", "source", "rotation"}
 # The record holds arrays of any library; probes are as large as a text and can be asked again; the cache has the
 # settings; the rest follows from keys and a finished call.
 NOT_SAVED = {"record", "probes", "settings", "awaits_queries", "is_initialized", "dtype", "device"}
+NOT_SAVED |= {"steady", "num_calm"}
 
 # Of each state of linear attention; a layer has dicts of them by number. What is initialized follows from the tensors.
 LINEAR: dict[str, tuple[type, ...]] = {"has_previous_state": (bool,), "conv_kernel_size": (int, NoneType)}
