@@ -80,6 +80,7 @@ docs: .venv/installed-test
 	$(BIN)/python docs/models.py --check
 	$(BIN)/python docs/performance.py --check
 	$(BIN)/python docs/results.py --check
+	$(BIN)/python docs/ruler.py --check
 	$(BIN)/python docs/seeds.py --check
 	$(BIN)/python docs/serving.py --check
 	$(BIN)/python docs/systems.py --check
