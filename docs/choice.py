@@ -1,16 +1,19 @@
-"""Write the tables of results/choice.md from the records in results/tuning.
+"""Write the tables of results/choice.md from the records in results/choice, results/standard and results/tuning.
 
-``python docs/choice.py`` rewrites the tables between their marks, ``--check`` only says whether they are current.
+``python docs/choice.py`` rewrites the tables between their marks, ``--check`` only says whether they are current. The
+page must say how many prompts there were.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from claims import missing
 from marked import renew
 from reports import RESULTS, records
-from results import PARTS, part_of, rows, with_error
+from results import PARTS, number, part_of, rows, with_error
 
 from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Comparison, compare
@@ -18,6 +21,17 @@ from graphkv.naming.names import FULL
 
 PAGE = RESULTS / "choice.md"
 BUDGETS = (128, 256, 512)
+RANKS = "degree(fusion='max_rank',unrotated=True)"
+NEEDLES, TEXT = ("aware", "agnostic"), "continuation"
+# What each policy is compared with on held-out prompts, beside KeyDiff.
+BASES = {
+    "snapkv+degree": "snapkv",
+    f"snapkv+{RANKS}": "snapkv",
+    "keydiff": "snapkv",
+    "knorm": "snapkv",
+    "random": "snapkv",
+}
+RIVALS = ("snapkv", "snapkv+degree", f"snapkv+{RANKS}")
 
 
 def table(read: Sequence[Record], pairs: Mapping[str, str], show: Callable[[Comparison], str]) -> str:
@@ -30,15 +44,43 @@ def table(read: Sequence[Record], pairs: Mapping[str, str], show: Callable[[Comp
     return rows(["policy", "against", *(f"{part}, {size}" for part, size in parts)], body)
 
 
+def goals(read: Sequence[Record]) -> str:
+    """Count at how many budgets the degree by rank over SnapKV reaches what was asked of it."""
+    base, keydiff = (_cells(read, f"snapkv+{RANKS}", name) for name in ("snapkv", "keydiff"))
+    body = []
+    for asked, found in (("better than SnapKV", base), ("not worse than KeyDiff", keydiff)):
+        for mode in NEEDLES:
+            seen = Counter(found[mode, size].verdict for size in BUDGETS)
+            verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(seen.items()))
+            body.append([f"{mode}: {asked}", verdicts])
+    within = [size for size in BUDGETS if base[TEXT, size].difference.mean <= 0.01]
+    body.append(["continuation: at most .01 above SnapKV", f"at {', '.join(map(str, within)) or 'none'}"])
+    return rows(["asked", f"found at budgets of {BUDGETS[0]}, {BUDGETS[1]} and {BUDGETS[2]}"], body)
+
+
 def _cells(read: Sequence[Record], policy: str, baseline: str) -> dict[tuple[str, int | float | None], Comparison]:
     return {(part_of(one), one.cell.budget): one for one in compare(read, "nll", {policy: baseline})}
 
 
 def main() -> int:
     """Rewrite the page, or check it."""
-    mixed = records("tuning/mixes.jsonl.gz")
+    new, mixed = records("choice/records.jsonl.gz"), records("tuning/mixes.jsonl.gz")
+    prompts = {record.prompt for record in new}
+    # The full cache is in both runs.
+    standard = [record for record in records("standard/records.jsonl.gz") if record.policy != FULL]
+    held = [*new, *(record for record in standard if record.prompt in prompts and record.budget in BUDGETS)]
     mixes = dict.fromkeys(record.policy for record in mixed if record.policy not in (FULL, "snapkv"))
-    return renew(PAGE, {"mixes": table(mixed, dict.fromkeys(mixes, "snapkv"), with_error)})
+    tables = {
+        "goals": goals(held),
+        "mixes": table(mixed, dict.fromkeys(mixes, "snapkv"), with_error),
+        "held-out": table(held, BASES, lambda one: number(one.difference)),
+        "keydiff": table(held, dict.fromkeys(RIVALS, "keydiff"), lambda one: number(one.difference)),
+    }
+    outdated = renew(PAGE, tables)
+    unsaid = missing(PAGE.read_text(encoding="utf-8"), [f"the first {len(prompts)} prompts of 1,024 tokens"])
+    for sentence in unsaid:
+        print(f"{PAGE.name} does not say what the records say: {sentence}")
+    return int(outdated or bool(unsaid))
 
 
 if __name__ == "__main__":
