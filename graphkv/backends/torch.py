@@ -15,6 +15,7 @@ import torch
 from ..core import primitives
 from ..core.attention import portable_received_attention
 from ..core.backend import Backend
+from ..core.fusion import portable_distance
 from ..core.graph import portable_build_graph
 from ..core.types import Array, Graph
 from . import streamed
@@ -251,6 +252,57 @@ def received_attention(queries: Array, keys: Array, valid: Array, /, *, block_si
     return total.view(batch, kv_heads, groups, num_tokens)
 
 
+# Entries of keys at a time: 1 MB in float32, which a core's own cache holds.
+DIRECTION_SIZE = 1 << 18
+
+
+def distance(keys: Array, valid: Array, /, *, backend: Backend) -> Array:
+    """Read the keys twice, for their mean direction and for the distance from it, and write no array of their size."""
+    *leading, num_tokens, head_size = keys.shape
+    num_rows = prod(leading)
+    if (
+        num_rows * num_tokens * head_size == 0
+        or _is_launched(keys)
+        or torch.compiler.is_compiling()
+        or not _is_plain(keys, valid)
+    ):
+        return portable_distance(keys, valid, backend=backend)
+    keys, valid = keys.reshape(num_rows, num_tokens, head_size), valid.reshape(num_rows, num_tokens)
+    width = min(num_tokens, max(1, DIRECTION_SIZE // head_size))
+    height = min(num_rows, max(1, DIRECTION_SIZE // (width * head_size)))
+    buffer = keys.new_empty(height * width * head_size)
+    square = keys.new_empty((num_rows, num_tokens))
+    number = valid.sum(dim=-1, keepdim=True).clamp_(min=1).to(keys.dtype)
+    chunks = [slice(start, start + width) for start in range(0, num_tokens, width)]
+    for first in range(0, num_rows, height):
+        rows = slice(first, first + height)
+        own, total, scales = keys[rows], keys.new_zeros((len(keys[rows]), head_size)), []
+        for chunk in chunks:
+            part = own[:, chunk]
+            scratch = buffer[: part.numel()].view(part.shape)
+            length = torch.mul(part, part, out=scratch).sum(dim=-1, keepdim=True)
+            is_usable = (length > 0) & torch.isfinite(length) & valid[rows, chunk, None]
+            scale = length.rsqrt_().masked_fill_(~is_usable, 0.0)
+            # Zero times infinity is NaN.
+            total += torch.mul(part, scale, out=scratch).masked_fill_(~is_usable, 0.0).sum(dim=1)
+            scales.append(scale)
+        mean = total / number[rows]
+        away = -mean[:, None]
+        for chunk, scale in zip(chunks, scales, strict=True):
+            part = own[:, chunk]
+            scratch = buffer[: part.numel()].view(part.shape)
+            torch.addcmul(away, part, scale, out=scratch)
+            torch.sum(scratch.mul_(scratch), dim=-1, out=square[rows, chunk])
+        has_direction = torch.cat(scales, dim=1)[..., 0] > 0
+        apart = square[rows]
+        torch.where(has_direction, apart, (mean * mean).sum(dim=-1, keepdim=True), out=apart)
+        counted = valid[rows].to(keys.dtype)
+        spread = (apart * counted).sum(dim=-1, keepdim=True)
+        spread += (counted * ~has_direction).sum(dim=-1, keepdim=True)
+        apart.add_(spread / number[rows]).div_(2).clamp_(max=2.0).masked_fill_(~has_direction, 1.0)
+    return square.reshape(*leading, num_tokens)
+
+
 def to_numpy(x: Array) -> Any:
     """Copy to the host."""
     return x.detach().cpu().numpy()
@@ -311,6 +363,7 @@ BACKEND = Backend(
     sum_rows=sum_rows,
     received_attention=received_attention,
     build_graph=build_graph,
+    distance=distance,
     guard=guard,
     detach=torch.Tensor.detach,
     refuse=refuse,

@@ -291,10 +291,13 @@ def power(importance: Array, distance: Array, valid: Array, /, *, exponent: int,
     """Multiply the shifted importance by a power of the distance."""
     xp = backend.xp
     smallest, largest = xp.full_like(distance, SMALLEST_POWER), xp.full_like(distance, LARGEST_POWER)
-    factor = xp.ones_like(distance)
-    for _ in range(exponent):
-        # A power that has reached a bound stays there.
-        factor = xp.minimum(xp.maximum(factor * distance, smallest), largest)
+    factor = distance
+    for number in range(1, exponent + 1):
+        if number > 1:
+            factor = factor * distance
+        # A power that has passed a bound stays beyond it, and of distances up to 2 none overflows between two looks.
+        if number % 32 == 0 or number == exponent:
+            factor = xp.minimum(xp.maximum(factor, smallest), largest)
     # Zeros may replace the others, because the minimum includes 0 anyway.
     number = xp.where(valid & xp.isfinite(importance), importance, xp.zeros_like(importance))
     lowest = xp.min(number, axis=-1, keepdims=True) if number.shape[-1] else number
