@@ -70,9 +70,6 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         Answers queries in the place of the tokens that it has dropped, by what it remembers of the layer.
     query_peaks : torch.Tensor, shape (batch, kv_heads, D), or None
         The largest absolute query of every channel so far, where keys may be demoted and have to be balanced with them.
-    slots : Slots
-        Everything per token in one value: keys, values, positions, places, valid, pinned, mass, absorbed and
-        state.
     budget : int or None
         Tokens per row that the last eviction aimed at, or found; the most of any row where rows differ.
     budgets_found : torch.Tensor, shape (batch,), int64, or None
@@ -140,7 +137,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def slots(self) -> Slots:
-        """Everything per token, in the order of the tokens."""
+        """Everything per token in one value, in the order of the tokens: keys, values, positions, state and more."""
         self._settle()
         return self._slots
 
