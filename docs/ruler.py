@@ -23,6 +23,15 @@ PAGE = RESULTS / "ruler.md"
 # Of the full cache's mean score, out of 1: a task below it says nothing about eviction.
 ABLE = 0.5
 QUESTION = {"aware": "known", "agnostic": "unknown"}
+# The same method as a press of kvpress and as a policy.
+PRESSES = {
+    "kvpress:RandomPress": "random",
+    "kvpress:StreamingLLMPress": "streaming-llm",
+    "kvpress:KnormPress": "knorm",
+    "kvpress:KeyDiffPress": "keydiff",
+    "kvpress:SnapKVPress(window_size=32,kernel_size=7)": "snapkv",
+    "kvpress:ExpectedAttentionPress": "expected-attention",
+}
 
 
 def able(read: Sequence[Record]) -> set[tuple[str, int | None]]:
@@ -106,6 +115,23 @@ def rows(read: Sequence[Record], metric: str, form: str, scale: float = 1.0) -> 
     return _table(lines)
 
 
+def presses(read: Sequence[Record]) -> str:
+    """Render presses next to the policies that do the same: the mean NLL of both, and their difference."""
+    together = pooled(read)
+    lines = [["press", "policy", "question", "removed", "press", "policy; less the press"], ["---"] * 6]
+    for press, policy in PRESSES.items():
+        for found in compare(together, "nll", {policy: press}):
+            mode, share = found.cell.mode, found.cell.budget
+            means = [
+                fmean(one.nll for one in together if (one.policy, one.mode, one.budget) == (name, mode, share))
+                for name in (press, policy)
+            ]
+            difference = _difference(found.difference, "{:.2f}", 1.0)
+            cells = [f"{means[0]:.2f}", f"{means[1]:.2f}; {difference}"]
+            lines.append([f"`{press.removeprefix('kvpress:')}`", f"`{policy}`", QUESTION[mode], _share(share), *cells])
+    return _table(lines)
+
+
 def said(read: Sequence[Record]) -> Iterator[str]:
     """Make the sentences in numbers that the page must hold."""
     ranks = "snapkv+degree(fusion='max_rank',unrotated=True)"
@@ -154,6 +180,11 @@ def main() -> int:
     counted = [one for one in scored if (one.task, one.length) in tasks]
     tables = {"full": full_cache([*full, *scored]), "scores": rows(counted, "score", "{:.0f}", 100)}
     tables["likelihood"] = rows(counted, "nll", "{:.2f}")
+    for name in ("shares", "longer"):
+        likely = [one for one in records(f"ruler/{name}.jsonl.gz") if (one.task, one.length) in tasks]
+        for length in sorted({one.length or 0 for one in likely}):
+            tables[f"{name} {length}"] = rows([one for one in likely if one.length == length], "nll", "{:.2f}")
+    tables["presses"] = presses([one for one in records("ruler/presses.jsonl.gz") if (one.task, one.length) in tasks])
     outdated = renew(PAGE, tables)
     for sentence in (unsaid := missing(PAGE.read_text(encoding="utf-8"), said(counted))):
         print(f"{PAGE.name} does not say what the records say: {sentence}")
