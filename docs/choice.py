@@ -65,6 +65,7 @@ def _cells(read: Sequence[Record], policy: str, baseline: str) -> dict[tuple[str
 def main() -> int:
     """Rewrite the page, or check it."""
     new, mixed = records("choice/records.jsonl.gz"), records("tuning/mixes.jsonl.gz")
+    gemma = records("choice/gemma3.jsonl.gz")
     prompts = {record.prompt for record in new}
     # The full cache is in both runs.
     standard = [record for record in records("standard/records.jsonl.gz") if record.policy != FULL]
@@ -74,6 +75,7 @@ def main() -> int:
         "goals": goals(held),
         "mixes": table(mixed, dict.fromkeys(mixes, "snapkv"), with_error),
         "held-out": table(held, BASES, lambda one: number(one.difference)),
+        "held-out gemma3": table(gemma, BASES, lambda one: number(one.difference)),
         "keydiff": table(held, dict.fromkeys(RIVALS, "keydiff"), lambda one: number(one.difference)),
     }
     outdated = renew(PAGE, tables)
