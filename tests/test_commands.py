@@ -37,7 +37,7 @@ MODULES = {
 ARGUMENTS = {"report": ["run"]}
 # What graphkv itself brings, what comes with those of PACKAGES, and what one option asks for and names by itself.
 AT_HAND = {"numpy", "scipy", "array_api_compat", "typer", "graphkv"}
-FOR_AN_OPTION = {"kvpress", "gguf", "tomllib", "tomli", "long_context_eval", "yaml"}
+FOR_AN_OPTION = {"kvpress", "gguf", "safetensors", "tomllib", "tomli", "long_context_eval", "yaml"}
 # In files that all share: for type checkers, and to write a preset.
 ELSEWHERE = {"typing_extensions", "tomli_w"}
 

@@ -50,6 +50,7 @@ CALLS = (
     "min(x, axis=-1, keepdims=True)",
     "minimum(x, x)",
     "multiply(x, x)",
+    "nan",
     "ones((2, 3), dtype=bool, device=device)",
     "ones_like(x)",
     "reshape(x, (-1,))",

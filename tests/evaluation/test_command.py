@@ -81,11 +81,11 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_an_example(finished, t
 def test_a_run_that_breaks_goes_on(finished, tiny, tmp_path, monkeypatch):
     answered = []
 
-    def break_off(model, tokenizer, prompt, config, done, evaluate=workers.evaluate):
+    def break_off(*arguments, evaluate=workers.evaluate):
         if len(answered) == 2:
             raise KeyboardInterrupt
-        answered.append(prompt)
-        return evaluate(model, tokenizer, prompt, config, done)
+        answered.append(arguments)
+        return evaluate(*arguments)
 
     monkeypatch.setattr(workers, "evaluate", break_off)
     assert run("--model", tiny, *OPTIONS, "--prompts", 3, "--output", tmp_path) == 130
@@ -144,7 +144,7 @@ def test_a_file_of_settings(tiny, tmp_path):
 
 
 def test_the_suites_are_sound():
-    assert suite_names() == ["quick", "ruler", "standard"]
+    assert suite_names() == ["decoding", "quick", "ruler", "standard"]
     standard = load_config("standard", None, {})
     assert standard.split == "held-out"
     assert standard.prompts >= 40
@@ -162,7 +162,7 @@ def test_the_full_cache_is_always_there_and_first():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "slow"], "--suite must be one of quick, ruler, standard; got 'slow'"),
+        (["--suite", "slow"], "--suite must be one of decoding, quick, ruler, standard; got 'slow'"),
         (["--suite", "quick", "--config", "x.toml"], "exclude each other"),
         (["--config", "missing.toml"], "missing.toml cannot be read"),
         (["--policy", "best"], "--policy must be one of full, snapkv"),

@@ -216,7 +216,7 @@ def test_the_answer_is_in_the_prompt_and_not_in_the_question_and_scores_1(packag
         (question,) = prompt.questions
         document, asked = tokenizer.decode(prompt.ids), tokenizer.decode(question.ids)
         assert metrics.score(question.metric, tokenizer.decode(question.answer), question.references) == 1
-        assert question.modes == ("aware", "agnostic")
+        assert question.modes == ("aware", "agnostic", "protected")
         for reference in question.references:
             assert reference in document or name in ("qa_2", "hotpotqa")
             assert not re.search(rf"\b{re.escape(reference)}\b", asked)

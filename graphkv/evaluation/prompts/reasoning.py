@@ -73,7 +73,7 @@ def sums(random: Random, words: Sequence[str]) -> Exercise:
 
     >>> print(sums(Random(0), ["river", "stone"]).answer)
     river: 7 + 1 = 8, 8 + 1 = 9
-    stone: 7 + 1 = 8, 8 + 1 = 9
+    stone: 4 + 1 = 5, 5 + 1 = 6
     """
     given, steps = [], []
     for word in words:
