@@ -170,3 +170,6 @@ def test_every_policy_scores_as_numpy_does(library, numpy_library, name):
 
     real = np.broadcast_to(layer[-1][:, None, :], reference.scores.shape)
     np.testing.assert_allclose(library.host(ours.scores)[real], reference.scores[real], rtol=2e-3, atol=1e-5)
+    # How many tokens an automatic budget takes, and how heads share one.
+    if reference.counts is not None:
+        np.testing.assert_array_equal(library.host(ours.counts), reference.counts)
