@@ -1,4 +1,4 @@
-"""A model whose layers are on two devices, one of which is torch's meta device: nothing of a layer is on the other's."""
+"""A model whose layers are on two devices, one of them torch's meta device: nothing of a layer is on another's."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from graphkv.integrations.transformers import EvictingCache, observing
 from tests.integrations.tiny import tiny_llama
 from tests.support.policies import every_policy
 
-# Steps in place, states, merges, fewer bits, shared choices. All policies passed on 2026-11-27, but for those that share
-# a budget: they ask for values, which the meta device has not.
+# Steps in place, states, merges, fewer bits, shared choices. All policies passed on 2026-11-27, but those that share a
+# budget: they ask for values, which the meta device has not.
 NAMES = ("graphkv-snapkv", "degree-snapkv", "pagerank-h2o", "absorb-snapkv", "mikv-snapkv", "shared-snapkv", "random")
 POLICIES = {name: policy for name, policy in every_policy(20).items() if name in NAMES}
 
