@@ -54,6 +54,9 @@ def _on_all_devices(create: Callable[..., Array]) -> Callable[..., Array]:
             device = jax.sharding.NamedSharding(device.mesh, jax.sharding.PartitionSpec())
         elif isinstance(device, jax.sharding.Sharding):
             device = None
+        elif device == (jax.config.jax_default_device or jax.local_devices()[0]):
+            # There anyway, and what is not put there may be moved to the other arrays of a call.
+            device = None
         return create(*args, device=device, **options)
 
     return created
@@ -183,6 +186,13 @@ def refuse(array: Array, /) -> str:
     return "an array of random keys" if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else ""
 
 
+def location(array: Array, /) -> str | None:
+    """Return where an array was put; None where JAX may move it: under ``jax.jit``, and where it was put nowhere."""
+    if isinstance(array, jax.core.Tracer) or not getattr(array, "committed", False):
+        return None
+    return ", ".join(sorted(map(str, array.devices())))
+
+
 BACKEND = Backend(
     name="jax",
     xp=_Namespace(),
@@ -200,5 +210,6 @@ BACKEND = Backend(
     select=select,
     guard=guard,
     detach=jax.lax.stop_gradient,
+    location=location,
     refuse=refuse,
 )

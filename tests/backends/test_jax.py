@@ -171,7 +171,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from graphkv import H2O, Degree, GraphKV, KNorm, SnapKV, degree, evict, fuse
+from graphkv import H2O, BackendError, Degree, GraphKV, KNorm, SnapKV, build_graph, degree, evict, propagate
 
 assert len(jax.devices()) == 4
 mesh = Mesh(np.asarray(jax.devices()), ("x",))
@@ -185,6 +185,22 @@ for axes in (("x",), (None, "x"), (None, None, None, "x")):
         found = evict(policy, spread[0], queries=spread[1])
         np.testing.assert_array_equal(found.kept, evict(policy, keys, queries=queries).kept)
     np.testing.assert_allclose(degree(spread[0]), degree(keys), atol=1e-6)
+
+first, second = jax.devices()[:2]
+anywhere, scores = jax.numpy.asarray(keys), jax.numpy.asarray(keys[..., 0])
+for there in (second, NamedSharding(mesh, PartitionSpec("x"))):
+    # What was put nowhere is moved to the others, whichever comes first.
+    for own, other in ((jax.device_put(anywhere, there), scores), (anywhere, jax.device_put(scores, there))):
+        graph = build_graph(own, other, num_sources=2, num_neighbors=2)
+        assert graph.weights.devices() == jax.device_put(scores, there).devices()
+        assert propagate(scores, graph).devices() == graph.weights.devices()
+    try:
+        build_graph(jax.device_put(anywhere, there), jax.device_put(scores, first), num_sources=2, num_neighbors=2)
+    except BackendError as error:
+        assert str(error).startswith("importance must be on the device of keys, "), error
+        assert str(error).endswith(f"; got {first}"), error
+    else:
+        raise AssertionError("nothing was refused")
 print("done")
 """
 
