@@ -148,7 +148,8 @@ def demo(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{METHODS} Repeatable. Default: full, random; snapkv and knorm alone, with +graphkv, with +degree.",
+            help=f"{METHODS} Repeatable. Default: full, random; snapkv and knorm alone, with +graphkv, with "
+            "+degree; and what we recommend to find facts, snapkv+degree(fusion=max_rank,unrotated=True).",
             autocompletion=policy_names,
         ),
     ] = None,
