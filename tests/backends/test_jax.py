@@ -12,10 +12,13 @@ import pytest
 
 from graphkv import ArgumentTypeError, Eviction, Graph, build_graph, degree, evict, propagate, select
 from graphkv.testing.policies import shipped
+from tests.support.policies import every_policy
 
 from .test_agreement import POLICIES, assert_same_choice, layer
 
 jax = pytest.importorskip("jax")
+
+from jax.extend.core import jaxprs_in_params  # noqa: E402
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -103,6 +106,33 @@ def test_scores_that_no_edge_reaches_keep_every_bit():
     for signal in ("decay", "enhance", "evict"):
         found = np.asarray(propagate(jax.numpy.asarray(scores), graph, signal=signal))
         np.testing.assert_array_equal(np.delete(found, 1), np.delete(scores, 1))
+
+
+def products(program):
+    """Yield the precision of every product of a program, those of the programs in it too."""
+    for step in program.eqns:
+        if step.primitive.name == "dot_general":
+            yield step.params["precision"]
+        for inner in jaxprs_in_params(step.params):
+            yield from products(inner)
+
+
+# One of every adapter that has products of its own, and the signals.
+PRODUCTS = ["snapkv", "rkv", "h2o", "expected-attention", "compactor", "sagekv", "graphkv-knorm", "pagerank-knorm"]
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, "caote-snapkv", "absorb-snapkv"])
+def test_products_are_in_full_precision_whatever_is_set(name):
+    """On a GPU, JAX takes TF32 for float32 where nobody asks; only the program shows it on a CPU."""
+    keys = queries = layer()[0]
+    policy = every_policy(8)[name]
+    with jax.default_matmul_precision("tensorfloat32"):
+        program = jax.make_jaxpr(lambda k, q: evict(policy, k, values=k, queries=q).kept)(keys, queries)
+
+    found = list(products(program.jaxpr))
+
+    assert found
+    assert {each for pair in found for each in pair} == {jax.lax.Precision.HIGHEST}
 
 
 def test_no_axis_is_added_silently():
