@@ -90,7 +90,7 @@ class Given(Policy):
 
     def score(self, layer: Layer, memory: Memory | None, /) -> Array:
         """Return the scores."""
-        resolve(layer.backend, importance=self.importance, protected=self.protected)
+        resolve(layer.backend, keys=layer.keys, importance=self.importance, protected=self.protected)
         checks.same_leading("importance", tuple(self.importance.shape), tuple(layer.valid.shape), "keys")
         return self.importance
 

@@ -58,7 +58,7 @@ def match_heads(
     ArgumentTypeError
         If an array is not real, `valid` not bool or `num_tokens` no integer.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     References
     ----------
@@ -172,7 +172,7 @@ class SmallKV(Policy):
         found = self.importance[layer.layer]
         if found is None:
             raise ArgumentError(f"importance must be given for layer {layer.layer}; got None")
-        resolve(layer.backend, importance=found)
+        resolve(layer.backend, keys=layer.keys, importance=found)
         checks.same_leading("importance", tuple(found.shape), tuple(layer.valid.shape), "keys")
         return found
 

@@ -4,7 +4,8 @@ Everything that is not an array (counts, budgets, options) must be static under 
 may be arguments and results. Without ``jax_enable_x64`` indices are int32.
 
 Compiled arithmetic flushes subnormal numbers to zero. Scores of that size still keep their order and their bits, but an
-edge with a weight below 1.2e-38 has no effect, and keys near 1e-18 lose digits of their lengths.
+edge with a weight below 1.2e-38 has no effect, and keys near 1e-18 lose digits of their lengths. Products are in full
+float32 whatever ``jax_default_matmul_precision`` says: on a GPU it means TF32 where it is not set.
 
 Arrays may be spread over several devices. What a call creates is copied to each of them.
 
@@ -15,8 +16,9 @@ order that changes from run to run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import jax
@@ -51,6 +53,9 @@ def _on_all_devices(create: Callable[..., Array]) -> Callable[..., Array]:
         if isinstance(device, jax.sharding.NamedSharding):
             device = jax.sharding.NamedSharding(device.mesh, jax.sharding.PartitionSpec())
         elif isinstance(device, jax.sharding.Sharding):
+            device = None
+        elif device == (jax.config.jax_default_device or jax.local_devices()[0]):
+            # There anyway, and what is not put there may be moved to the other arrays of a call.
             device = None
         return create(*args, device=device, **options)
 
@@ -144,23 +149,48 @@ for kind, static in ((Choice, ()), (Merge, ()), (Memory, ()), (Eviction, ("budge
     names = [each.name for each in fields(kind) if each.name not in static]
     jax.tree_util.register_dataclass(kind, data_fields=names, meta_fields=list(static))
 
+
+def guard(array: Array, /) -> AbstractContextManager[Any]:
+    """Return a context in which products are in full float32: on a GPU, JAX takes TF32 where nobody asks."""
+    full: AbstractContextManager[Any] = jax.default_matmul_precision("highest")
+    return full
+
+
+def _compiled(body: Callable[..., Any], /, **static: Any) -> Any:
+    """Compile a portable body, its products in full precision wherever it is called."""
+
+    @wraps(body)
+    def precise(*args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return body(*args, **options)
+
+    return jax.jit(precise, **static)
+
+
 # One compiled function per step, primitive and shape: a call for each operation would be ten times slower.
-build_graph = jax.jit(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
-propagate = jax.jit(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
-degree = jax.jit(portable_degree, static_argnames="backend")
-distance = jax.jit(portable_distance, static_argnames="backend")
-fuse = jax.jit(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
+build_graph = _compiled(portable_build_graph, static_argnames=("num_sources", "num_neighbors", "chunk_size", "backend"))
+propagate = _compiled(portable_propagate, static_argnames=("signal", "rounds", "accumulation", "strength", "backend"))
+degree = _compiled(portable_degree, static_argnames="backend")
+distance = _compiled(portable_distance, static_argnames="backend")
+fuse = _compiled(portable_fuse, static_argnames=("fusion", "exponent", "backend"))
 # The damping is traced, because it is only arithmetic: a search over it compiles once.
-pagerank = jax.jit(portable_pagerank, static_argnames=("rounds", "backend"))
-select = jax.jit(portable_select, static_argnums=1, static_argnames="backend")
-received_attention = jax.jit(portable_received_attention, static_argnames=("block_size", "backend"))
-segment_product = jax.jit(primitives.portable_segment_product, static_argnums=2, static_argnames="backend")
-segment_sum = jax.jit(primitives.portable_segment_sum, static_argnums=2, static_argnames="backend")
+pagerank = _compiled(portable_pagerank, static_argnames=("rounds", "backend"))
+select = _compiled(portable_select, static_argnums=1, static_argnames="backend")
+received_attention = _compiled(portable_received_attention, static_argnames=("block_size", "backend"))
+segment_product = _compiled(primitives.portable_segment_product, static_argnums=2, static_argnames="backend")
+segment_sum = _compiled(primitives.portable_segment_sum, static_argnums=2, static_argnames="backend")
 
 
 def refuse(array: Array, /) -> str:
     """Return the kind of an array that holds no numbers, or an empty string."""
     return "an array of random keys" if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else ""
+
+
+def location(array: Array, /) -> str | None:
+    """Return where an array was put; None where JAX may move it: under ``jax.jit``, and where it was put nowhere."""
+    if isinstance(array, jax.core.Tracer) or not getattr(array, "committed", False):
+        return None
+    return ", ".join(sorted(map(str, array.devices())))
 
 
 BACKEND = Backend(
@@ -178,6 +208,8 @@ BACKEND = Backend(
     fuse=fuse,
     pagerank=pagerank,
     select=select,
+    guard=guard,
     detach=jax.lax.stop_gradient,
+    location=location,
     refuse=refuse,
 )

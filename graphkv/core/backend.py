@@ -166,6 +166,9 @@ class Backend:
         depend on global state, or that warns about values.
     detach : callable, optional
         ``detach(array)`` cuts an array off from the recording of gradients: for state, which would keep recording them.
+    location : callable, optional
+        ``location(array)`` names where an array is, and returns None where the library may move it to the others.
+        Default: its attribute `device`.
     refuse : callable, optional
         ``refuse(array)`` names the kind of an array with which these steps cannot compute, such as
         ``"a sparse array"``, and returns an empty string for all others.
@@ -194,6 +197,7 @@ class Backend:
     select: SelectStep | None = None
     guard: Callable[[Any], AbstractContextManager[Any]] | None = None
     detach: Callable[[Any], Any] | None = None
+    location: Callable[[Any], Any] | None = None
     refuse: Callable[[Any], str] | None = None
 
     def __post_init__(self) -> None:
@@ -242,7 +246,8 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
     Raises
     ------
     BackendError
-        If an argument is not an array of a known library, if libraries are mixed, or if the name is not known.
+        If an argument is not an array of a known library, if libraries or devices are mixed, or if the name is not
+        known.
     BackendUnavailableError
         If the backend's library is not installed, or finds no device.
     """
@@ -272,7 +277,21 @@ def resolve(backend: Backend | str | None, /, **arrays: Any) -> Backend:
             kind = found.refuse(array)
             if kind:
                 raise ArgumentTypeError(f"{name} must be a dense array; got {kind}")
+    _check_devices(given, found)
     return found
+
+
+def _check_devices(arrays: dict[str, Any], backend: Backend, /) -> None:
+    """Refuse arrays on several devices: a library would say so in the middle of a computation, or copy silently."""
+    first, expected = "", None
+    for name, array in arrays.items():
+        device = getattr(array, "device", None) if backend.location is None else backend.location(array)
+        if device is None:
+            continue
+        if expected is None:
+            first, expected = name, device
+        elif device != expected:
+            raise BackendError(f"{name} must be on the device of {first}, {expected}; got {device}")
 
 
 # The backends loaded so far, by name. A plain table, because a compiler (torch.compile) traces through a function cache

@@ -97,9 +97,9 @@ class Eviction:
         ArgumentError
             If `x` has a different leading shape.
         BackendError
-            If `x` is not an array of the backend's library.
+            If `x` is not an array of the backend's library, or on another device.
         """
-        resolve(self.backend, x=x)
+        resolve(self.backend, kept=self.kept, x=x)
         expected = (*self.kept.shape[:-1], self.num_tokens)
         if tuple(x.shape[: len(expected)]) != expected:
             raise ArgumentError(f"x must have shape (batch, kv_heads, N, ...) = {expected} + ...; got {tuple(x.shape)}")
@@ -131,7 +131,7 @@ class Eviction:
         ArgumentError
             If an array has a different leading shape, or more or less than four axes.
         BackendError
-            If an array is not of the backend's library.
+            If an array is not of the backend's library, or on another device.
 
         Examples
         --------
@@ -253,7 +253,7 @@ def evict(
     ArgumentTypeError
         If `policy` is not a Policy, `state` not a Memory, an array not real, or `valid` not bool.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Examples
     --------

@@ -50,7 +50,7 @@ def degree(keys: Array, /, *, valid: Array | None = None, backend: Backend | str
     ArgumentTypeError
         If `keys` is not real or `valid` not bool.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Notes
     -----
@@ -117,7 +117,7 @@ def distance(keys: Array, /, *, valid: Array | None = None, backend: Backend | s
     ArgumentTypeError
         If `keys` is not real or `valid` not bool.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Examples
     --------
@@ -226,7 +226,7 @@ def fuse(
     ArgumentTypeError
         If `exponent` is not an integer, an array not real or `valid` not bool.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Notes
     -----

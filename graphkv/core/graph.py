@@ -74,7 +74,7 @@ def build_graph(
     ArgumentTypeError
         If a count is not an integer, an array is not real or `valid` is not bool.
     BackendError
-        If an argument is not an array of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Notes
     -----

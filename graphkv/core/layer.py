@@ -90,7 +90,7 @@ class Layer:
     ArgumentTypeError
         If an array is not real, `valid` not bool or `positions` not integer.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
     """
 
     keys: Array

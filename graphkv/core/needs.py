@@ -25,7 +25,7 @@ def check_state(policy: Policy, state: Memory | None, layer: Layer, /) -> None:
         raise ArgumentError(f"state must hold {list(names)} for {name_of(policy)}; got {list(state.names)}")
     rows, lengths = tuple(layer.valid.shape), {}
     for name, x in state.tokens.items():
-        resolve(layer.backend, **{f"state.tokens[{name!r}]": x})
+        resolve(layer.backend, keys=layer.keys, **{f"state.tokens[{name!r}]": x})
         shape = tuple(x.shape)
         if len(shape) < 3 or shape[:2] != rows[:2] or shape[2] > rows[2]:
             raise ArgumentError(
@@ -35,7 +35,7 @@ def check_state(policy: Policy, state: Memory | None, layer: Layer, /) -> None:
     if len(set(lengths.values())) > 1:
         raise ArgumentError(f"state must hold arrays of one number of tokens S; got {lengths}")
     for name, x in state.layer.items():
-        resolve(layer.backend, **{f"state.layer[{name!r}]": x})
+        resolve(layer.backend, keys=layer.keys, **{f"state.layer[{name!r}]": x})
         if tuple(x.shape[:1]) != rows[:1]:
             raise ArgumentError(
                 f"state.layer[{name!r}] must have shape (batch, ...) = {rows[:1]} + ...; got {tuple(x.shape)}"

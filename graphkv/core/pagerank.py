@@ -65,7 +65,7 @@ def pagerank(
     ArgumentTypeError
         If `rounds` is not an integer, `damping` not a number, an array not real or `valid` not bool.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Notes
     -----

@@ -183,7 +183,7 @@ def dequantize(quantized: Quantized, /, precision: Precision, *, backend: Backen
     ArgumentTypeError
         If an argument has the wrong type.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
     """
     checks.instance("quantized", quantized, Quantized)
     checks.instance("precision", precision, Precision)
@@ -308,7 +308,7 @@ def demote(
     ArgumentTypeError
         If an argument has the wrong type.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
     """
     backend = resolve(backend, x=x, levels=levels, balance=balance)
     shape = checks.numeric("x", x, "(batch, kv_heads, b, D)", ndim=4, backend=backend)

@@ -77,7 +77,7 @@ def propagate(
     ArgumentTypeError
         If `graph` is not a Graph, `rounds` not an integer, `strength` not a number or an array not real.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     Notes
     -----
@@ -97,7 +97,9 @@ def propagate(
     array([4. , 0.5, 1. ])
     """
     checks.instance("graph", graph, Graph)
-    backend = resolve(backend, importance=importance, weights=graph.weights)
+    backend = resolve(
+        backend, importance=importance, sources=graph.sources, neighbors=graph.neighbors, weights=graph.weights
+    )
     shape = checks.numeric("importance", importance, "(..., N)", backend=backend)
     checks.numeric("weights", graph.weights, "(..., K, M)", backend=backend)
     checks.integers("neighbors", graph.neighbors, backend=backend)

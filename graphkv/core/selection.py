@@ -74,7 +74,7 @@ def select(
     ArgumentTypeError
         If `budget` is not an integer, `scores` not real or a mask not bool.
     BackendError
-        If the arrays are not all of the backend's library.
+        If the arrays are not all of the backend's library and on one device.
 
     References
     ----------

@@ -107,7 +107,8 @@ def _failures(backend: Backend, /) -> Iterator[str]:
         if call == "float64":
             continue
         try:
-            eval(call, {"__builtins__": {}}, _Names(backend.xp, known))
+            # With builtins: CuPy imports a module while it makes its first kernel of a kind.
+            eval(call, {}, _Names(backend.xp, known))
         except Exception as error:  # libraries differ in what they raise
             yield f"{call}: {type(error).__name__}: {error}"
 

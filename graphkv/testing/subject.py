@@ -11,7 +11,7 @@ from ..core.backend import Backend
 __all__ = ["Subject", "describe", "label", "variants"]
 
 # The fields for which there is a portable form; every property runs with and without them. The rest have none.
-HOOKS = ("guard", "detach", "refuse")
+HOOKS = ("guard", "detach", "location", "refuse")
 OPTIONAL = tuple(
     field.name for field in dataclasses.fields(Backend) if field.default is None and field.name not in HOOKS
 )

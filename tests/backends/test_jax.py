@@ -12,10 +12,13 @@ import pytest
 
 from graphkv import ArgumentTypeError, Eviction, Graph, build_graph, degree, evict, propagate, select
 from graphkv.testing.policies import shipped
+from tests.support.policies import every_policy
 
 from .test_agreement import POLICIES, assert_same_choice, layer
 
 jax = pytest.importorskip("jax")
+
+from jax.extend.core import jaxprs_in_params  # noqa: E402
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -105,6 +108,33 @@ def test_scores_that_no_edge_reaches_keep_every_bit():
         np.testing.assert_array_equal(np.delete(found, 1), np.delete(scores, 1))
 
 
+def products(program):
+    """Yield the precision of every product of a program, those of the programs in it too."""
+    for step in program.eqns:
+        if step.primitive.name == "dot_general":
+            yield step.params["precision"]
+        for inner in jaxprs_in_params(step.params):
+            yield from products(inner)
+
+
+# One of every adapter that has products of its own, and the signals.
+PRODUCTS = ["snapkv", "rkv", "h2o", "expected-attention", "compactor", "sagekv", "graphkv-knorm", "pagerank-knorm"]
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, "caote-snapkv", "absorb-snapkv"])
+def test_products_are_in_full_precision_whatever_is_set(name):
+    """On a GPU, JAX takes TF32 for float32 where nobody asks; only the program shows it on a CPU."""
+    keys = queries = layer()[0]
+    policy = every_policy(8)[name]
+    with jax.default_matmul_precision("tensorfloat32"):
+        program = jax.make_jaxpr(lambda k, q: evict(policy, k, values=k, queries=q).kept)(keys, queries)
+
+    found = list(products(program.jaxpr))
+
+    assert found
+    assert {each for pair in found for each in pair} == {jax.lax.Precision.HIGHEST}
+
+
 def test_no_axis_is_added_silently():
     random = np.random.default_rng(0)
     keys = jax.numpy.asarray(random.normal(size=(2, 2, 24, 8)).astype(np.float32))
@@ -141,7 +171,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from graphkv import H2O, Degree, GraphKV, KNorm, SnapKV, degree, evict, fuse
+from graphkv import H2O, BackendError, Degree, GraphKV, KNorm, SnapKV, build_graph, degree, evict, propagate
 
 assert len(jax.devices()) == 4
 mesh = Mesh(np.asarray(jax.devices()), ("x",))
@@ -155,6 +185,22 @@ for axes in (("x",), (None, "x"), (None, None, None, "x")):
         found = evict(policy, spread[0], queries=spread[1])
         np.testing.assert_array_equal(found.kept, evict(policy, keys, queries=queries).kept)
     np.testing.assert_allclose(degree(spread[0]), degree(keys), atol=1e-6)
+
+first, second = jax.devices()[:2]
+anywhere, scores = jax.numpy.asarray(keys), jax.numpy.asarray(keys[..., 0])
+for there in (second, NamedSharding(mesh, PartitionSpec("x"))):
+    # What was put nowhere is moved to the others, whichever comes first.
+    for own, other in ((jax.device_put(anywhere, there), scores), (anywhere, jax.device_put(scores, there))):
+        graph = build_graph(own, other, num_sources=2, num_neighbors=2)
+        assert graph.weights.devices() == jax.device_put(scores, there).devices()
+        assert propagate(scores, graph).devices() == graph.weights.devices()
+    try:
+        build_graph(jax.device_put(anywhere, there), jax.device_put(scores, first), num_sources=2, num_neighbors=2)
+    except BackendError as error:
+        assert str(error).startswith("importance must be on the device of keys, "), error
+        assert str(error).endswith(f"; got {first}"), error
+    else:
+        raise AssertionError("nothing was refused")
 print("done")
 """
 

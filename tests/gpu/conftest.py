@@ -1,5 +1,7 @@
 """The backends of this folder: those whose arrays live on a CUDA device.
 
+With ``GRAPHKV_GPU_PART=1/4`` every fourth test runs, so that several processes share what takes long.
+
 With ``GRAPHKV_GPU_REHEARSAL=1`` torch and JAX stay on the CPU: nothing is shown about a device, but the tests have run
 before the first machine that has one. What asks for a device by its nature says so in its name.
 """
@@ -7,7 +9,9 @@ before the first machine that has one. What asks for a device by its nature says
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +92,32 @@ def _on_device(name: str) -> OnDevice:
         return DEVICES[name]()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Make it an error that torch waits for the device."""
+    import torch
+
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # That the mode is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+# Last, so that -k has taken its choice already.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave every n-th test."""
+    part, _, parts = os.environ.get("GRAPHKV_GPU_PART", "1/1").partition("/")
+    mine = items[int(part) - 1 :: int(parts)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = mine
 
 
 @pytest.fixture(scope="session", params=["cupy", "torch-cuda"])

@@ -1,4 +1,4 @@
-"""What only a device can show: order of work, ties in real sorts, streams, memory. We have not run these on one."""
+"""What only a device can show: order of work, ties in real sorts, streams, memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from graphkv import Decay, Degree, GraphKV, Random, SnapKV, StreamingLLM, build_graph, evict, propagate, select
+from tests.gpu.conftest import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -179,18 +180,41 @@ def test_no_square_of_the_tokens_is_made_only_on_a_device(gpu):
 def test_torch_waits_for_nothing_only_on_a_device(gpu):
     if gpu.backend.name != "torch":
         pytest.skip("only torch can say when it waits; for CuPy the stand-in's log does")
+    keys, queries = map(gpu.make, layer())
+
+    with no_waiting():
+        # Random is left out: it brings a table from the host, and that copy waits.
+        found = [evict(POLICIES[name], keys, queries=queries).kept for name in POLICIES if name != "random"]
+
+    assert all(kept.shape == (2, 2, 128) for kept in found)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "random"])
+def test_an_eviction_is_captured_and_replayed_only_on_a_device(gpu, name):
+    """A CUDA graph replays all launches at once; it takes what waits for nothing and has fixed shapes."""
+    if gpu.backend.name != "torch":
+        pytest.skip("graphs are captured with torch only")
     import torch
 
     keys, queries = map(gpu.make, layer())
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        # Random is left out: it brings a table from the host, and that copy waits.
-        found = [evict(POLICIES[name], keys, queries=queries).kept for name in ("snapkv", "streaming", "graphkv")]
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # torch asks for a call or two on a stream aside first
+        for _ in range(2):
+            evict(POLICIES[name], keys, queries=queries)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = evict(POLICIES[name], keys, queries=queries)
+    others = [gpu.make(x[..., ::-1].copy()) for x in layer()]
+    keys.copy_(others[0])
+    queries.copy_(others[1])
 
-    assert all(kept.shape == (2, 2, 128) for kept in found)
+    graph.replay()
+
+    wanted = evict(POLICIES[name], others[0], queries=others[1])
+    np.testing.assert_array_equal(gpu.host(found.kept), gpu.host(wanted.kept))
+    np.testing.assert_array_equal(gpu.host(found.scores), gpu.host(wanted.scores))
 
 
 def test_a_second_device_only_on_a_device(gpu):

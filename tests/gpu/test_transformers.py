@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from graphkv.integrations.transformers import EvictingCache, evicting, observing  # noqa: E402
 from graphkv.integrations.transformers.versions import with_cache  # noqa: E402
-from tests.gpu.conftest import torch_device  # noqa: E402
+from tests.gpu.conftest import no_waiting, torch_device  # noqa: E402
 from tests.integrations.reference import SlowReference, attending  # noqa: E402
 from tests.integrations.tiny import tiny_llama  # noqa: E402
 
@@ -116,12 +116,8 @@ def test_a_decoding_step_does_not_wait_only_on_a_device(device, ids):
         cache = EvictingCache(GraphKV(SNAPKV, Degree()), every=4)
         read(model, cache, ids.to(device), [N, 1, 1, 1, 1])
         token, options = ids[:, :1].to(device), with_cache(model, cache)
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             for _ in range(4):
                 model(token, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
 
     assert cache.get_seq_length() == N + 8

@@ -1,4 +1,4 @@
-"""Triton's kernels against torch's own forms, on the device: the first run anywhere but in Triton's interpreter."""
+"""Triton's kernels against torch's own forms, on the device."""
 
 from __future__ import annotations
 

@@ -399,7 +399,7 @@ def test_other_names_and_budgets_are_refused(model, policy, options, message):
     ],
 )
 def test_a_budget_that_leaves_no_choice_warns_and_says_why(model, ids, policy, message):
-    with torch.no_grad(), pytest.warns(GraphKVWarning, match=message) as found, evicting(model, policy, every=8):
+    with torch.no_grad(), pytest.warns(GraphKVWarning, match=message) as found, evicting(model, policy, every=32):
         model(ids)
     assert [each.filename for each in found] == [__file__]
     with torch.no_grad(), observing(model):

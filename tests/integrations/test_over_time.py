@@ -677,3 +677,30 @@ def test_configurations_that_cannot_work_are_refused():
         evicting(odd, SNAPKV),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "policy", [SnapKV(budget=7, window=6, num_sinks=2), GraphKV(PyramidKV(budget=7, window=6, num_sinks=2, beta=4))]
+)
+def test_a_window_that_evictions_would_cut_is_refused_before_anything_is_read(policy):
+    message = r"^every must be at least 6, or the budget at least 8, for window and sinks of .*; got 5 and 7$"
+    with pytest.raises(ArgumentError, match=message):
+        EvictingCache(policy, every=5)
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.1])
+def test_of_shares_it_is_refused_at_the_first_eviction(model, ids, budget):
+    """The prompt's, so that no answer breaks off."""
+    cache = EvictingCache(SnapKV(budget=budget, window=9), every=5)
+    with observing(model), torch.inference_mode(), pytest.raises(ArgumentError, match="every must be at least 9"):
+        model(ids[None, :N], **with_cache(model, cache))
+
+
+@pytest.mark.filterwarnings("ignore:.* leave nothing of the budget")
+@pytest.mark.parametrize(("budget", "every"), [(6, 1), (5, 6), (0, 1)])
+def test_what_evictions_do_not_cut_goes_on(model, ids, budget, every):
+    cache = EvictingCache(SnapKV(budget=budget, window=6), every=every)
+    with observing(model), torch.inference_mode():
+        for part in (ids[:N], *ids[N : N + 2 * every + 1].split(1)):
+            model(part[None], **with_cache(model, cache))
+    assert cache.num_seen == N + 2 * every + 1

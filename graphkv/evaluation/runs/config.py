@@ -27,6 +27,9 @@ __all__ = ["MODES", "PROTECTED", "Config", "budget_of", "load_config", "suite_na
 PROTECTED = "protected"
 MODES = ("aware", "agnostic", PROTECTED)
 
+# Tokens that no cache has more of.
+AMPLE = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -139,7 +142,8 @@ class Config:
         for name in self.policies:
             if is_press(name):
                 raise ArgumentError(f"every must be left out for a press, which evicts only prompts; got {name}")
-            policy = make_policy(name, budget_of(self.budgets[0]))
+            # Whether budgets have room for a window depends on the mode.
+            policy = make_policy(name, AMPLE)
             try:
                 EvictingCache(policy, every=self.every)
             except ArgumentError as error:

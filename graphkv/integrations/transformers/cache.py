@@ -26,6 +26,7 @@ from .history import History
 from .hybrid import HybridEvictingLayer
 from .layer import EvictingLayer
 from .probing import probe
+from .queries import check_window
 from .report import LayerStats, describe, layer_stats
 from .settings import Settings
 from .source import FULL, WINDOWED
@@ -59,7 +60,8 @@ class EvictingCache(Cache):  # type: ignore[misc]
     every : int, optional
         Evict again whenever that many tokens have come since the last eviction: after each chunk of a prompt that comes
         in chunks, while decoding, and in later turns. A layer then never stores more than its budget, `every` - 1
-        tokens and the call at hand. None: only once.
+        tokens and the call at hand. None: only once. With a window of queries, at least as many as are in it, or the
+        budget has room for it and for the sinks.
     protect_prompt : bool
         Never evict what the model reads: the prompt, and in later turns what `generate` is given anew. Outside of
         `generate`, that is what comes in calls of more than one token. Those tokens count in the budget, which must
@@ -129,6 +131,9 @@ class EvictingCache(Cache):  # type: ignore[misc]
             num_queries=checks.count("num_queries", num_queries),
             backend=load(backend) if isinstance(backend, str) else backend,
         )
+        if policy is not None and every is not None and isinstance(policy.budget, int) and not protect_prompt:
+            # Known before anything is read; of other budgets, each layer says so at its first eviction.
+            check_window(policy, policy.budget, every)
         # Not a method: a cache that holds itself keeps its memory until the garbage collector comes.
         super().__init__(layer_class_to_replicate=partial(EvictingLayer, self.settings))
         _check_tiers(policy, self.settings)

@@ -18,7 +18,7 @@ from ...core.precision import Precision
 from . import rotary, versions
 from .decision import LEVELS, Decider, are_ragged, parted, precision_of
 from .probes import HeldProbe
-from .queries import Queries
+from .queries import Queries, check_window, num_held
 from .record import EvictionRecord, redundancy
 from .settings import Settings
 from .slots import FILLS, OfSlots, Slots
@@ -402,6 +402,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
                 f"policy must not ask for more tokens than the {self.budget} that an earlier eviction left; "
                 f"got a budget of {budget}"
             )
+        if self.settings.every is not None and not is_other and not policy.needs().automatic:
+            check_window(policy, budget, self.settings.every)
         positions, num_before, freed_before = self.true_positions, self.num_stored, self.bytes_freed
         kept, others = decider.kept(decisions)
         if "mass" in others and isinstance(self.slots, TieredSlots):
@@ -544,10 +546,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         over = settings.policy is not None and settings.every is None
         # What has been summed up is not asked again; a memory that no attention goes into sums nothing up.
         sums_up = bool(policy.needs().state) and policy.needs().queries != "window"
-        protection = policy.protection(budget)
-        if self.held is None or over or sums_up or not protection.count or protection.room > budget:
+        if self.held is None or over or sums_up:
             return None
-        return self.held.last(protection.newest) if protection.newest else None
+        return self.held.last(num_held(policy, budget))
 
     def crop(self, argument: int) -> None:
         """Take back the newest tokens, at most those that came since the last eviction.

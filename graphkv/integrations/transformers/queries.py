@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import torch
 
+from ...core.errors import ArgumentError
+from ...core.needs import name_of
+from ...core.policy import Policy
 from .slots import gathered
 
-__all__ = ["Queries"]
+__all__ = ["Queries", "check_window", "num_held"]
 
 
 class Queries(NamedTuple):
@@ -89,3 +92,21 @@ class Queries(NamedTuple):
     def rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Queries:
         """Select, repeat or reorder rows of the batch."""
         return Queries(queries=change(self.queries), asked=None if self.asked is None else change(self.asked))
+
+
+def num_held(policy: Policy, budget: int) -> int:
+    """Count the newest tokens that an eviction keeps for sure: a window reaches back to their queries, across it."""
+    protection = policy.protection(budget)
+    return 0 if protection.room > budget else protection.newest
+
+
+def check_window(policy: Policy, budget: int, every: int) -> None:
+    """Refuse a window that evictions after every so many tokens cut: too few of its queries are held or come anew."""
+    has_window = policy.needs().queries == "window"
+    if not has_window or policy.num_queries(budget + every) <= num_held(policy, budget) + every:
+        return
+    protection = policy.protection(budget)
+    raise ArgumentError(
+        f"every must be at least {protection.newest}, or the budget at least {protection.room}, for window and sinks "
+        f"of {name_of(policy)}; got {every} and {budget}"
+    )
