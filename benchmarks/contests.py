@@ -14,7 +14,7 @@ from graphkv import H2O, Absorb, Degree, Given, GraphKV, SnapKV
 
 from .measure import Call, Contest
 
-__all__ = ["Shape", "contests"]
+__all__ = ["MIDDLE", "SHAPES", "TINY", "Shape", "bare_product", "contests", "graph_step"]
 
 
 class Shape(NamedTuple):
@@ -54,7 +54,8 @@ def _normal(library: str, device: str, *shape: int) -> Any:
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
 
 
-def _graph_step(shape: Shape, library: str, device: str) -> Call:
+def graph_step(shape: Shape, library: str, device: str) -> Call:
+    """Build a graph, propagate and select."""
     keys = _normal(library, device, shape.heads, shape.num_tokens, shape.head_size)
     importance = _normal(library, device, shape.heads, shape.num_tokens)
 
@@ -66,7 +67,8 @@ def _graph_step(shape: Shape, library: str, device: str) -> Call:
     return step
 
 
-def _bare_product(shape: Shape, library: str, device: str) -> Call:
+def bare_product(shape: Shape, library: str, device: str) -> Call:
+    """Multiply the keys of all sources by those of all tokens."""
     keys = _normal(library, device, shape.heads, shape.num_tokens, shape.head_size)
     sources = _normal(library, device, shape.heads, shape.num_sources, shape.head_size)
     return lambda: sources @ keys.swapaxes(-1, -2)
@@ -93,7 +95,7 @@ def _against(first: Callable[..., Call], second: Callable[..., Call], shape: Sha
 def _grown(shape: Shape, grown: Shape, *where: str) -> Any:
     def make(tiny: bool) -> tuple[Call, Call]:
         small, large = (TINY, TINY) if tiny else (shape, grown)
-        return _graph_step(large, *where), _graph_step(small, *where)
+        return graph_step(large, *where), graph_step(small, *where)
 
     return make
 
@@ -178,7 +180,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
         found.append(
             Contest(
                 name=f"graph step, torch: {shape}",
-                make=_against(_graph_step, _bare_product, shape, *where),
+                make=_against(graph_step, bare_product, shape, *where),
                 of="build_graph + propagate + select",
                 to="bare product",
                 at_most=1.5,
@@ -191,7 +193,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
         found += [
             Contest(
                 name=f"graph step, numpy: {shape}",
-                make=_against(_graph_step, _bare_product, shape, "numpy", device),
+                make=_against(graph_step, bare_product, shape, "numpy", device),
                 of="build_graph + propagate + select",
                 to="bare product",
                 at_most=2.0,
@@ -204,7 +206,7 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
         found.append(
             Contest(
                 name=f"all pairs, torch: {shape}",
-                make=_against(_all_pairs, _graph_step, shape, *where),
+                make=_against(_all_pairs, graph_step, shape, *where),
                 of="all-pairs redundancy",
                 to="graph step",
                 at_least=15.0 if num_tokens == 8192 else None,
