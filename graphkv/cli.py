@@ -292,8 +292,12 @@ def evaluate(
         bool | None,
         typer.Option("--closeness/--no-closeness", help="Compare attention with the full cache's. Default: no."),
     ] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs: cpu, or another device such as cuda. Default: cpu.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16. Default: float32.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time. Default: 16.")] = None,
     workers: Annotated[
         int | None,
@@ -335,9 +339,8 @@ def evaluate(
         data=data,
         metric=metric,
         batch=batch,
-        # The default is left to a file of settings.
-        device=None if device == "cpu" else device,
-        dtype=None if dtype == "float32" else dtype,
+        device=device,
+        dtype=dtype,
     )
     main(
         load_config(suite, config, given),
