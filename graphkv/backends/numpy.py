@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from ..core import primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
 from ..core.types import Array, Graph
-from . import streamed
+from . import host, streamed
 
 __all__ = ["BACKEND", "SPARSE", "to_csr"]
 
@@ -29,126 +28,14 @@ def _smallest(keys: Array, k: int, /) -> Array:
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smallest=_smallest)
 
 
-class _Scratch(threading.local):
-    """Memory that every thread keeps for its next graph: allocating it anew costs more than the matrix product."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, Array] = {}
-
-    def take(self, name: str, size: int, dtype: Any, /) -> Array:
-        found = self.buffers.get(name)
-        if found is None or found.dtype != dtype or found.size < size:
-            found = self.buffers[name] = np.empty(size, dtype)
-        return found[:size]
-
-
-_scratch = _Scratch()
-
-
-def _normalize(keys: Array, /, *, out: Array) -> None:
-    length = np.sqrt(np.vecdot(keys, keys))
-    usable = (length > 0) & np.isfinite(length)
-    if not usable.all():
-        keys, length = np.where(usable[..., None], keys, 0), np.where(usable, length, 1)
-    np.divide(keys, length[..., None], out=out)
-
-
-def _rankable(similarity: Array, /) -> Array:
-    """Clip cosines to weights, and keep what may not be a neighbor below them."""
-    weights = np.clip(similarity, 0, 1)
-    weights[similarity < streamed.EXCLUDED / 2] = streamed.EXCLUDED
-    return weights
-
-
-def _best(values: Array, count: int, /) -> tuple[Array, Array]:
-    """Return the places of the highest values of every row, ascending, and the rows where equal values were left out.
-
-    Of equal values the first are taken.
-    """
-    num_rows, size = values.shape
-    if count == size:
-        return np.tile(np.arange(size), (num_rows, 1)), np.zeros(num_rows, dtype=bool)
-    lowest = np.partition(values, size - count, axis=-1)[:, size - count, None]
-    is_best = values >= lowest
-    surplus = np.count_nonzero(is_best, axis=-1) - count
-    is_tied = surplus > 0
-    if is_tied.any():
-        equal = values[is_tied] == lowest[is_tied]
-        left = np.count_nonzero(equal, axis=-1) - surplus[is_tied]
-        is_best[is_tied] &= ~equal | (np.cumsum(equal, axis=-1) <= left[:, None])
-    places = np.flatnonzero(is_best).reshape(num_rows, count)
-    places %= size
-    return places, is_tied
-
-
-def _best_in_blocks(similarity: Array, count: int, block: int, /) -> Array:
-    """Return what `_best` finds in all clipped similarities, by ranking only the best blocks.
-
-    Block b holds the tokens b, b + B, b + 2 B, ... of B blocks: so the maxima of all blocks come from comparing halves
-    of rows, which is as fast as reading them. Blocks with equal maxima have no order, so their rows are ranked whole.
-    """
-    num_rows, size = similarity.shape
-    num_blocks = size // block
-    if size % block or num_blocks <= count:
-        return _best(_rankable(similarity), count)[0]
-    half = size // 2
-    highest = _scratch.take("highest", num_rows * half, similarity.dtype).reshape(num_rows, half)
-    np.maximum(similarity[:, :half], similarity[:, half:], out=highest)
-    while half > num_blocks:
-        half //= 2
-        np.maximum(highest[:, :half], highest[:, half : 2 * half], out=highest[:, :half])
-    chosen, is_tied = _best(_rankable(highest[:, :half]), count)
-    candidates = (np.arange(0, size, num_blocks)[:, None] + chosen[:, None, :]).reshape(num_rows, -1)
-    near = similarity.reshape(-1).take(candidates + np.arange(0, similarity.size, size)[:, None])
-    places = np.take_along_axis(candidates, _best(_rankable(near), count)[0], -1)
-    if is_tied.any():
-        places[is_tied] = _best(_rankable(similarity[is_tied]), count)[0]
-    return places
-
-
-def _nearest(
-    keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, height: int, block: int
-) -> tuple[Array, Array]:
-    (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
-    neighbors = np.empty((num_rows, num_sources, num_neighbors), dtype=np.int64)
-    similarities = np.empty(neighbors.shape, dtype=keys.dtype)
-    # One more entry of every direction excludes what may not be a neighbor: the product adds it.
-    bias = np.full((num_rows, num_tokens + -num_tokens % width), streamed.EXCLUDED, dtype=keys.dtype)
-    bias[:, :num_tokens][~is_padding] = 0
-    np.put_along_axis(bias, sources, streamed.EXCLUDED, 1)
-    of = np.empty((num_rows, num_sources, head_size + 1), dtype=keys.dtype)
-    _normalize(np.take_along_axis(keys, sources[..., None], 1), out=of[..., :-1])
-    of[..., -1] = 1
-
-    for first in range(0, num_rows, height):
-        rows = slice(first, min(first + height, num_rows))
-        num = rows.stop - first
-        places = np.empty((num * num_sources, 0), dtype=np.int64)
-        weights = np.empty(places.shape, dtype=keys.dtype)
-        for start in range(0, num_tokens, width):
-            size = min(width, num_tokens - start)
-            to = _scratch.take("directions", num * width * (head_size + 1), keys.dtype).reshape(num, width, -1)
-            _normalize(keys[rows, start : start + size], out=to[:, :size, :-1])
-            to[:, size:, :-1] = 0
-            to[..., -1] = bias[rows, start : start + width]
-            found = _scratch.take("products", num * num_sources * width, keys.dtype).reshape(num, num_sources, width)
-            np.matmul(of[rows], to.swapaxes(1, 2), out=found)
-
-            found = found.reshape(-1, width)
-            near = _best_in_blocks(found, min(num_neighbors, width), block)
-            places = np.concatenate([places, near + start], axis=-1)
-            weights = np.concatenate([weights, _rankable(np.take_along_axis(found, near, -1))], axis=-1)
-            if places.shape[-1] > num_neighbors:
-                # Earlier tokens come first, so the lower one is kept among equals.
-                best, _ = _best(weights, num_neighbors)
-                places, weights = np.take_along_axis(places, best, -1), np.take_along_axis(weights, best, -1)
-        order = np.argsort(-weights, axis=-1, kind="stable")
-        neighbors[rows] = np.take_along_axis(places, order, -1).reshape(num, num_sources, -1)
-        similarities[rows] = np.take_along_axis(weights, order, -1).reshape(num, num_sources, -1)
-    return neighbors, similarities
-
-
-build_graph = partial(streamed.build_graph, nearest=_nearest, block_size=16)
+PASSES = host.Passes(
+    length=lambda keys: np.sqrt(np.vecdot(keys, keys)),
+    divide=np.divide,
+    multiply=lambda of, to, out: np.matmul(of, to.swapaxes(1, 2), out=out),
+    highest=lambda products, size: np.maximum.reduceat(products.reshape(-1), np.arange(0, products.size, size)),
+)
+_nearest = partial(host.nearest, passes=PASSES)
+build_graph = partial(streamed.build_graph, nearest=_nearest, block_size=128)
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:

@@ -22,9 +22,11 @@ __all__ = ["EXCLUDED", "build_graph"]
 
 # Similarities that exist at a time, and entries of directions: 8 MB each in float32, which a last-level cache holds.
 BUFFER_SIZE = 1 << 21
+# Many threads share four times as much, of which each has what its core's own cache holds.
+TOTAL_SIZE, SMALLEST = 1 << 23, 1 << 18
 # On a device every operation of a loop is a launch, and memory is plentiful: 256 MB.
 DEVICE_BUFFER_SIZE = 1 << 26
-# Fewer tokens at a time leave a product too small to fill a device.
+# Fewer tokens at a time leave a product too small to fill a device, or to be worth a thread.
 NARROWEST = 1024
 # A place shares an integer with a similarity: half of its bits.
 PLACES = 1 << 32
@@ -46,6 +48,7 @@ def build_graph(
     nearest: Callable[..., tuple[Array, Array]],
     block_size: int,
     on_device: bool = False,
+    num_threads: int = 1,
 ) -> Graph:
     """Build the graph without any array of K x N, and without a normalized copy of all keys.
 
@@ -62,6 +65,9 @@ def build_graph(
         Tokens per block. Fewer mean more maxima to rank, more mean more candidates.
     on_device : bool
         Whether operations are launched on a device: then few large ones, of all rows where these fit.
+    num_threads : int
+        How many threads `nearest` gives parts to: each has buffers of its own, and there are as many parts where these
+        are large enough.
 
     Returns
     -------
@@ -87,16 +93,18 @@ def build_graph(
 
     # Entries per token: its similarities, and its direction.
     per_token = max(num_sources, head_size + 1)
-    buffer_size = DEVICE_BUFFER_SIZE if on_device else BUFFER_SIZE
-    width = min(chunk_size, num_tokens, max(block_size, buffer_size // per_token))
+    buffer_size = DEVICE_BUFFER_SIZE if on_device else min(BUFFER_SIZE, max(SMALLEST, TOTAL_SIZE // num_threads))
+    width = min(chunk_size, max(block_size, buffer_size // per_token))
     if on_device:
         width = min(width, max(block_size, NARROWEST, buffer_size // (per_token * num_rows)))
-    block = min(block_size, width)
+    block = min(block_size, width, num_tokens)
     width -= width % block
     # Chunks of one size, so that equal keys meet the same kernel of the product; the last is filled up.
     num_chunks = -(-num_tokens // width)
+    if num_rows < num_threads:
+        num_chunks = max(num_chunks, min(-(-num_threads // num_rows), num_tokens // NARROWEST))
     width = block * -(-num_tokens // (num_chunks * block))
-    height = min(num_rows, max(1, buffer_size // (per_token * width)))
+    height = min(-(-num_rows // num_threads), max(1, buffer_size // (per_token * width)))
     neighbors, similarities = nearest(
         keys, sources, is_padding, num_neighbors=num_neighbors, width=width, height=height, block=block
     )

@@ -9,7 +9,6 @@ from math import isqrt, prod
 from typing import Any
 
 import array_api_compat.torch as xp
-import numpy as np
 import torch
 
 from ..core import primitives
@@ -17,8 +16,11 @@ from ..core.attention import portable_received_attention
 from ..core.backend import Backend
 from ..core.fusion import portable_distance
 from ..core.graph import portable_build_graph
+from ..core.propagation import portable_propagate
+from ..core.selection import portable_select
 from ..core.types import Array, Graph
-from . import streamed
+from . import host, streamed, threads
+from . import numpy as on_host
 
 __all__ = ["BACKEND"]
 
@@ -54,7 +56,52 @@ def _smallest(keys: Array, k: int, /) -> Array:
 
 
 # Not torch.topk on the scores: its order among equal values is undefined (pytorch#27542).
-top_k = partial(primitives.packed_top_k, bits=lambda x: x.resolve_neg().view(torch.int32), smallest=_smallest)
+_packed_top_k = partial(primitives.packed_top_k, bits=lambda x: x.resolve_neg().view(torch.int32), smallest=_smallest)
+
+
+def _is_on_host(*arrays: Array | None) -> bool:
+    """Return whether NumPy can read the tensors where they are.
+
+    It computes in the calling thread alone, and a call of it takes a fraction of one of torch, which splits what has
+    more than 32,768 entries over its threads. These wait for each other: for milliseconds where others compute too.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in arrays if x is not None]
+    return all(x.device.type == "cpu" for x in given) and _is_plain(*given)
+
+
+def _read(x: Array | None, /) -> Any:
+    return None if x is None else x.detach().resolve_neg().numpy()
+
+
+def top_k(scores: Array, k: int, tiers: Array | None, /, *, backend: Backend) -> Array:
+    """Rank by NumPy where it can read the scores."""
+    if not _is_on_host(scores, tiers):
+        return _packed_top_k(scores, k, tiers, backend=backend)
+    return torch.from_numpy(on_host.top_k(_read(scores), k, _read(tiers), backend=on_host.BACKEND))
+
+
+def select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
+    """Select by NumPy where it can read the scores."""
+    if not _is_on_host(scores, protected, valid):
+        return portable_select(scores, budget, protected, valid, backend=backend)
+    found = portable_select(_read(scores), budget, _read(protected), _read(valid), backend=on_host.BACKEND)
+    return torch.from_numpy(found)
+
+
+def propagate(importance: Array, graph: Graph, /, *, backend: Backend, **options: Any) -> Array:
+    """Send signals by NumPy where it can read the scores."""
+    if not _is_on_host(importance, graph.sources, graph.neighbors, graph.weights):
+        return portable_propagate(importance, graph, backend=backend, **options)
+    graph = Graph(
+        sources=_read(graph.sources),
+        neighbors=_read(graph.neighbors),
+        weights=_read(primitives.widen(graph.weights, xp=xp)),
+        num_tokens=graph.num_tokens,
+    )
+    with on_host.BACKEND.guarded(graph.weights):
+        return torch.from_numpy(portable_propagate(_read(importance), graph, backend=on_host.BACKEND, **options))
 
 
 def segment_product(values: Array, index: Array, num_segments: int, /, *, backend: Backend) -> Array:
@@ -103,16 +150,6 @@ def _rankable(similarity: Array, places: Array, /) -> Array:
     return torch.add(places, bits.neg_().add_(is_excluded).to(torch.int64), alpha=1 << 32)
 
 
-def _smallest_of_candidates(keys: Array, k: int, /) -> Array:
-    """Select by NumPy where possible: its partial selection is vectorized, and several times as fast."""
-    # Not in `top_k`: what is compiled or mapped (torch.vmap) has no memory that NumPy could read.
-    if keys.device.type != "cpu" or torch.compiler.is_compiling():
-        return _smallest(keys, k)
-    best = np.partition(keys.numpy(), k - 1, axis=-1)[..., :k]
-    best.sort(axis=-1)
-    return torch.from_numpy(best)
-
-
 def _nearest(
     keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors: int, width: int, height: int, block: int
 ) -> tuple[Array, Array]:
@@ -158,16 +195,33 @@ def _nearest_of(
         blocks = found.view(-1, block)
         highest = blocks.amax(dim=-1).view(num_rows, num_sources, -1)
         num_blocks = highest.shape[-1]
-        chosen = (
-            _smallest_of_candidates(_rankable(highest, places[:num_blocks]), min(num_neighbors, num_blocks))
-            & 0xFFFFFFFF
-        )
+        chosen = _smallest(_rankable(highest, places[:num_blocks]), min(num_neighbors, num_blocks)) & 0xFFFFFFFF
         near = blocks.index_select(0, (first * num_blocks + chosen).view(-1)).view(*chosen.shape, block)
         near = _rankable(near, (chosen * block)[..., None] + places[start : start + block])
         best = torch.cat([best, near.view(num_rows, num_sources, -1)], dim=-1)
-        best = _smallest_of_candidates(best, min(num_neighbors, best.shape[-1]))
+        best = _smallest(best, min(num_neighbors, best.shape[-1]))
     weights = (best >> 32).neg_().clamp_(min=0).to(torch.int32).view(torch.float32)
     return best & 0xFFFFFFFF, weights
+
+
+def _lengths(keys: Any, /) -> Any:
+    return torch.linalg.vector_norm(torch.from_numpy(keys), dim=-1).numpy()
+
+
+def _divide(keys: Any, by: Any, out: Any, /) -> None:
+    torch.div(torch.from_numpy(keys), torch.from_numpy(by), out=torch.from_numpy(out))
+
+
+def _multiply(of: Any, to: Any, out: Any, /) -> None:
+    torch.bmm(torch.from_numpy(of), torch.from_numpy(to).mT, out=torch.from_numpy(out))
+
+
+def _highest(products: Any, size: int, /) -> Any:
+    return torch.from_numpy(products).view(-1, size).amax(dim=-1).numpy()
+
+
+PASSES = host.Passes(length=_lengths, divide=_divide, multiply=_multiply, highest=_highest)
+_nearest_on_host = partial(host.nearest, passes=PASSES, run=threads.run)
 
 
 def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any) -> Graph:
@@ -175,9 +229,20 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
     # The norm of a key of one entry is that entry, however small its square.
     if keys.dtype != torch.float32 or keys.shape[-1] == 1 or not _is_plain(keys, importance, valid):
         return portable_build_graph(keys, importance, valid, **options)
-    on_device = _is_launched(keys)
+    if _is_on_host(keys, importance, valid):
+        options |= {"backend": on_host.BACKEND, "num_threads": threads.count()}
+        with on_host.BACKEND.guarded(keys):
+            graph = streamed.build_graph(
+                _read(keys), _read(importance), _read(valid), nearest=_nearest_on_host, block_size=64, **options
+            )
+        return Graph(
+            sources=torch.from_numpy(graph.sources),
+            neighbors=torch.from_numpy(graph.neighbors),
+            weights=torch.from_numpy(graph.weights),
+            num_tokens=graph.num_tokens,
+        )
     return streamed.build_graph(
-        keys, importance, valid, nearest=_nearest, block_size=32, on_device=on_device, **options
+        keys, importance, valid, nearest=_nearest, block_size=32, on_device=_is_launched(keys), **options
     )
 
 
@@ -364,6 +429,8 @@ BACKEND = Backend(
     received_attention=received_attention,
     build_graph=build_graph,
     distance=distance,
+    propagate=propagate,
+    select=select,
     guard=guard,
     detach=torch.Tensor.detach,
     refuse=refuse,
