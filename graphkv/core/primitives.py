@@ -257,11 +257,9 @@ def _segment_reduce(
     if num_rows > height:
         # Rows have nothing to do with each other, and places in all of them would not fit the widest integers of JAX.
         values, index = (xp.reshape(x, (num_rows, num_values)) for x in (values, index))
+        blocks = [slice(first, first + height) for first in range(0, num_rows, height)]
         parts = [
-            _segment_reduce(
-                *(x[first : first + height, :] for x in (values, index)), num_segments, combine, identity, xp=xp
-            )
-            for first in range(0, num_rows, height)
+            _segment_reduce(values[rows, :], index[rows, :], num_segments, combine, identity, xp=xp) for rows in blocks
         ]
         return xp.reshape(xp.concat(parts), (*leading, num_segments))
     # One flat problem: row r owns the segments r * num_segments ...
