@@ -21,7 +21,7 @@ from systems import without_last_wrapper
 
 from graphkv.evaluation.records import TIMINGS, Record, Timing, read_timings
 from graphkv.evaluation.statistics import Interval, compare
-from graphkv.naming.names import FULL
+from graphkv.naming.names import FULL, base_name
 
 PAGE = RESULTS / "decoding.md"
 # Runs whose answers are compared, each of one mode; and the one that is about time, of one answer after the other.
@@ -29,6 +29,18 @@ RUNS, SPEED = ("aware", "protected"), "speed"
 HEAD = ("policy", "MB", "NLL", "over the full cache", "over random", "over its base")
 HEAD_LINES = ("lines", "lines over its base", "whole")
 SPEED_HEAD = ("policy", "tokens/s", "of the full cache's", "MB", "of the full cache's")
+
+
+def answers(run: str) -> list[Record]:
+    """Read the records of a mode: of one run, or of several that asked the same prompts of other policies.
+
+    Every policy comes after its base.
+    """
+    places = sorted((RESULTS / "decoding").glob(f"{run}*/records.jsonl.gz"))
+    # The full cache is in all of them.
+    found = {one.key: one for place in places for one in records(place.relative_to(RESULTS).as_posix())}
+    bases = list(dict.fromkeys(base_name(one.policy) for one in found.values()))
+    return sorted(found.values(), key=lambda one: bases.index(base_name(one.policy)))
 
 
 def timings(run: str) -> dict[str, Timing]:
@@ -137,8 +149,7 @@ def _said(runs: Mapping[str, Sequence[Record]]) -> Iterator[str]:
 
 def main() -> int:
     """Rewrite the page, or check it."""
-    there = [run for run in RUNS if (RESULTS / "decoding" / run).is_dir()]
-    runs = {run: records(f"decoding/{run}/records.jsonl.gz") for run in there}
+    runs = {run: read for run in RUNS if (read := answers(run))}
     tables = {f"{run} {size}": table(at(read, size)) for run, read in runs.items() for size in budgets(read)}
     # One budget shows how tasks differ.
     tables |= {f"{run} by task": by_task(at(read, budgets(read)[-1])) for run, read in runs.items()}
