@@ -28,7 +28,7 @@ PAGE = RESULTS / "decoding.md"
 RUNS, SPEED = ("aware", "protected"), "speed"
 HEAD = ("policy", "MB", "NLL", "over the full cache", "over random", "over its base")
 HEAD_LINES = ("lines", "lines over its base", "whole")
-SPEED_HEAD = ("policy", "tokens/s", "of the full cache's", "MB", "of the full cache's")
+SPEED_HEAD = ("policy", "tokens written", "tokens/s", "of the full cache's", "MB", "of the full cache's")
 
 
 def answers(run: str) -> list[Record]:
@@ -99,7 +99,8 @@ def speeds(read: Sequence[Record], timed: Mapping[str, Timing]) -> str:
     lines = [list(SPEED_HEAD)]
     for name in by_name:
         of_full = [f"{found[name] / found[FULL]:.2f}" for found in (speed, size)]
-        lines.append([_shown(name), f"{speed[name]:.1f}", of_full[0], f"{size[name]:.1f}", of_full[1]])
+        written = sum(timed[record.key].tokens for record in by_name[name])
+        lines.append([_shown(name), f"{written}", f"{speed[name]:.1f}", of_full[0], f"{size[name]:.1f}", of_full[1]])
     return _rows(lines)
 
 
