@@ -17,7 +17,7 @@ import numpy as np
 from ..core.types import Array
 from .streamed import EXCLUDED
 
-__all__ = ["Passes", "nearest", "scratch"]
+__all__ = ["Passes", "best", "nearest", "scratch"]
 
 
 class Passes(NamedTuple):
@@ -57,7 +57,7 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def _best(values: Array, count: int, /) -> tuple[Array, Array, bool]:
+def best(values: Array, count: int, /) -> tuple[Array, Array, bool]:
     """Return the places of the highest values of every row, ascending, the lowest of them, and whether it was a choice.
 
     Of equal values the first are taken; it was a choice where some were not.
@@ -112,7 +112,7 @@ def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tu
     highest = np.clip(highest, 0, 1)
     # Blocks of nothing but such tokens rank behind others of 0.
     np.copyto(highest, EXCLUDED, where=is_out.all(axis=-1)[:, None])
-    chosen, lowest, is_choice = _best(highest.reshape(rows, -1), min(count, num_blocks))
+    chosen, lowest, is_choice = best(highest.reshape(rows, -1), min(count, num_blocks))
     near = products.reshape(-1, size).take(chosen + np.arange(0, rows * num_blocks, num_blocks)[:, None], axis=0)
     near = near.reshape(rows, -1)
     found = None
@@ -123,8 +123,8 @@ def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tu
         np.clip(near, 0, 1, out=near)
         row = np.repeat(np.arange(num_rows) * num_blocks, num_sources)[:, None]
         np.copyto(near, EXCLUDED, where=is_out.reshape(-1, size).take(row + chosen, axis=0).reshape(near.shape))
-        best, _, _ = _best(near, min(count, near.shape[-1]))
-        found = _ordered(best, np.take_along_axis(near, best, -1), count)
+        places, _, _ = best(near, min(count, near.shape[-1]))
+        found = _ordered(places, np.take_along_axis(near, places, -1), count)
     places, values = found
     places = np.take_along_axis(chosen, places // size, -1) * size + places % size
     return (x.reshape(num_rows, num_sources, -1) for x in (places, values))  # type: ignore[return-value]

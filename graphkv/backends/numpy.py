@@ -13,6 +13,7 @@ from scipy.sparse import csc_array, csr_array
 from ..core import primitives
 from ..core.backend import Backend
 from ..core.errors import ArgumentError
+from ..core.selection import portable_select
 from ..core.types import Array, Graph
 from . import host, streamed
 
@@ -26,6 +27,15 @@ def _smallest(keys: Array, k: int, /) -> Array:
 
 
 top_k = partial(primitives.packed_top_k, bits=lambda x: x.view(np.int32), smallest=_smallest)
+
+
+def select(scores: Array, budget: int, protected: Array | None, valid: Array | None, /, *, backend: Backend) -> Array:
+    """Select by one partial sort where nothing ranks before the scores, as is the case for the sources of a graph."""
+    *leading, num_tokens = scores.shape
+    has_tiers = protected is not None or not (valid is None or valid.all())
+    if has_tiers or scores.size * budget == 0 or np.isnan(scores).any():
+        return portable_select(scores, budget, protected, valid, backend=backend)
+    return host.best(scores.reshape(-1, num_tokens), budget)[0].reshape(*leading, budget)
 
 
 PASSES = host.Passes(
@@ -153,6 +163,7 @@ BACKEND = Backend(
     segment_sum=segment_sum,
     sum_rows=sum_rows,
     build_graph=build_graph,
+    select=select,
     guard=guard,
     refuse=refuse,
 )

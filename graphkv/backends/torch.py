@@ -86,7 +86,7 @@ def select(scores: Array, budget: int, protected: Array | None, valid: Array | N
     """Select by NumPy where it can read the scores."""
     if not _is_on_host(scores, protected, valid):
         return portable_select(scores, budget, protected, valid, backend=backend)
-    found = portable_select(_read(scores), budget, _read(protected), _read(valid), backend=on_host.BACKEND)
+    found = on_host.select(_read(scores), budget, _read(protected), _read(valid), backend=on_host.BACKEND)
     return torch.from_numpy(found)
 
 
