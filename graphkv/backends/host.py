@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class _Scratch(threading.local):
         self.buffers: dict[str, Array] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any, /) -> Array:
-        found, size = self.buffers.get(name), int(np.prod(shape))
+        found, size = self.buffers.get(name), prod(shape)
         if found is None or found.dtype != dtype or found.size < size:
             found = self.buffers[name] = np.empty(size, dtype)
         return found[:size].reshape(shape)
@@ -87,19 +88,26 @@ def _above(values: Array, lowest: Array, count: int, /) -> tuple[Array, Array] |
     if widest > 4 * count:
         return None
     # Rows of one length, filled up with what ranks last.
-    column = np.arange(places.size) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-    table = np.full((num_rows, widest), EXCLUDED, dtype=values.dtype)
-    table[row, column] = np.minimum(values.reshape(-1)[places], 1)
-    where = np.zeros((num_rows, widest), dtype=np.int64)
-    where[row, column] = places % size
-    order = np.argsort(-table, axis=-1, kind="stable")[:, :count]
-    return np.take_along_axis(where, order, -1), np.take_along_axis(table, order, -1)
+    into = np.arange(places.size) + np.repeat(
+        np.arange(0, num_rows * widest, widest) - np.cumsum(numbers) + numbers, numbers
+    )
+    table = np.full(num_rows * widest, EXCLUDED, dtype=values.dtype)
+    table[into] = np.minimum(values.reshape(-1)[places], 1)
+    where = np.zeros(num_rows * widest, dtype=np.int64)
+    where[into] = places % size
+    return _ordered(where.reshape(num_rows, widest), table.reshape(num_rows, widest), count)
 
 
 def _ordered(places: Array, values: Array, count: int, /) -> tuple[Array, Array]:
     """Sort the places, ascending, of some values by these, and keep the first."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
-    return np.take_along_axis(places, order, -1), np.take_along_axis(values, order, -1)
+    return _take(places, order), _take(values, order)
+
+
+def _take(values: Array, places: Array, /) -> Array:
+    """Take from every row: `numpy.take_along_axis`, in a third of its time."""
+    rows = np.arange(0, values.size, values.shape[-1]).reshape(*values.shape[:-1], 1)
+    return values.reshape(-1).take(places + rows)
 
 
 def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tuple[Array, Array]:
@@ -124,9 +132,9 @@ def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tu
         row = np.repeat(np.arange(num_rows) * num_blocks, num_sources)[:, None]
         np.copyto(near, EXCLUDED, where=is_out.reshape(-1, size).take(row + chosen, axis=0).reshape(near.shape))
         places, _, _ = best(near, min(count, near.shape[-1]))
-        found = _ordered(places, np.take_along_axis(near, places, -1), count)
+        found = _ordered(places, _take(near, places), count)
     places, values = found
-    places = np.take_along_axis(chosen, places // size, -1) * size + places % size
+    places = _take(chosen, places // size) * size + places % size
     return (x.reshape(num_rows, num_sources, -1) for x in (places, values))  # type: ignore[return-value]
 
 
