@@ -31,15 +31,19 @@ class Passes(NamedTuple):
     divide : callable
         ``divide(keys, by, out)``, whose `out` need not be contiguous.
     multiply : callable
-        ``multiply(of, to, out)``, the products of all rows (R, K, D) with all rows (R, N, D): (R, K, N).
+        ``multiply(of, to, buffer)``, the products of all rows (R, K, D) with all rows (R, N, D), in the order of axes
+        that suits the library, written to a buffer of their number.
     highest : callable
-        ``highest(products, size)``, the maximum of every block of `size` entries of a contiguous array.
+        ``highest(products, size)``, their maxima over blocks of `size` tokens: (R, K, B).
+    take : callable
+        ``take(products, blocks, size)``, those of the tokens of some blocks (R, K, C): (R, K, C, S).
     """
 
     length: Callable[[Array], Array]
     divide: Callable[[Array, Array, Array], Any]
-    multiply: Callable[[Array, Array, Array], Any]
+    multiply: Callable[[Array, Array, Array], Array]
     highest: Callable[[Array, int], Array]
+    take: Callable[[Array, Array, int], Array]
 
 
 class _Scratch(threading.local):
@@ -110,19 +114,18 @@ def _take(values: Array, places: Array, /) -> Array:
     return values.reshape(-1).take(places + rows)
 
 
-def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tuple[Array, Array]:
-    """Rank the tokens of every source in the best blocks: products (R, K, B, S), their maxima (R, K, B).
+def _ranked(products: Array, is_out: Array, count: int, passes: Passes, /) -> tuple[Array, Array]:
+    """Rank the tokens of every source in the best blocks.
 
     `is_out` (R, B, S) marks what may not be a neighbor; its products are 0.
     """
-    num_rows, num_sources, num_blocks, size = products.shape
-    rows = num_rows * num_sources
-    highest = np.clip(highest, 0, 1)
+    num_rows, num_blocks, size = is_out.shape
+    highest = np.clip(passes.highest(products, size), 0, 1)
+    num_sources = highest.shape[1]
     # Blocks of nothing but such tokens rank behind others of 0.
     np.copyto(highest, EXCLUDED, where=is_out.all(axis=-1)[:, None])
-    chosen, lowest, is_choice = best(highest.reshape(rows, -1), min(count, num_blocks))
-    near = products.reshape(-1, size).take(chosen + np.arange(0, rows * num_blocks, num_blocks)[:, None], axis=0)
-    near = near.reshape(rows, -1)
+    chosen, lowest, is_choice = best(highest.reshape(-1, num_blocks), min(count, num_blocks))
+    near = passes.take(products, chosen.reshape(num_rows, num_sources, -1), size).reshape(len(chosen), -1)
     found = None
     if not is_choice and chosen.shape[-1] == count and lowest.min() > 0:
         # All other blocks are below the lowest of these, so that whoever is not must be among the best.
@@ -193,14 +196,10 @@ def nearest(
         to[:, size:] = 0
         row = np.arange(0, num * num_tokens, num_tokens)[:, None]
         of = keys[rows].reshape(-1, head_size).take(row + sources[rows], axis=0)
-        found = scratch.take("products", (num, num_sources, width), keys.dtype)
-        passes.multiply(directions(of, None, of), to, found)
-        places, values = _ranked(
-            found.reshape(num, num_sources, -1, block),
-            passes.highest(found, block).reshape(num, num_sources, -1),
-            is_out[rows, start : start + width].reshape(num, -1, block),
-            num_neighbors,
-        )
+        buffer = scratch.take("products", (num * num_sources * width,), keys.dtype)
+        found = passes.multiply(directions(of, None, of), to, buffer)
+        in_blocks = is_out[rows, start : start + width].reshape(num, -1, block)
+        places, values = _ranked(found, in_blocks, num_neighbors, passes)
         places += start
         return places, values
 
