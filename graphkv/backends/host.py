@@ -194,8 +194,7 @@ def nearest(
         to = scratch.take("directions", (num, width, head_size), keys.dtype)
         directions(keys[rows, start:stop], is_out[rows, start:stop], to[:, :size])
         to[:, size:] = 0
-        row = np.arange(0, num * num_tokens, num_tokens)[:, None]
-        of = keys[rows].reshape(-1, head_size).take(row + sources[rows], axis=0)
+        of = keys[np.arange(top, rows.stop)[:, None], sources[rows]]
         buffer = scratch.take("products", (num * num_sources * width,), keys.dtype)
         found = passes.multiply(directions(of, None, of), to, buffer)
         in_blocks = is_out[rows, start : start + width].reshape(num, -1, block)
