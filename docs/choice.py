@@ -62,14 +62,20 @@ def _cells(read: Sequence[Record], policy: str, baseline: str) -> dict[tuple[str
     return {(part_of(one), one.cell.budget): one for one in compare(read, "nll", {policy: baseline})}
 
 
-def main() -> int:
-    """Rewrite the page, or check it."""
-    new, mixed = records("choice/records.jsonl.gz"), records("tuning/mixes.jsonl.gz")
-    gemma = records("choice/gemma3.jsonl.gz")
+def held_out(standard: Sequence[Record]) -> list[Record]:
+    """Join the records of the choice and those of the standard run about the same prompts."""
+    new = records("choice/records.jsonl.gz")
     prompts = {record.prompt for record in new}
     # The full cache is in both runs.
-    standard = [record for record in records("standard/records.jsonl.gz") if record.policy != FULL]
-    held = [*new, *(record for record in standard if record.prompt in prompts and record.budget in BUDGETS)]
+    others = [one for one in standard if one.policy != FULL and one.prompt in prompts and one.budget in BUDGETS]
+    return [*new, *others]
+
+
+def main() -> int:
+    """Rewrite the page, or check it."""
+    held, mixed = held_out(records("standard/records.jsonl.gz")), records("tuning/mixes.jsonl.gz")
+    gemma = records("choice/gemma3.jsonl.gz")
+    prompts = {record.prompt for record in held}
     mixes = dict.fromkeys(record.policy for record in mixed if record.policy not in (FULL, "snapkv"))
     tables = {
         "goals": goals(held),

@@ -27,6 +27,7 @@ SHOWN = {
     "full": "the full cache",
     "random": "random",
     "snapkv": "`snapkv`",
+    "snapkv+degree(fusion=max_rank,unrotated=True)": "`snapkv+degree(fusion=max_rank,unrotated=True)` (recommended)",
     "snapkv+graphkv": "`snapkv+graphkv` (the paper)",
     "snapkv+degree": "`snapkv+degree` (ours)",
     "knorm": "`knorm`",

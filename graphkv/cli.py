@@ -54,7 +54,7 @@ Backend = Annotated[
 Budget = Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")]
 Device = Annotated[
     str,
-    typer.Option(help="Where the model runs: cpu, or another device of PyTorch such as cuda. Tested on the CPU only."),
+    typer.Option(help="Where the model runs: cpu, or another device of PyTorch such as cuda. Tested on the CPU."),
 ]
 Document = Annotated[Path | None, typer.Option(help="Document to read. Default: our own, about 1,700 tokens.")]
 Dtype = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
@@ -148,7 +148,8 @@ def demo(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{METHODS} Repeatable. Default: full, random; snapkv and knorm alone, with +graphkv, with +degree.",
+            help=f"{METHODS} Repeatable. Default: full, random; snapkv and knorm alone, with +graphkv, with "
+            "+degree; and what we recommend to find facts, snapkv+degree(fusion=max_rank,unrotated=True).",
             autocompletion=policy_names,
         ),
     ] = None,
@@ -291,8 +292,12 @@ def evaluate(
         bool | None,
         typer.Option("--closeness/--no-closeness", help="Compare attention with the full cache's. Default: no."),
     ] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs: cpu, or another device such as cuda. Default: cpu.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16. Default: float32.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Most caches that answer at a time. Default: 16.")] = None,
     workers: Annotated[
         int | None,
@@ -334,9 +339,8 @@ def evaluate(
         data=data,
         metric=metric,
         batch=batch,
-        # The default is left to a file of settings.
-        device=None if device == "cpu" else device,
-        dtype=None if dtype == "float32" else dtype,
+        device=device,
+        dtype=dtype,
     )
     main(
         load_config(suite, config, given),

@@ -77,6 +77,14 @@ def test_memory_has_one_unit_everywhere():
     assert [path.name for path in shown if re.search(r"\b[KMG]iB\b", path.read_text(encoding="utf-8"))] == []
 
 
+@pytest.mark.parametrize("sheet", ["docs/_static/graphkv.css", "graphkv/evaluation/report/page.html"])
+def test_paper_is_no_telephone(sheet):
+    """It is as narrow, but rows as cards would fill dozens of pages."""
+    text = (ROOT / sheet).read_text(encoding="utf-8")
+    assert re.findall(r"@media.*max-width: 48.*", text)[0].startswith("@media screen and")
+    assert "@media print {" in text
+
+
 def test_pages_with_code_are_found():
     counts = {page.stem: sum(language == RUN for _, language, _ in blocks(page)) for page in PAGES}
 

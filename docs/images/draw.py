@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-# What the picture of the demo shows: each of two policies alone, and with our signal.
-POLICIES = ("snapkv", "snapkv+degree", "knorm", "knorm+degree")
+# What the picture of the demo shows: SnapKV alone, with what we recommend, with the paper's graph and with our power.
+POLICIES = ("snapkv", "snapkv+degree(fusion=max_rank,unrotated=True)", "snapkv+graphkv", "snapkv+degree")
 WIDTH, HEIGHT = 1240, 760
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from graphkv.__main__ import main
-from graphkv.evaluation.records import read_records
+from graphkv.evaluation.records import read_header, read_records
 from graphkv.evaluation.runs import provenance, workers
 from graphkv.evaluation.runs.config import Config, load_config, suite_names
 
@@ -141,6 +141,16 @@ def test_a_file_of_settings(tiny, tmp_path):
 
     assert run("--config", path, "--model", tiny, "--prompts", 1, "--output", tmp_path / "out") == 0
     assert [record.policy for record in read_records(tmp_path / "out")] == ["full", "knorm"]
+
+
+def test_options_that_are_the_default_change_a_file_of_settings_too(tiny, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('tasks = ["continuation"]\npolicies = ["knorm"]\ndevice = "nowhere"\ndtype = "bfloat16"\n')
+    options = ["--model", tiny, "--length", 240, "--budget", 64, "--prompts", 1, "--output", tmp_path / "out"]
+
+    assert run("--config", path, *options) == 2
+    assert run("--config", path, *options, "--device", "cpu", "--dtype", "float32") == 0
+    assert read_header(tmp_path / "out")["model"]["dtype"] == "torch.float32"
 
 
 def test_the_suites_are_sound():
