@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import util
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 import graphkv
-from graphkv import H2O, Absorb, Degree, Given, GraphKV, SnapKV
+from graphkv import H2O, Absorb, Degree, Given, GraphKV, KeyDiff, Policy, SnapKV
 
 from .measure import Call, Contest
 
@@ -43,7 +45,7 @@ class Edited(NamedTuple):
 
 EDITED = Edited(4, 8192, 2048)
 SHAPES = (Shape(8, 32768, 128, 614), Shape(8, 8192, 128, 154), Shape(3, 4096, 64, 154))
-MIDDLE = SHAPES[1]
+LARGE, MIDDLE = SHAPES[:2]
 TINY = Shape(2, 96, 8, 6, 2)
 
 
@@ -135,13 +137,13 @@ def _snapkv(device: str) -> Callable[[bool], tuple[Call, Call]]:
     return make
 
 
-def _absorb(shape: Shape, library: str) -> Callable[[bool], tuple[Call, Call]]:
+def _absorb(shape: Shape, library: str, device: str) -> Callable[[bool], tuple[Call, Call]]:
     """Evict by the degree of given scores, with and without absorbing what nearly equals a kept token."""
 
     def make(tiny: bool) -> tuple[Call, Call]:
         heads, tokens, head_size, sources, _ = TINY if tiny else shape
-        keys = _normal(library, "cpu", 1, heads, tokens, head_size)
-        importance = _normal(library, "cpu", 1, heads, tokens)
+        keys = _normal(library, device, 1, heads, tokens, head_size)
+        importance = _normal(library, device, 1, heads, tokens)
         base = GraphKV(Given(budget=round(sources / 0.3), importance=importance))
         policy = Absorb(base, weights="count")
         return lambda: graphkv.evict(policy, keys), lambda: graphkv.evict(base, keys)
@@ -169,6 +171,94 @@ def _edit() -> Callable[[bool], tuple[Call, Call]]:
         return lambda: edit({"kv": cache, "query": queries}, ids)[0], cache.clone
 
     return make
+
+
+def _captured(policy: Policy, num_tokens: int) -> Callable[[bool], tuple[Call, Call]]:
+    """Evict a layer of an 8B model in bfloat16: all launches replayed at once from a CUDA graph, and one by one."""
+
+    def make(tiny: bool) -> tuple[Call, Call]:
+        tokens = 128 if tiny else num_tokens
+        keys = _normal("torch", "cuda", 1, 8, tokens, 128).to(torch.bfloat16)
+        queries = _normal("torch", "cuda", 1, 32, 64, 128).to(torch.bfloat16)
+
+        def eager() -> Any:
+            return graphkv.evict(policy, keys, queries=queries, budget=tokens // 4).kept
+
+        aside: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            eager()
+        torch.cuda.current_stream().wait_stream(aside)
+        # Held by `replay`: what it writes into must not be given away.
+        with torch.cuda.graph(graph):
+            kept = eager()
+
+        def replay() -> Any:
+            graph.replay()
+            return kept
+
+        return replay, eager
+
+    return make
+
+
+def _in_triton(shape: Shape, step: str) -> Callable[[bool], tuple[Call, Call]]:
+    """One step by the kernels in Triton, and by PyTorch."""
+
+    def make(tiny: bool) -> tuple[Call, Call]:
+        from graphkv.backends.torch import BACKEND as PLAIN  # noqa: PLC0415 - only for these rows
+        from graphkv.backends.triton import BACKEND as TRITON  # noqa: PLC0415
+
+        heads, tokens, head_size, num_sources, _ = TINY if tiny else shape
+        keys, queries = (_normal("torch", "cuda", 1, *size, head_size) for size in ((heads, tokens), (4 * heads, 64)))
+        importance, valid = keys[..., 0], torch.ones(1, heads, tokens, dtype=torch.bool, device="cuda")
+
+        def call(backend: Any) -> Call:
+            if step == "votes":
+                return lambda: backend.received_attention(queries, keys, valid, block_size=64, backend=backend)
+            options = {"num_sources": num_sources, "num_neighbors": 2, "backend": backend}
+            return lambda: graphkv.build_graph(keys, importance, **options)
+
+        return call(TRITON), call(PLAIN)
+
+    return make
+
+
+def _on_a_device(wait: Call) -> list[Contest]:
+    """Return what only a CUDA device can run."""
+    layer = "8 KV heads, 32 query heads, D 128, a quarter kept"
+    policies = {
+        "SnapKV": SnapKV(budget=1),
+        "SnapKV and the paper's graph": GraphKV(SnapKV(budget=1)),
+        "SnapKV and the degree": GraphKV(SnapKV(budget=1), Degree()),
+        "KeyDiff": KeyDiff(budget=1),
+    }
+    found = [
+        Contest(
+            name=f"captured, torch: {name}, N {num_tokens}, {layer}",
+            make=_captured(policy, num_tokens),
+            of="the eviction replayed from a CUDA graph",
+            to="the eviction, launch by launch",
+            synchronize=wait,
+        )
+        for name, policy in policies.items()
+        for num_tokens in (4096, 32768)
+    ]
+    if util.find_spec("triton"):
+        found += [
+            Contest(
+                name=f"{step} in Triton, torch: {shape}",
+                make=_in_triton(shape, step),
+                of="kernels in Triton",
+                to="PyTorch",
+                measure_memory=shape.num_tokens > LARGE.num_tokens,
+                synchronize=wait,
+            )
+            for step in ("graph", "votes")
+            for shape in (LARGE, LARGE._replace(num_tokens=131072))
+        ]
+    return found
 
 
 def contests(device: str = "cpu") -> dict[str, Contest]:
@@ -255,22 +345,30 @@ def contests(device: str = "cpu") -> dict[str, Contest]:
             synchronize=wait,
         )
     )
-    for library in ("torch", "numpy"):
+    for library in ("torch", "numpy") if device == "cpu" else ("torch",):
         found.append(
             Contest(
                 name=f"Absorb, {library}: {MIDDLE}",
-                make=_absorb(MIDDLE, library),
+                make=_absorb(MIDDLE, library, device),
                 of="the graph and Absorb",
                 to="the graph",
                 at_most=1.3,
+                synchronize=wait,
             )
         )
-    found.append(
-        Contest(
-            name=f"LMCache edit: {EDITED}",
-            make=_edit(),
-            of="SnapKV and the degree, one kept set",
-            to="a copy of the cache",
+    if device == "cuda":
+        # Targets are those of a CPU: a device is given larger buffers, because there every operation is a launch.
+        found = [
+            replace(contest, at_most=None, at_least=None, memory_at_most=None, memory_share_at_most=None)
+            for contest in [*found, *_on_a_device(wait)]
+        ]
+    else:
+        found.append(
+            Contest(
+                name=f"LMCache edit: {EDITED}",
+                make=_edit(),
+                of="SnapKV and the degree, one kept set",
+                to="a copy of the cache",
+            )
         )
-    )
     return {contest.name: contest for contest in found}

@@ -54,7 +54,7 @@ Backend = Annotated[
 Budget = Annotated[str, typer.Option(help="Tokens to keep per layer: a number, or a percentage like 25%.")]
 Device = Annotated[
     str,
-    typer.Option(help="Where the model runs: cpu, or another device of PyTorch such as cuda. Tested on the CPU only."),
+    typer.Option(help="Where the model runs: cpu, or another device of PyTorch such as cuda. Tested on the CPU."),
 ]
 Document = Annotated[Path | None, typer.Option(help="Document to read. Default: our own, about 1,700 tokens.")]
 Dtype = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]

@@ -1,4 +1,4 @@
-"""PyTorch on CUDA with two kernels of our own in Triton. Never run on a GPU yet, so nothing chooses it by itself.
+"""PyTorch on CUDA with two kernels of our own in Triton, which nothing chooses by itself.
 
 Pass it by value: ``evict(policy, keys, backend=graphkv.backends.triton.BACKEND)``. Similarities, their order and the
 candidates of every tile of tokens are one kernel; attention is added up without an array of probabilities. The rest is
@@ -33,6 +33,8 @@ MOST_NEIGHBORS = 16
 CANDIDATES = 1 << 25
 # Rows, columns and summands of a product at a time. Each is a power of two, and 16 or more, as `tl.dot` asks.
 SIZES = {"ROWS": 64, "TOKENS": 64, "ENTRIES": 32}
+# As many tokens again for candidates: the fastest of ten choices on an H200; attention has no registers for them.
+TILE = {**SIZES, "TOKENS": 128}
 # Triton is about to change what it does where this is not given.
 OPTIONS = {"enable_fp_fusion": True}
 # Programs that fill a large device a few times over.
@@ -230,7 +232,7 @@ def _nearest(keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors
     (num_rows, num_tokens, head_size), num_sources = keys.shape, sources.shape[1]
     excluded = is_padding.scatter(1, sources, True)
     directions = plain._normalized(keys.gather(1, sources[..., None].expand(-1, -1, head_size)))
-    num_tiles = triton.cdiv(num_tokens, SIZES["TOKENS"])
+    num_tiles = triton.cdiv(num_tokens, TILE["TOKENS"])
     per_source = num_tiles * num_neighbors
     width = max(1, min(num_sources, CANDIDATES // per_source))
     height = max(1, min(num_rows, CANDIDATES // (per_source * width)))
@@ -240,10 +242,10 @@ def _nearest(keys: Array, sources: Array, is_padding: Array, /, *, num_neighbors
         for left in range(0, num_sources, width):
             of = directions[rows, left : left + width].contiguous()
             found = sources.new_empty((*of.shape[:2], per_source))
-            num_programs = of.shape[0] * triton.cdiv(of.shape[1], SIZES["ROWS"]) * num_tiles
+            num_programs = of.shape[0] * triton.cdiv(of.shape[1], TILE["ROWS"]) * num_tiles
             candidates_kernel[(num_programs,)](
                 keys[rows], of, excluded[rows], found, num_tokens, of.shape[1], head_size, *keys.stride(),
-                NUM_NEIGHBORS=num_neighbors, **SIZES, **OPTIONS,
+                NUM_NEIGHBORS=num_neighbors, **TILE, **OPTIONS,
             )  # fmt: skip
             best[rows, left : left + width] = plain._smallest(found, num_neighbors)
     weights = (best >> 32).neg_().clamp_(min=0).to(torch.int32).view(torch.float32)
@@ -257,7 +259,7 @@ def build_graph(keys: Array, importance: Array, valid: Array, /, **options: Any)
         return plain.build_graph(keys, importance, valid, **options)
     with torch.cuda.device_of(keys):
         return streamed.build_graph(
-            keys, importance, valid, nearest=_nearest, block_size=SIZES["TOKENS"], on_device=True, **options
+            keys, importance, valid, nearest=_nearest, block_size=TILE["TOKENS"], on_device=True, **options
         )
 
 

@@ -581,8 +581,8 @@ def test_degree_ignores_padding_and_the_length_of_keys(backend: Backend, layer: 
     _, longer = _degree(backend, padded)
     _, same = _degree(backend, scaled)
 
-    # Sums of exact keys round nowhere, so neither does their order matter.
-    asserts.equal(longer[..., : layer.num_tokens], found, backend=backend, like=keys)
+    # Sums of exact keys round nowhere, but compiled for another shape a division may: XLA's does on a GPU.
+    asserts.close(longer[..., : layer.num_tokens], found, backend=backend, like=keys, scale=1.0)
     asserts.equal(same, found, backend=backend, like=keys)
 
 

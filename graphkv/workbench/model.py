@@ -67,7 +67,7 @@ def load_model(
     say : callable
         Takes a description of each step.
     device : str
-        Of PyTorch. Only the CPU has been tried.
+        Of PyTorch.
     dtype : str
         One of `DTYPES`.
 

@@ -42,7 +42,7 @@ PROPERTIES = (
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_kernels_compile_without_a_device_and_without_tf32(name, capability):
     kernel = getattr(module, name)
-    sizes = {**module.SIZES, **({"NUM_NEIGHBORS": 3} if name == "candidates_kernel" else {})}
+    sizes = {**module.TILE, "NUM_NEIGHBORS": 3} if name == "candidates_kernel" else module.SIZES
     types = ARGUMENTS[name] + ["constexpr"] * len(sizes)
     source = ASTSource(
         fn=kernel,
