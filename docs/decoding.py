@@ -94,13 +94,15 @@ def speeds(read: Sequence[Record], timed: Mapping[str, Timing]) -> str:
     by_name: dict[str, list[Record]] = {}
     for record in read:
         by_name.setdefault(record.policy, []).append(record)
-    speed = {name: _speed(timed[record.key] for record in own) for name, own in by_name.items()}
-    size = {name: _megabytes(own) for name, own in by_name.items()}
+    full = _speed([timed[record.key] for record in by_name[FULL]]), _megabytes(by_name[FULL])
     lines = [list(SPEED_HEAD)]
-    for name in by_name:
-        of_full = [f"{found[name] / found[FULL]:.2f}" for found in (speed, size)]
-        written = sum(timed[record.key].tokens for record in by_name[name])
-        lines.append([_shown(name), f"{written}", f"{speed[name]:.1f}", of_full[0], f"{size[name]:.1f}", of_full[1]])
+    for name, own in by_name.items():
+        times = [timed[record.key] for record in own]
+        speed, size = _speed(times), _megabytes(own)
+        of_full = [f"{found / most:.2f}" for found, most in zip((speed, size), full, strict=True)]
+        lines.append([
+            _shown(name), f"{sum(each.tokens for each in times)}", f"{speed:.1f}", of_full[0], f"{size:.1f}", of_full[1]
+        ])  # fmt: skip
     return _rows(lines)
 
 
@@ -114,9 +116,8 @@ def budgets(read: Iterable[Record]) -> list[int]:
     return sorted({int(record.budget) for record in read if record.budget is not None})
 
 
-def _speed(times: Iterable[Timing]) -> float:
-    tokens, seconds = zip(*((each.tokens, each.seconds) for each in times), strict=True)
-    return float(sum(tokens) / sum(seconds))
+def _speed(times: Sequence[Timing]) -> float:
+    return sum(each.tokens for each in times) / sum(each.seconds for each in times)
 
 
 def _megabytes(read: Iterable[Record]) -> float:
