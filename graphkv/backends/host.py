@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from ..core.types import Array
 from .streamed import EXCLUDED
 
-__all__ = ["Passes", "nearest", "scratch"]
+__all__ = ["Passes", "best", "nearest", "scratch"]
 
 
 class Passes(NamedTuple):
@@ -30,15 +31,19 @@ class Passes(NamedTuple):
     divide : callable
         ``divide(keys, by, out)``, whose `out` need not be contiguous.
     multiply : callable
-        ``multiply(of, to, out)``, the products of all rows (R, K, D) with all rows (R, N, D): (R, K, N).
+        ``multiply(of, to, buffer)``, the products of all rows (R, K, D) with all rows (R, N, D), in the order of axes
+        that suits the library, written to a buffer of their number.
     highest : callable
-        ``highest(products, size)``, the maximum of every block of `size` entries of a contiguous array.
+        ``highest(products, size)``, their maxima over blocks of `size` tokens: (R, K, B).
+    take : callable
+        ``take(products, blocks, size)``, those of the tokens of some blocks (R, K, C): (R, K, C, S).
     """
 
     length: Callable[[Array], Array]
     divide: Callable[[Array, Array, Array], Any]
-    multiply: Callable[[Array, Array, Array], Any]
+    multiply: Callable[[Array, Array, Array], Array]
     highest: Callable[[Array, int], Array]
+    take: Callable[[Array, Array, int], Array]
 
 
 class _Scratch(threading.local):
@@ -48,7 +53,7 @@ class _Scratch(threading.local):
         self.buffers: dict[str, Array] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any, /) -> Array:
-        found, size = self.buffers.get(name), int(np.prod(shape))
+        found, size = self.buffers.get(name), prod(shape)
         if found is None or found.dtype != dtype or found.size < size:
             found = self.buffers[name] = np.empty(size, dtype)
         return found[:size].reshape(shape)
@@ -57,7 +62,7 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def _best(values: Array, count: int, /) -> tuple[Array, Array, bool]:
+def best(values: Array, count: int, /) -> tuple[Array, Array, bool]:
     """Return the places of the highest values of every row, ascending, the lowest of them, and whether it was a choice.
 
     Of equal values the first are taken; it was a choice where some were not.
@@ -87,34 +92,40 @@ def _above(values: Array, lowest: Array, count: int, /) -> tuple[Array, Array] |
     if widest > 4 * count:
         return None
     # Rows of one length, filled up with what ranks last.
-    column = np.arange(places.size) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-    table = np.full((num_rows, widest), EXCLUDED, dtype=values.dtype)
-    table[row, column] = np.minimum(values.reshape(-1)[places], 1)
-    where = np.zeros((num_rows, widest), dtype=np.int64)
-    where[row, column] = places % size
-    order = np.argsort(-table, axis=-1, kind="stable")[:, :count]
-    return np.take_along_axis(where, order, -1), np.take_along_axis(table, order, -1)
+    into = np.arange(places.size) + np.repeat(
+        np.arange(0, num_rows * widest, widest) - np.cumsum(numbers) + numbers, numbers
+    )
+    table = np.full(num_rows * widest, EXCLUDED, dtype=values.dtype)
+    table[into] = np.minimum(values.reshape(-1)[places], 1)
+    where = np.zeros(num_rows * widest, dtype=np.int64)
+    where[into] = places % size
+    return _ordered(where.reshape(num_rows, widest), table.reshape(num_rows, widest), count)
 
 
 def _ordered(places: Array, values: Array, count: int, /) -> tuple[Array, Array]:
     """Sort the places, ascending, of some values by these, and keep the first."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
-    return np.take_along_axis(places, order, -1), np.take_along_axis(values, order, -1)
+    return _take(places, order), _take(values, order)
 
 
-def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tuple[Array, Array]:
-    """Rank the tokens of every source in the best blocks: products (R, K, B, S), their maxima (R, K, B).
+def _take(values: Array, places: Array, /) -> Array:
+    """Take from every row: `numpy.take_along_axis`, in a third of its time."""
+    rows = np.arange(0, values.size, values.shape[-1]).reshape(*values.shape[:-1], 1)
+    return values.reshape(-1).take(places + rows)
+
+
+def _ranked(products: Array, is_out: Array, count: int, passes: Passes, /) -> tuple[Array, Array]:
+    """Rank the tokens of every source in the best blocks.
 
     `is_out` (R, B, S) marks what may not be a neighbor; its products are 0.
     """
-    num_rows, num_sources, num_blocks, size = products.shape
-    rows = num_rows * num_sources
-    highest = np.clip(highest, 0, 1)
+    num_rows, num_blocks, size = is_out.shape
+    highest = np.clip(passes.highest(products, size), 0, 1)
+    num_sources = highest.shape[1]
     # Blocks of nothing but such tokens rank behind others of 0.
     np.copyto(highest, EXCLUDED, where=is_out.all(axis=-1)[:, None])
-    chosen, lowest, is_choice = _best(highest.reshape(rows, -1), min(count, num_blocks))
-    near = products.reshape(-1, size).take(chosen + np.arange(0, rows * num_blocks, num_blocks)[:, None], axis=0)
-    near = near.reshape(rows, -1)
+    chosen, lowest, is_choice = best(highest.reshape(-1, num_blocks), min(count, num_blocks))
+    near = passes.take(products, chosen.reshape(num_rows, num_sources, -1), size).reshape(len(chosen), -1)
     found = None
     if not is_choice and chosen.shape[-1] == count and lowest.min() > 0:
         # All other blocks are below the lowest of these, so that whoever is not must be among the best.
@@ -123,10 +134,10 @@ def _ranked(products: Array, highest: Array, is_out: Array, count: int, /) -> tu
         np.clip(near, 0, 1, out=near)
         row = np.repeat(np.arange(num_rows) * num_blocks, num_sources)[:, None]
         np.copyto(near, EXCLUDED, where=is_out.reshape(-1, size).take(row + chosen, axis=0).reshape(near.shape))
-        best, _, _ = _best(near, min(count, near.shape[-1]))
-        found = _ordered(best, np.take_along_axis(near, best, -1), count)
+        places, _, _ = best(near, min(count, near.shape[-1]))
+        found = _ordered(places, _take(near, places), count)
     places, values = found
-    places = np.take_along_axis(chosen, places // size, -1) * size + places % size
+    places = _take(chosen, places // size) * size + places % size
     return (x.reshape(num_rows, num_sources, -1) for x in (places, values))  # type: ignore[return-value]
 
 
@@ -183,16 +194,11 @@ def nearest(
         to = scratch.take("directions", (num, width, head_size), keys.dtype)
         directions(keys[rows, start:stop], is_out[rows, start:stop], to[:, :size])
         to[:, size:] = 0
-        row = np.arange(0, num * num_tokens, num_tokens)[:, None]
-        of = keys[rows].reshape(-1, head_size).take(row + sources[rows], axis=0)
-        found = scratch.take("products", (num, num_sources, width), keys.dtype)
-        passes.multiply(directions(of, None, of), to, found)
-        places, values = _ranked(
-            found.reshape(num, num_sources, -1, block),
-            passes.highest(found, block).reshape(num, num_sources, -1),
-            is_out[rows, start : start + width].reshape(num, -1, block),
-            num_neighbors,
-        )
+        of = keys[np.arange(top, rows.stop)[:, None], sources[rows]]
+        buffer = scratch.take("products", (num * num_sources * width,), keys.dtype)
+        found = passes.multiply(directions(of, None, of), to, buffer)
+        in_blocks = is_out[rows, start : start + width].reshape(num, -1, block)
+        places, values = _ranked(found, in_blocks, num_neighbors, passes)
         places += start
         return places, values
 

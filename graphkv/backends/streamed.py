@@ -87,7 +87,10 @@ def build_graph(
     keys = xp.reshape(keys, (num_rows, num_tokens, head_size))
     is_padding = xp.reshape(~valid, (num_rows, num_tokens))
     importance = xp.reshape(importance, (num_rows, num_tokens))
-    sources = xp.sort(primitives.top_k(importance, num_sources, is_padding, backend=backend), axis=-1)
+    if backend.select is None or on_device:
+        sources = xp.sort(primitives.top_k(importance, num_sources, is_padding, backend=backend), axis=-1)
+    else:
+        sources = backend.select(importance, num_sources, None, ~is_padding, backend=backend)
 
     # Entries per token: its similarities, and its direction.
     per_token = max(num_sources, head_size + 1)

@@ -9,6 +9,7 @@ from math import isqrt, prod
 from typing import Any
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
 
 from ..core import primitives
@@ -86,7 +87,7 @@ def select(scores: Array, budget: int, protected: Array | None, valid: Array | N
     """Select by NumPy where it can read the scores."""
     if not _is_on_host(scores, protected, valid):
         return portable_select(scores, budget, protected, valid, backend=backend)
-    found = portable_select(_read(scores), budget, _read(protected), _read(valid), backend=on_host.BACKEND)
+    found = on_host.select(_read(scores), budget, _read(protected), _read(valid), backend=on_host.BACKEND)
     return torch.from_numpy(found)
 
 
@@ -212,15 +213,23 @@ def _divide(keys: Any, by: Any, out: Any, /) -> None:
     torch.div(torch.from_numpy(keys), torch.from_numpy(by), out=torch.from_numpy(out))
 
 
-def _multiply(of: Any, to: Any, out: Any, /) -> None:
-    torch.bmm(torch.from_numpy(of), torch.from_numpy(to).mT, out=torch.from_numpy(out))
+def _multiply(of: Any, to: Any, buffer: Any, /) -> Any:
+    products = buffer.reshape(*of.shape[:2], -1)
+    torch.bmm(torch.from_numpy(of), torch.from_numpy(to).mT, out=torch.from_numpy(products))
+    return products
 
 
 def _highest(products: Any, size: int, /) -> Any:
-    return torch.from_numpy(products).view(-1, size).amax(dim=-1).numpy()
+    return torch.from_numpy(products).view(*products.shape[:2], -1, size).amax(dim=-1).numpy()
 
 
-PASSES = host.Passes(length=_lengths, divide=_divide, multiply=_multiply, highest=_highest)
+def _take(products: Any, blocks: Any, size: int, /) -> Any:
+    num_rows, num_sources, num_tokens = products.shape
+    source = np.arange(num_rows * num_sources).reshape(num_rows, num_sources, 1)
+    return products.reshape(-1, size).take(source * (num_tokens // size) + blocks, axis=0)
+
+
+PASSES = host.Passes(length=_lengths, divide=_divide, multiply=_multiply, highest=_highest, take=_take)
 _nearest_on_host = partial(host.nearest, passes=PASSES, run=threads.run)
 
 
