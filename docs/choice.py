@@ -84,6 +84,23 @@ def standard_suite(standard: Sequence[Record]) -> str:
     return counts({kind: compare(read, "nll", pairs) for kind, pairs in found.items()})
 
 
+def chunks(standard: Sequence[Record]) -> str:
+    """Show what chunks under the ranks change, on the tuning split and on held-out prompts that nothing was chosen by."""
+    pairs = [(f"snapkv+chunkkv+{RANKS}", base) for base in ("snapkv", "snapkv+chunkkv", f"snapkv+{RANKS}")]
+    pairs.append(("snapkv+chunkkv", "snapkv"))
+    new = records("choice/chunks.jsonl.gz")
+    prompts = {record.prompt for record in new}
+    known = [*records("choice/ranks.jsonl.gz"), *standard]
+    others = [one for one in known if one.policy != FULL and one.prompt in prompts and one.budget in BUDGETS]
+    body = []
+    for split, read in (("tuning", records("choice/chunks-tuning.jsonl.gz")), ("held-out", [*new, *others])):
+        for policy, base in pairs:
+            found = _cells(read, policy, base)
+            cells = [found[part, size] for part in PARTS.values() for size in BUDGETS]
+            body.append([split, f"`{policy}`", f"`{base}`", *map(with_error, cells)])
+    return rows(["split", "policy", "against", *(f"{part}, {size}" for part in PARTS.values() for size in BUDGETS)], body)
+
+
 def main() -> int:
     """Rewrite the page, or check it."""
     standard = records("standard/records.jsonl.gz")
@@ -96,6 +113,7 @@ def main() -> int:
         "mixes": table(mixed, dict.fromkeys(mixes, "snapkv"), with_error),
         "held-out": table(held, BASES, lambda one: number(one.difference)),
         "standard": standard_suite(standard),
+        "chunks": chunks(standard),
         "held-out gemma3": table(gemma, BASES, lambda one: number(one.difference)),
         "keydiff": table(held, dict.fromkeys(RIVALS, "keydiff"), lambda one: number(one.difference)),
     }

@@ -176,7 +176,7 @@ def main() -> int:
     counted = [one for one in scored if (one.task, one.length) in tasks]
     tables = {"full": full_cache([*full, *scored]), "scores": rows(counted, "score", "{:.0f}", 100)}
     tables["likelihood"] = rows(counted, "nll", "{:.2f}")
-    for name, files in {"shares": ("shares", "more"), "longer": ("longer",)}.items():
+    for name, files in {"shares": ("shares",), "longer": ("longer",)}.items():
         read = [one for file in files for one in records(f"ruler/{file}.jsonl.gz")]
         # Of the full cache, which every run has, one is enough.
         likely = list({one.key: one for one in read if (one.task, one.length) in tasks}.values())
