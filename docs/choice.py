@@ -85,7 +85,7 @@ def standard_suite(standard: Sequence[Record]) -> str:
 
 
 def chunks(standard: Sequence[Record]) -> str:
-    """Show what chunks under the ranks change, on the tuning split and on held-out prompts that nothing was chosen by."""
+    """Show what chunks under the ranks change, on the tuning split and on prompts that nothing was chosen by."""
     pairs = [(f"snapkv+chunkkv+{RANKS}", base) for base in ("snapkv", "snapkv+chunkkv", f"snapkv+{RANKS}")]
     pairs.append(("snapkv+chunkkv", "snapkv"))
     new = records("choice/chunks.jsonl.gz")
@@ -98,7 +98,9 @@ def chunks(standard: Sequence[Record]) -> str:
             found = _cells(read, policy, base)
             cells = [found[part, size] for part in PARTS.values() for size in BUDGETS]
             body.append([split, f"`{policy}`", f"`{base}`", *map(with_error, cells)])
-    return rows(["split", "policy", "against", *(f"{part}, {size}" for part in PARTS.values() for size in BUDGETS)], body)
+    return rows(
+        ["split", "policy", "against", *(f"{part}, {size}" for part in PARTS.values() for size in BUDGETS)], body
+    )
 
 
 def main() -> int:

@@ -152,6 +152,8 @@ def said(read: Sequence[Record]) -> Iterator[str]:
     yield f"where the question is known ({paper:.0f} for {alone:.0f})"
     keydiff = {f"{found['keydiff', mode, 'score']:.0f}" for mode in QUESTION}
     yield f"finds {' and '.join(sorted(keydiff))} either way"
+    answers = [one.score for one in records("ruler/qa.jsonl.gz") if (one.policy, one.mode) == (FULL, "aware")]
+    yield f"the full cache has an F1 of {100 * fmean([each for each in answers if each is not None]):.0f} of 100"
 
 
 def _difference(found: Interval, form: str, scale: float) -> str:
@@ -176,7 +178,7 @@ def main() -> int:
     counted = [one for one in scored if (one.task, one.length) in tasks]
     tables = {"full": full_cache([*full, *scored]), "scores": rows(counted, "score", "{:.0f}", 100)}
     tables["likelihood"] = rows(counted, "nll", "{:.2f}")
-    for name, files in {"shares": ("shares",), "longer": ("longer",)}.items():
+    for name, files in {"shares": ("shares", "more"), "longer": ("longer",)}.items():
         read = [one for file in files for one in records(f"ruler/{file}.jsonl.gz")]
         # Of the full cache, which every run has, one is enough.
         likely = list({one.key: one for one in read if (one.task, one.length) in tasks}.values())
