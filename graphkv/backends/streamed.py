@@ -28,6 +28,8 @@ TOTAL_SIZE, SMALLEST = 1 << 23, 1 << 18
 DEVICE_BUFFER_SIZE = 1 << 26
 # Fewer tokens at a time leave a product too small to fill a device, or to be worth a thread.
 NARROWEST = 1024
+# A place shares an integer with a similarity: half of its bits.
+PLACES = 1 << 32
 # Added to the similarity of what may not be a neighbor. Cosines are not always within [-1, 1]: where the squares of a
 # key are subnormal, its length comes out far too short. None of them reaches half of this.
 EXCLUDED = -(2.0**100)
@@ -73,7 +75,7 @@ def build_graph(
     """
     *leading, num_tokens, head_size = keys.shape
     num_rows = prod(leading)
-    if num_rows * num_sources * num_neighbors * head_size == 0:
+    if num_rows * num_sources * num_neighbors * head_size == 0 or num_tokens > PLACES:
         return portable_build_graph(
             keys,
             importance,

@@ -29,6 +29,8 @@ __all__ = ["BACKEND"]
 
 # A tile's candidates are found one after the other.
 MOST_NEIGHBORS = 16
+# Two tiles less than 32 bits count.
+MOST_TOKENS = (1 << 31) - 128
 # Candidates that exist at a time: 256 MB of int64.
 CANDIDATES = 1 << 25
 # Rows, columns and summands of a product at a time. Each is a power of two, and 16 or more, as `tl.dot` asks.
@@ -218,6 +220,9 @@ IS_INTERPRETED = not isinstance(candidates_kernel, triton.JITFunction)
 
 def _is_ours(keys: Array, *others: Array) -> bool:
     """Return whether the kernels compute with such tensors; those on a CPU are refused, unless interpreted."""
+    # The kernels round sizes up to tiles in 32 bits.
+    if keys.shape[-2] > MOST_TOKENS:
+        return False
     if keys.dtype != torch.float32 or torch.compiler.is_compiling() or not plain._is_plain(keys, *others):
         return False
     if keys.device.type == "cpu" and not IS_INTERPRETED:

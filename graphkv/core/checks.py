@@ -27,7 +27,9 @@ __all__ = [
     "integers",
     "is_whole",
     "mask",
+    "most_places",
     "numeric",
+    "places",
     "ratio_or_count",
     "same_leading",
     "single_round",
@@ -166,7 +168,20 @@ def numeric(name: str, array: Any, axes: str, /, *, ndim: int | None = None, bac
     least = axes.count(",") + (0 if "..." in axes else 1)
     if len(shape) < least or (ndim is not None and len(shape) != ndim):
         raise ArgumentError(f"{name} must have shape {axes}; got {shape}")
+    places(name, shape, backend=backend)
     return shape
+
+
+def places(name: str, shape: tuple[int, ...], /, *, backend: HasNamespace) -> None:
+    """Require that each place along an axis is one of the library's integers: JAX has none above 2^31 by default."""
+    most = most_places(backend.xp)
+    if max(shape, default=0) > most:
+        raise ArgumentError(f"{name} must have at most {most} entries along an axis, to have indices; got {shape}")
+
+
+def most_places(xp: Any, /) -> int:
+    """Return how many places the widest integers of a library can count."""
+    return int(xp.iinfo(xp.int64).max)
 
 
 def integers(name: str, array: Any, /, *, backend: HasNamespace) -> None:

@@ -17,6 +17,8 @@ __all__ = ["Merge", "add_up", "chunk_for", "compressed", "nearest", "shares", "s
 CHUNK_SIZE = 1024
 # or for fewer, so that all rows together have at most as many: 64 MB.
 LARGEST = 1 << 24
+# Whole numbers that float32 holds.
+EXACT = 1 << 24
 # Added to the cosine with what may not be found. No cosine comes near it.
 EXCLUDED = -(2.0**100)
 
@@ -66,12 +68,19 @@ def slots(kept: Array, num_tokens: int, /, *, backend: Backend) -> Array:
     -------
     array, shape (..., N), integer
     """
-    xp = backend.xp
-    # Counted in float32, in which sums are: exact for the first 16 million slots.
-    place = xp.arange(1, kept.shape[-1] + 1, dtype=xp.float32, device=primitives.device_of(kept))
+    xp, num_slots = backend.xp, kept.shape[-1]
+    place = xp.arange(1, num_slots + 1, dtype=kept.dtype, device=primitives.device_of(kept))
     index = xp.where(kept >= 0, kept, xp.full_like(kept, num_tokens))
-    found = primitives.segment_sum(xp.broadcast_to(place, kept.shape), index, num_tokens + 1, backend=backend)
-    return xp.astype(found[..., :num_tokens], kept.dtype) - 1
+
+    def found(part: Array) -> Array:
+        part = xp.broadcast_to(xp.astype(part, xp.float32), kept.shape)
+        total = primitives.segment_sum(part, index, num_tokens + 1, backend=backend)
+        return xp.astype(total[..., :num_tokens], kept.dtype)
+
+    # Counted in float32, in which sums are: exact up to 16 million. More slots are counted by two digits.
+    if num_slots < EXACT:
+        return found(place) - 1
+    return found(place // EXACT) * EXACT + found(place % EXACT) - 1
 
 
 def compressed(x: Array, gathered: Array, kept: Array, into: Array, weights: Array, /, *, backend: Backend) -> Array:

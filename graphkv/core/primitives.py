@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from . import checks
 from .backend import Backend, SegmentReduce, SumRows, TopK
 from .types import Array, Namespace
 
@@ -73,6 +74,8 @@ def top_k(scores: Array, k: int, /, tiers: Array | None = None, *, backend: Back
     -------
     array, shape (..., k), int64
     """
+    # Heads that share a budget are ranked as one row, which may be longer than the arrays that a door has checked.
+    checks.places("scores", tuple(scores.shape), backend=backend)
     step: TopK = backend.top_k or portable_top_k
     return step(scores, k, tiers, backend=backend)
 
@@ -250,6 +253,15 @@ def _segment_reduce(
     device = device_of(values)
     if num_rows * num_values * num_segments == 0:
         return xp.full((*leading, num_segments), identity, dtype=values.dtype, device=device)
+    height = checks.most_places(xp) // max(num_values, num_segments)
+    if num_rows > height:
+        # Rows have nothing to do with each other, and places in all of them would not fit the widest integers of JAX.
+        values, index = (xp.reshape(x, (num_rows, num_values)) for x in (values, index))
+        blocks = [slice(first, first + height) for first in range(0, num_rows, height)]
+        parts = [
+            _segment_reduce(values[rows, :], index[rows, :], num_segments, combine, identity, xp=xp) for rows in blocks
+        ]
+        return xp.reshape(xp.concat(parts), (*leading, num_segments))
     # One flat problem: row r owns the segments r * num_segments ...
     index = xp.astype(xp.reshape(index, (num_rows, num_values)), xp.int64)
     first = xp.reshape(xp.arange(num_rows, dtype=xp.int64, device=device) * num_segments, (num_rows, 1))

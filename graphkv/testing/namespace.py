@@ -35,6 +35,7 @@ CALLS = (
     "float64",
     "full((2, 3), 1.0, dtype=x.dtype, device=device)",
     "full_like(x, -inf)",
+    "iinfo(int64).max",
     "inf",
     "int32",
     "int64",
