@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from claims import missing
 from marked import renew
 from reports import RESULTS, records
-from results import PARTS, number, part_of, rows, with_error
+from results import BASES as STANDARD
+from results import PARTS, counts, number, part_of, rows, with_error
 
 from graphkv.evaluation.records import Record
 from graphkv.evaluation.statistics import Comparison, compare
@@ -71,9 +72,41 @@ def held_out(standard: Sequence[Record]) -> list[Record]:
     return [*new, *others]
 
 
+def standard_suite(standard: Sequence[Record]) -> str:
+    """Count the cells of the standard suite in which ranks are better, open and worse."""
+    read = [*records("choice/ranks.jsonl.gz"), *(one for one in standard if one.policy != FULL)]
+    ours = {base: f"{base}+{RANKS}" for base in STANDARD}
+    found = {
+        "ranks over base": {name: base for base, name in ours.items()},
+        "ranks over the power 8": {name: f"{base}+degree" for base, name in ours.items()},
+        "ranks over KeyDiff": dict.fromkeys(ours.values(), "keydiff"),
+    }
+    return counts({kind: compare(read, "nll", pairs) for kind, pairs in found.items()})
+
+
+def chunks(standard: Sequence[Record]) -> str:
+    """Show what chunks under the ranks change, on the tuning split and on prompts that nothing was chosen by."""
+    pairs = [(f"snapkv+chunkkv+{RANKS}", base) for base in ("snapkv", "snapkv+chunkkv", f"snapkv+{RANKS}")]
+    pairs.append(("snapkv+chunkkv", "snapkv"))
+    new = records("choice/chunks.jsonl.gz")
+    prompts = {record.prompt for record in new}
+    known = [*records("choice/ranks.jsonl.gz"), *standard]
+    others = [one for one in known if one.policy != FULL and one.prompt in prompts and one.budget in BUDGETS]
+    body = []
+    for split, read in (("tuning", records("choice/chunks-tuning.jsonl.gz")), ("held-out", [*new, *others])):
+        for policy, base in pairs:
+            found = _cells(read, policy, base)
+            cells = [found[part, size] for part in PARTS.values() for size in BUDGETS]
+            body.append([split, f"`{policy}`", f"`{base}`", *map(with_error, cells)])
+    return rows(
+        ["split", "policy", "against", *(f"{part}, {size}" for part in PARTS.values() for size in BUDGETS)], body
+    )
+
+
 def main() -> int:
     """Rewrite the page, or check it."""
-    held, mixed = held_out(records("standard/records.jsonl.gz")), records("tuning/mixes.jsonl.gz")
+    standard = records("standard/records.jsonl.gz")
+    held, mixed = held_out(standard), records("tuning/mixes.jsonl.gz")
     gemma = records("choice/gemma3.jsonl.gz")
     prompts = {record.prompt for record in held}
     mixes = dict.fromkeys(record.policy for record in mixed if record.policy not in (FULL, "snapkv"))
@@ -81,6 +114,8 @@ def main() -> int:
         "goals": goals(held),
         "mixes": table(mixed, dict.fromkeys(mixes, "snapkv"), with_error),
         "held-out": table(held, BASES, lambda one: number(one.difference)),
+        "standard": standard_suite(standard),
+        "chunks": chunks(standard),
         "held-out gemma3": table(gemma, BASES, lambda one: number(one.difference)),
         "keydiff": table(held, dict.fromkeys(RIVALS, "keydiff"), lambda one: number(one.difference)),
     }

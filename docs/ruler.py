@@ -93,7 +93,10 @@ def rows(read: Sequence[Record], metric: str, form: str, scale: float = 1.0) -> 
         What numbers are multiplied by.
     """
     together = pooled(read)
-    names = list(dict.fromkeys(one.policy for one in together if one.policy != FULL))
+    known = list(dict.fromkeys(one.policy for one in together if one.policy != FULL))
+    roots = list(dict.fromkeys(base_name(name) for name in known))
+    # What stands on a base comes after it, also where it was measured later.
+    names = sorted(known, key=lambda name: roots.index(base_name(name)))
     pairs = {name: base_name(name) for name in names if base_name(name) != name and base_name(name) in names}
     gains: dict[tuple[str, str, int | None], Comparison] = {
         (one.policy, one.cell.mode, one.cell.budget): one for one in compare(together, metric, pairs)
@@ -149,13 +152,8 @@ def said(read: Sequence[Record]) -> Iterator[str]:
     yield f"where the question is known ({paper:.0f} for {alone:.0f})"
     keydiff = {f"{found['keydiff', mode, 'score']:.0f}" for mode in QUESTION}
     yield f"finds {' and '.join(sorted(keydiff))} either way"
-
-
-def _difference(found: Interval, form: str, scale: float) -> str:
-    plus = form.replace("{:", "{:+")
-    mean, low, high = (plus.format(scale * value) for value in (found.mean, found.low, found.high))
-    text = signed(f"{mean} [{low}, {high}]")
-    return f"**{text}**" if found.excludes_zero() else text
+    answers = [one.score for one in records("ruler/qa.jsonl.gz") if (one.policy, one.mode) == (FULL, "aware")]
+    yield f"the full cache has an F1 of {100 * fmean([each for each in answers if each is not None]):.0f} of 100"
 
 
 def _difference(found: Interval, form: str, scale: float) -> str:
@@ -180,8 +178,10 @@ def main() -> int:
     counted = [one for one in scored if (one.task, one.length) in tasks]
     tables = {"full": full_cache([*full, *scored]), "scores": rows(counted, "score", "{:.0f}", 100)}
     tables["likelihood"] = rows(counted, "nll", "{:.2f}")
-    for name in ("shares", "longer"):
-        likely = [one for one in records(f"ruler/{name}.jsonl.gz") if (one.task, one.length) in tasks]
+    for name, files in {"shares": ("shares", "more"), "longer": ("longer",)}.items():
+        read = [one for file in files for one in records(f"ruler/{file}.jsonl.gz")]
+        # Of the full cache, which every run has, one is enough.
+        likely = list({one.key: one for one in read if (one.task, one.length) in tasks}.values())
         for length in sorted({one.length or 0 for one in likely}):
             tables[f"{name} {length}"] = rows([one for one in likely if one.length == length], "nll", "{:.2f}")
     tables["presses"] = presses([one for one in records("ruler/presses.jsonl.gz") if (one.task, one.length) in tasks])

@@ -1,4 +1,4 @@
-"""CuPy, on the current CUDA device. Not yet run on a GPU; see the ladder of checks in ``tests/cupy_ladder``.
+"""CuPy, on the current CUDA device. Tests play it without one; see the ladder of checks in ``tests/cupy_ladder``.
 
 Segment products and sums stay the portable ones of `graphkv.core.primitives`: CuPy has no ``multiply.at``, and its
 float ``add.at`` adds in an order that changes from run to run.
@@ -6,6 +6,7 @@ float ``add.at`` adds in an order that changes from run to run.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import array_api_compat.cupy as xp
@@ -37,6 +38,11 @@ def _version(what: str) -> int:
         return 0
 
 
+# CuPy reads it once, so no call could leave it out.
+if os.environ.get("CUPY_TF32") == "1":
+    raise BackendUnavailableError(
+        "backend 'cupy' needs products in full float32; CUPY_TF32=1 in the environment takes digits from all: unset it"
+    )
 # The package can be imported on a machine that cannot run it.
 if not cupy.is_available():
     raise BackendUnavailableError(_why_none())

@@ -121,6 +121,15 @@ def test_cupy_without_a_device_says_so():
         select(SCORES, 2, backend="cupy")
 
 
+def test_cupy_refuses_an_environment_that_takes_digits_from_products(monkeypatch):
+    pytest.importorskip("cupy")
+    monkeypatch.delitem(sys.modules, "graphkv.backends.cupy", raising=False)
+    monkeypatch.setenv("CUPY_TF32", "1")
+
+    with pytest.raises(BackendUnavailableError, match="needs products in full float32; CUPY_TF32=1"):
+        select(SCORES, 2, backend="cupy")
+
+
 def test_cupy_names_the_package_for_an_older_driver(monkeypatch):
     cupy = pytest.importorskip("cupy")
     if cupy.is_available():

@@ -187,3 +187,50 @@ def test_equal_keys_have_equal_weights_wherever_they_are(name, num_tokens, chunk
         for row, source in np.ndindex(2, 25):
             of_duplicates = weights[row, source][np.isin(neighbors[row, source], duplicates)]
             assert len(set(of_duplicates.tolist())) == 1
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("crowd", [0, 50])
+def test_tokens_are_ranked_without_a_second_partial_sort_where_no_two_are_equal(name, crowd, monkeypatch):
+    """Whoever reaches the lowest of the best blocks is ranked; a crowd of those in one block is ranked another way."""
+    found = []
+    above = host._above
+    monkeypatch.setattr(host, "_above", lambda *given: found.append(above(*given)) or found[-1])
+    keys = np.random.default_rng(0).normal(size=(2, 1500, 16)).astype("float32")
+    # All near the first token, which is the source; no chunk of tokens and no block of 64 begins after them.
+    keys[:, 64 : 64 + crowd] = keys[:, :1] + 0.1 * keys[:, 64 : 64 + crowd]
+    importance = np.zeros((2, 1500), dtype="float32")
+    importance[:, 0] = 1
+
+    ours, portable = both(name, keys, importance, num_sources=1, num_neighbors=6)
+
+    assert [each is None for each in found] == [crowd > 0]
+    for field in ("sources", "neighbors"):
+        np.testing.assert_array_equal(np.asarray(getattr(ours, field)), np.asarray(getattr(portable, field)))
+    np.testing.assert_allclose(np.asarray(ours.weights), np.asarray(portable.weights), rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_sources_and_kept_tokens_are_those_of_the_ranking(name):
+    """One partial sort, where neither padding, protection nor NaN comes before the scores."""
+    backend = load(name)
+    rng = np.random.default_rng(0)
+    scores = rng.choice([-np.inf, -1.0, -0.0, 0.0, 0.5, np.inf], (4, 90)).astype("float32")
+    with_nan = np.where(rng.random((4, 90)) < 0.1, np.float32(np.nan), scores)
+    for each in (scores, with_nan):
+        for budget in (1, 17, 89, 90):
+            expected = select(backend.xp.asarray(each), budget, backend=dataclasses.replace(backend, select=None))
+            assert select(backend.xp.asarray(each), budget, backend=backend).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("name", "block"), [("numpy", 32), ("torch", 64)])
+def test_tokens_of_no_weight_come_before_those_that_may_not_be_neighbors(name, block):
+    """As many blocks hold a candidate as neighbors are asked for, and none of these points the source's way."""
+    keys = -np.ones((256, 8), dtype="float32")
+    keys[130] = 1
+    valid = np.isin(np.arange(256), np.arange(128, 128 + 2 * block))
+
+    graphs = both(name, keys, -abs(np.arange(256) - 130).astype("float32"), num_sources=1, num_neighbors=2, valid=valid)
+
+    assert np.asarray(graphs[0].neighbors).tolist() == [[128, 129]]
+    assert_same(graphs)
