@@ -660,7 +660,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored keys and values, of what answers in the place of others, and of the sums of steps in place."""
+        """Bytes of stored keys and values, of what answers in the place of others, and of sums for steps in place."""
         state = 0 if self.answering is None else sum(x.nbytes for x in self.layer_state.values())
         return int((self._slots if self.steady is None else self.steady).nbytes + state)
 
