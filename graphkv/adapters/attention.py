@@ -79,10 +79,11 @@ def _last(layer: Layer, window: int, /) -> Array:
 def window_cost(shape: LayerShape, window: int, /) -> Cost:
     """Return the cost of the attention of the last W positions: 2 D for a logit and 5 for its softmax, per query head.
 
-    In memory: that attention to all tokens.
+    In memory: that attention to all tokens, or the keys without infinities and NaN where those are more.
     """
     entries = shape.batch * shape.query_heads * min(window, shape.num_tokens) * shape.num_tokens
-    return Cost(entries * (2 * shape.head_size + 5), 4 * entries)
+    keys = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
+    return Cost(entries * (2 * shape.head_size + 5), 4 * max(entries, keys))
 
 
 def mean_received(layer: Layer, window: int, /) -> Array:

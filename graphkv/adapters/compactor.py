@@ -315,7 +315,7 @@ class Compactor(SinkPolicy):
     def cost(self, shape: LayerShape, /) -> Cost:
         """Attend inside of chunks (2 D and 5 per pair), sketch (2 D K), and decompose (4 K K).
 
-        In memory: one chunk's attention, or the sketched keys.
+        In memory: one chunk's attention, or the places of the queries without padding.
         """
         num_tokens, head_size = shape.num_tokens, shape.head_size
         columns = head_size if self.sketch is None else min(self.sketch, head_size)
@@ -325,7 +325,8 @@ class Compactor(SinkPolicy):
         product = 2 * head_size * columns if columns < head_size else 0
         flops = pairs * (2 * head_size + 5) + rows * (product + 4 * columns * columns)
         block = shape.batch * shape.query_heads * chunk * chunk
-        return Cost(flops, 4 * max(block, rows * columns))
+        queries = shape.batch * shape.query_heads * num_tokens * head_size
+        return Cost(flops, max(4 * block, 8 * queries))
 
 
 def _standardized(scores: Array, valid: Array, /, *, xp: Namespace) -> Array:

@@ -223,6 +223,6 @@ class KVMerger(Wrapper):
         )
 
     def cost(self, shape: LayerShape, /) -> Cost:
-        """Compare neighbors, and every token with its pivot: 10 D. In memory: the keys of the pivots."""
+        """Compare neighbors, and every token with its pivot: 10 D. In memory: places of the pivots' keys."""
         entries = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-        return self.base.cost(shape).then(Cost(10 * entries, 4 * entries))
+        return self.base.cost(shape).then(Cost(10 * entries, 8 * entries))

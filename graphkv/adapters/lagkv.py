@@ -183,9 +183,9 @@ class LagKV(SinkPolicy):
         return xp.reshape(total, (*total.shape[:2], (parts - 1) * lag))
 
     def cost(self, shape: LayerShape, /) -> Cost:
-        """Find the range (2), scale (2) and deviate (4) every entry of keys and values. In memory: one of them."""
+        """Find the range (2), scale (2) and deviate (4) every entry of keys and values. In memory: places of one."""
         entries = shape.batch * shape.kv_heads * shape.num_tokens * shape.head_size
-        return Cost(16 * entries, 4 * entries)
+        return Cost(16 * entries, 8 * entries)
 
 
 def _ranked(scores: Array, /, *, backend: Backend) -> Array:

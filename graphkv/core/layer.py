@@ -271,7 +271,9 @@ class Cost:
     flops : int
         Floating-point operations, to leading order. Default: negligible.
     bytes : int
-        Size of the largest temporary array, in float32. Default: none larger than the scores.
+        Size of the largest temporary array of the portable form, with keys in float32 and places in int64. Default:
+        none larger than the places of all tokens. Backends hold less, and on a GPU up to 640 MB of attention, if there
+        is as much.
     """
 
     flops: int = 0

@@ -89,11 +89,12 @@ class _Edges(Signal):
     def cost(self, shape: LayerShape, open_tokens: int, /) -> Cost:
         """Compare every source with every token, 2 K N D, and normalize, 3 N D.
 
-        In memory: the normalized keys, or a chunk of similarities where that is more, as in the portable form.
+        In memory: the normalized keys, or the places of a chunk of similarities where those are more, as in the
+        portable form.
         """
-        num_sources, _ = self._counts(open_tokens)
+        num_sources, num_neighbors = self._counts(open_tokens)
         width = min(shape.num_tokens, default_chunk_size(shape.num_tokens))
-        chunk = 4 * shape.batch * shape.kv_heads * num_sources * width
+        chunk = 8 * shape.batch * shape.kv_heads * num_sources * (width + num_neighbors)
         flops = _entries(shape) * (2 * min(num_sources, shape.num_tokens) + 3)
         return Cost(flops, max(chunk, super().cost(shape, open_tokens).bytes))
 
