@@ -99,6 +99,27 @@ def test_a_steady_cache_answers_as_the_reference_does(policy, model, ids):
 
 
 @each_policy
+def test_a_steady_cache_counts_what_it_holds_and_holds_keys_once(policy, model, ids):
+    cache, _ = after(model, policy, ids)
+    counted, layer = cache.nbytes, cache.layers[0]
+
+    assert is_steady(cache)
+    scorer = policy.base if isinstance(policy, GraphKV) else policy
+    keys, places = 2 * layer.steady.keys.nbytes, 2 * layer.steady.order.nbytes
+    if isinstance(scorer, SnapKV):
+        # The weights of the window's queries, and those queries; 2 rows of 2 KV heads, with 3 query heads each.
+        scores = 4 * 12 * scorer.window * (scorer.budget + 1 + 8)
+    else:
+        scores = 4 * 4 * (3 + 1) * (scorer.budget + 1)
+    rest = layer.nbytes - keys - places - scores
+    apart = 4 * (4 * (scorer.budget + 1) + 2 * 4 * 8) if layer.steady.apart is not None else 0
+    assert rest == apart
+    assert counted == sum(each.nbytes for each in cache.layers)
+    assert layer._slots.nbytes == 0
+    assert layer.slots.nbytes == 2 * 4 * scorer.budget * 8 * 4 == layer.nbytes
+
+
+@each_policy
 def test_a_steady_cache_holds_what_it_would_hold_without(policy, model, ids, never_steady):
     cache, logits = after(model, policy, ids)
     assert is_steady(cache)

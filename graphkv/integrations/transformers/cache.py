@@ -859,7 +859,7 @@ class EvictingCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored keys and values."""
+        """Bytes of all stored keys and values, and of the scores that decoding in place holds beside them."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, EvictingLayer))
 
 

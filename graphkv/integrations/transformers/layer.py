@@ -195,7 +195,11 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         policy = self.settings.policy
         if self.steady is None and policy is not None:
             self.steady = Steady.of(policy, self._slots, self._held, self.settings.backend)
-            self.num_calm *= self.steady is not None
+            if self.steady is None:
+                self.num_calm = 0
+            else:
+                # It has copies, and both would be twice the memory.
+                self._slots, self._held = Slots(), None
         return (
             self.steady is not None
             and self.steady.fits(key_states, value_states)
@@ -656,9 +660,9 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of stored keys and values, and of what answers in the place of others."""
+        """Bytes of stored keys and values, of what answers in the place of others, and of sums for steps in place."""
         state = 0 if self.answering is None else sum(x.nbytes for x in self.layer_state.values())
-        return int(self.slots.nbytes + state)
+        return int((self._slots if self.steady is None else self.steady).nbytes + state)
 
     def copy(self) -> EvictingLayer:
         """Return a layer that goes its own way from here. Tensors are shared: only steady layers write into theirs."""

@@ -265,6 +265,12 @@ class Steady:
         """Slots in use."""
         return self.keys.shape[2] - (not self.is_full)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held: keys and values, their places, and what the scores are made of."""
+        parts = [vars(part) for part in (self, self.base, self.apart) if part is not None]
+        return sum(x.nbytes for part in parts for x in part.values() if isinstance(x, torch.Tensor))
+
     def fits(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Return whether new keys and values are those of one more token of the same kind."""
         return (
