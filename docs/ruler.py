@@ -24,14 +24,15 @@ PAGE = RESULTS / "ruler.md"
 ABLE = 0.5
 QUESTION = {"aware": "known", "agnostic": "unknown"}
 # The same method as a press of kvpress and as a policy.
-PRESSES = {
-    "kvpress:RandomPress": "random",
-    "kvpress:StreamingLLMPress": "streaming-llm",
-    "kvpress:KnormPress": "knorm",
-    "kvpress:KeyDiffPress": "keydiff",
-    "kvpress:SnapKVPress(window_size=32,kernel_size=7)": "snapkv",
-    "kvpress:ExpectedAttentionPress": "expected-attention",
-}
+PRESSES = (
+    ("kvpress:RandomPress", "random"),
+    ("kvpress:StreamingLLMPress", "streaming-llm"),
+    ("kvpress:KnormPress", "knorm"),
+    ("kvpress:KeyDiffPress", "keydiff"),
+    ("kvpress:SnapKVPress(window_size=32,kernel_size=7)", "snapkv"),
+    ("kvpress:ExpectedAttentionPress", "expected-attention(epsilon=0.0)"),
+    ("kvpress:ExpectedAttentionPress", "expected-attention"),
+)
 
 
 def able(read: Sequence[Record]) -> set[tuple[str, int | None]]:
@@ -122,7 +123,7 @@ def presses(read: Sequence[Record]) -> str:
     """Render presses next to the policies that do the same: the mean NLL of both, and their difference."""
     together = pooled(read)
     lines = [["press", "policy", "question", "removed", "press", "policy; less the press"], ["---"] * 6]
-    for press, policy in PRESSES.items():
+    for press, policy in PRESSES:
         for found in compare(together, "nll", {policy: press}):
             mode, share = found.cell.mode, found.cell.budget
             means = [
@@ -184,7 +185,11 @@ def main() -> int:
         likely = list({one.key: one for one in read if (one.task, one.length) in tasks}.values())
         for length in sorted({one.length or 0 for one in likely}):
             tables[f"{name} {length}"] = rows([one for one in likely if one.length == length], "nll", "{:.2f}")
-    tables["presses"] = presses([one for one in records("ruler/presses.jsonl.gz") if (one.task, one.length) in tasks])
+    both = [
+        *records("ruler/presses.jsonl.gz"),
+        *(one for one in records("ruler/epsilon.jsonl.gz") if one.policy != FULL),
+    ]
+    tables["presses"] = presses([one for one in both if (one.task, one.length) in tasks])
     outdated = renew(PAGE, tables)
     for sentence in (unsaid := missing(PAGE.read_text(encoding="utf-8"), said(counted))):
         print(f"{PAGE.name} does not say what the records say: {sentence}")
