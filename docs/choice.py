@@ -32,6 +32,13 @@ BASES = {
     "knorm": "snapkv",
     "random": "snapkv",
 }
+# On the tuning split of a second model.
+SECOND = {
+    "snapkv+degree": "snapkv",
+    f"snapkv+{RANKS}": "snapkv",
+    f"snapkv+chunkkv+{RANKS}": "snapkv",
+    "keydiff": "snapkv",
+}
 RIVALS = ("snapkv", "snapkv+degree", f"snapkv+{RANKS}")
 
 
@@ -116,6 +123,7 @@ def main() -> int:
         "held-out": table(held, BASES, lambda one: number(one.difference)),
         "standard": standard_suite(standard),
         "chunks": chunks(standard),
+        "tuning gemma3": table(records("choice/gemma3-tuning.jsonl.gz"), SECOND, with_error),
         "held-out gemma3": table(gemma, BASES, lambda one: number(one.difference)),
         "keydiff": table(held, dict.fromkeys(RIVALS, "keydiff"), lambda one: number(one.difference)),
     }
