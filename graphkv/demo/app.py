@@ -53,8 +53,8 @@ NAMES = (
 )
 MEASURED = (
     "{} On 40 prompts a length (graphkv eval --suite standard), needles were found better than "
-    "by the base alone in 65 of 88 cells and worse in 0 by what we recommend, better in 59 and worse in 0 by our degree "
-    "as a power, better in 14 and worse in 20 by the paper's method."
+    "by the base alone in 65 of 88 cells and worse in 0 by what we recommend, better in 59 and worse in 0 by our "
+    "degree as a power, better in 14 and worse in 20 by the paper's method."
 )
 
 
