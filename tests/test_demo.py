@@ -160,7 +160,7 @@ def test_without_a_text_there_are_two_documents(tmp_path, tmp_path_factory, caps
     assert "2. Ordinary running text" in shown
     assert shown.count("lower is better") == 2
     # What was measured was measured on another model.
-    assert "59 of 88" not in shown
+    assert "of 88 cells" not in shown
 
 
 def test_the_documents_are_those_of_their_seed():
