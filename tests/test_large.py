@@ -117,9 +117,17 @@ def test_segments_of_more_rows_than_places_are_the_same(shape):
 def test_more_slots_than_float32_counts_are_the_same(monkeypatch):
     kept = np.asarray([[0, 1, 4, 5, 7, 8, 11, -1]])
     expected = merging.slots(kept, 12, backend=NUMPY)
+    added, segment_sum = [], primitives.segment_sum
+
+    def noticing(values, *given, **options):
+        added.append(float(values.max()))
+        return segment_sum(values, *given, **options)
+
     monkeypatch.setattr(merging, "EXACT", 4)
+    monkeypatch.setattr(primitives, "segment_sum", noticing)
 
     assert merging.slots(kept, 12, backend=NUMPY).tolist() == expected.tolist()
+    assert max(added) < merging.EXACT
     assert expected.tolist() == [[0, 1, -1, -1, 2, 3, -1, 4, 5, -1, -1, 6]]
 
 

@@ -38,7 +38,7 @@ def _version(what: str) -> int:
         return 0
 
 
-# CuPy reads it once, so no call could leave it out.
+# CuPy has no public way to leave it out for one call.
 if os.environ.get("CUPY_TF32") == "1":
     raise BackendUnavailableError(
         "backend 'cupy' needs products in full float32; CUPY_TF32=1 in the environment takes digits from all: unset it"

@@ -115,9 +115,10 @@ def no_waiting() -> Iterator[None]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave every n-th test."""
     part, _, parts = os.environ.get("GRAPHKV_GPU_PART", "1/1").partition("/")
-    mine = items[int(part) - 1 :: int(parts)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
-    items[:] = mine
+    mine, others = slice(int(part) - 1, None, int(parts)), list(items)
+    del others[mine]
+    config.hook.pytest_deselected(items=others)
+    items[:] = items[mine]
 
 
 @pytest.fixture(scope="session", params=["cupy", "torch-cuda"])
